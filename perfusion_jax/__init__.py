@@ -1,0 +1,21 @@
+"""Perfusion: key-locked rank-one editing for text-to-image personalization (arXiv 2305.01644), in JAX for TPUs."""
+
+from perfusion_jax.base_model import BaseModel, keys_values, load_base_model
+from perfusion_jax.concept import Concept
+from perfusion_jax.edit import Gate
+from perfusion_jax.errors import InputError
+from perfusion_jax.surgery import bake, insert, remove
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BaseModel",
+    "Concept",
+    "Gate",
+    "InputError",
+    "bake",
+    "insert",
+    "keys_values",
+    "load_base_model",
+    "remove",
+]

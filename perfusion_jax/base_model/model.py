@@ -1,0 +1,253 @@
+"""`load_base_model`: a frozen text-to-image model, ready to be called."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from perfusion_jax.base_model import text, unet, vae
+from perfusion_jax.base_model.flax_classes import (
+    CLIPTextConfig,
+    CLIPTokenizer,
+    FlaxAutoencoderKL,
+    FlaxCLIPTextModule,
+    FlaxUNet2DConditionModel,
+)
+from perfusion_jax.base_model.schedule import NoiseSchedule
+from perfusion_jax.base_model.source import find_folder, read_config
+from perfusion_jax.base_model.unet import KeysValues
+from perfusion_jax.base_model.vae import LatentDistribution
+from perfusion_jax.base_model.weights import find_checkpoint, read_tree
+from perfusion_jax.concept import Concept
+from perfusion_jax.errors import InputError
+from perfusion_jax.surgery import Params, cross_attention_layers
+
+# What the Flax classes compute whatever the config says: a config that asks for something else cannot be run.
+_UNET_FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+}
+_VAE_FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
+    "shift_factor": None,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+_UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+_VAE_BLOCKS = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen text-to-image model in the layout of Stable Diffusion.
+
+    The methods are pure functions of their array arguments, weights among them, so they can be jitted,
+    differentiated and mapped: pass `model.params[...]`, or an edited tree, as an argument rather than closing over it.
+
+    Attributes:
+        name: what it was loaded from.
+        params: weights by component: `unet`, `vae`, `text_encoder`.
+        tokenizer: prompts to token ids.
+        schedule: the noise schedule.
+        unet, vae, text_encoder: the architectures.
+    """
+
+    name: str
+    params: dict[str, Params]
+    tokenizer: text.PromptTokenizer
+    schedule: NoiseSchedule
+    unet: FlaxUNet2DConditionModel
+    vae: FlaxAutoencoderKL
+    text_encoder: FlaxCLIPTextModule
+
+    @property
+    def context_width(self) -> int:
+        """Width of a text encoding, d_ctx: 768 for Stable Diffusion 1."""
+        return self.unet.cross_attention_dim
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent: 4 for Stable Diffusion."""
+        return self.unet.in_channels
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels of a picture per latent, in each direction: 8 for Stable Diffusion."""
+        return 2 ** (len(self.vae.block_out_channels) - 1)
+
+    def encode(
+        self, text_params: Params, ids: jax.Array | np.ndarray, concept_embeddings: jax.Array | None = None
+    ) -> jax.Array:
+        """Encodes tokenised prompts, [batch, tokens, context_width]; see `text.encode`."""
+        return text.encode(self.text_encoder, text_params, jnp.asarray(ids), concept_embeddings)
+
+    def denoise(
+        self, unet_params: Params, latents: jax.Array, timesteps: jax.Array, keys_values: KeysValues
+    ) -> jax.Array:
+        """Runs the UNet on given keys and values; see `unet.denoise`."""
+        return unet.denoise(self.unet, unet_params, latents, timesteps, keys_values)
+
+    def encode_image(self, vae_params: Params, images: jax.Array) -> LatentDistribution:
+        """Encodes pictures in [-1, 1], [batch, height, width, 3]; see `vae.encode_image`."""
+        return vae.encode_image(self.vae, vae_params, images)
+
+    def decode_latent(self, vae_params: Params, latents: jax.Array) -> jax.Array:
+        """Decodes latents to pictures, [batch, height, width, 3]; see `vae.decode_latent`."""
+        return vae.decode_latent(self.vae, vae_params, latents)
+
+    def new_concept(
+        self, super_category: str, inverse_covariance: jax.Array, templates: Sequence[str] = ("a photo of a {}",)
+    ) -> Concept:
+        """Returns a concept that is still its super-category in every way.
+
+        Args:
+            super_category: the word or words for this kind of thing, such as `dog` or `teddy bear`.
+            inverse_covariance: C^-1 of this model's text encoder, float32 [context_width, context_width].
+            templates: prompts with one `{}`; the super-category's encoding is the mean over them and over its tokens.
+
+        Raises:
+            InputError: an empty super-category, or a template without a slot.
+        """
+        located = [self.tokenizer.locate(template, super_category) for template in templates]
+        ids, masks = (np.stack(arrays) for arrays in zip(*located, strict=True))
+        table = self.params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]["embedding"]
+        return Concept.from_super_category(
+            projections=cross_attention_layers(self.params["unet"]),
+            embedding=table[ids[0][masks[0]]].astype(jnp.float32).mean(axis=0),
+            encoding=text.mean_at(self.encode(self.params["text_encoder"], ids), jnp.asarray(masks)),
+            inverse_covariance=inverse_covariance,
+        )
+
+    def astype(self, dtype: jnp.dtype) -> "BaseModel":
+        """Returns the model with weights and computation in another float dtype."""
+        return replace(
+            self,
+            params=jax.tree.map(lambda leaf: leaf.astype(dtype), self.params),
+            **{name: getattr(self, name).clone(dtype=dtype) for name in ("unet", "vae", "text_encoder")},
+        )
+
+
+def load_base_model(
+    source: str | Path,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> BaseModel:
+    """Loads a frozen text-to-image model. PyTorch is not needed, and no pickle is ever read.
+
+    Args:
+        source: a folder in the diffusers layout, or a hub id (downloaded once, then read from the cache, without a
+            network too).
+        dtype: float32 or bfloat16, of the weights and of the computation.
+        revision: branch, tag or commit of a hub id.
+        variant: `fp16` for the weight files of that variant.
+
+    Raises:
+        InputError: it cannot be found, read, or run; the message names the file.
+    """
+    folder = find_folder(str(source), revision, variant)
+    unet_module, vae_module, text_module = (
+        _unet(folder / "unet" / "config.json", dtype),
+        _vae(folder / "vae" / "config.json", dtype),
+        _text_encoder(folder / "text_encoder" / "config.json", dtype),
+    )
+    initialisers: dict[str, Callable[[jax.Array], Params]] = {
+        "unet": unet_module.init_weights,
+        "vae": vae_module.init_weights,
+        "text_encoder": partial(_initial_text_params, text_module),
+    }
+    params: dict[str, Params] = {}
+    for component, initialise in initialisers.items():
+        shapes = jax.eval_shape(initialise, jax.random.key(0))
+        checkpoint = find_checkpoint(folder / component, variant)
+        params[component] = read_tree(checkpoint, shapes, dtype, str(folder / component))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    return BaseModel(
+        name=str(source),
+        params=params,
+        tokenizer=_tokenizer(folder / "tokenizer", text_module.config),
+        schedule=NoiseSchedule.from_config(read_config(scheduler), str(scheduler)),
+        unet=unet_module,
+        vae=vae_module,
+        text_encoder=text_module,
+    )
+
+
+def _unet(file: Path, dtype: jnp.dtype) -> FlaxUNet2DConditionModel:
+    config = read_config(file, "UNet2DConditionModel", "FlaxUNet2DConditionModel")
+    _check(file, config, _UNET_FIXED, _UNET_BLOCKS)
+    # diffusers gives the number of heads as `attention_head_dim` unless `num_attention_heads` is set; its Flax
+    # class knows the first alone.
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    return _build(FlaxUNet2DConditionModel, {**config, "attention_head_dim": heads, "num_attention_heads": None}, dtype)
+
+
+def _vae(file: Path, dtype: jnp.dtype) -> FlaxAutoencoderKL:
+    config = read_config(file, "AutoencoderKL", "FlaxAutoencoderKL")
+    _check(file, config, _VAE_FIXED, _VAE_BLOCKS)
+    return _build(FlaxAutoencoderKL, config, dtype)
+
+
+def _text_encoder(file: Path, dtype: jnp.dtype) -> FlaxCLIPTextModule:
+    config = read_config(file, "CLIPTextModel", "FlaxCLIPTextModel")
+    return FlaxCLIPTextModule(CLIPTextConfig.from_dict(config), dtype=dtype)
+
+
+def _initial_text_params(module: FlaxCLIPTextModule, key: jax.Array) -> Params:
+    ids = jnp.zeros((1, module.config.max_position_embeddings), jnp.int32)
+    return module.init(key, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])["params"]
+
+
+def _tokenizer(folder: Path, config: CLIPTextConfig) -> text.PromptTokenizer:
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: missing; the folder is not complete")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"{folder}: {len(tokenizer)} words, but the text encoder knows {config.vocab_size}")
+    return text.PromptTokenizer(tokenizer, config.vocab_size, config.max_position_embeddings)
+
+
+def _check(file: Path, config: Mapping[str, Any], fixed: Mapping[str, Any], blocks: set[str]) -> None:
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise InputError(f"{file}: {key} = {config[key]!r} is not supported, only {value!r}")
+    unknown = {*config.get("down_block_types", ()), *config.get("up_block_types", ())} - blocks
+    if unknown:
+        raise InputError(f"{file}: blocks {sorted(unknown)} are not supported, only {sorted(blocks)}")
+
+
+def _build(flax_class: type[nn.Module], config: Mapping[str, Any], dtype: jnp.dtype) -> Any:
+    fields = {key: config[key] for key in flax_class.__dataclass_fields__ if key in config and key != "dtype"}
+    return flax_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}, dtype=dtype)

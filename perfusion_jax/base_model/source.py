@@ -1,0 +1,84 @@
+"""Where a base model comes from: the package, a folder, or the Hugging Face hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from perfusion_jax.errors import InputError
+
+COMPONENTS = ("unet", "vae", "text_encoder")
+_SMALL_FILES = ("model_index.json", "*/*config.json", "tokenizer/*")
+
+
+def find_folder(source: str, revision: str | None, variant: str | None) -> Path:
+    """Returns the diffusers-layout folder of a base model; downloads it when `source` is a hub id that is not cached.
+
+    Args:
+        source: a folder, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.
+        revision: branch, tag or commit of a hub id.
+        variant: `fp16` or None: which weight files.
+
+    Raises:
+        InputError: there is no such folder or hub id, or it is not in the diffusers layout.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+        if not looks_like_hub_id:
+            raise InputError(f"{source}: no such folder, and not a hub id (owner/name)")
+        folder = _download(source, revision, variant)
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder}: no model_index.json: not a model in the diffusers layout")
+    return folder
+
+
+def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
+    infix = f".{variant}" if variant else ""
+    stems = ("diffusion_pytorch_model", "model")
+    safetensors = [
+        f"{component}/{stem}{pattern}"
+        for component in COMPONENTS
+        for stem in stems
+        for pattern in (
+            f"{infix}.safetensors",
+            f"{infix}-?????-of-?????.safetensors",
+            ".safetensors.index*.json",
+            f"{infix}.safetensors.index.json",
+        )
+    ]
+    try:
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SMALL_FILES, *safetensors]))
+        if not any((folder / component).glob("*.safetensors") for component in COMPONENTS):
+            folder = Path(
+                snapshot_download(hub_id, revision=revision, allow_patterns=[*_SMALL_FILES, f"*/*{infix}.msgpack"])
+            )
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"{hub_id}: not in the cache, and the hub cannot be reached: {error}") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(f"{hub_id}: no such folder here, and the hub said: {error}") from error
+    return folder
+
+
+def read_config(file: Path, *classes: str) -> dict[str, Any]:
+    """Reads a component's JSON config.
+
+    Args:
+        file: the config.
+        classes: names of classes that the project can run; the config must be of one of them, unless none is given.
+
+    Raises:
+        InputError: no such file, not JSON, or another class.
+    """
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: missing; the folder is not complete") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not JSON ({error})") from error
+    named = [config.get("_class_name")] if "_class_name" in config else config.get("architectures", [None])
+    if classes and not set(named) & set(classes):
+        raise InputError(f"{file}: of class {named[0]}, which is not supported; supported: {', '.join(classes)}")
+    return config

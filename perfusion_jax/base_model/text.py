@@ -1,0 +1,167 @@
+"""Prompts to encodings, with placeholder tokens whose word embedding comes from a concept.
+
+A placeholder `<name>` stands for concept j of a list and has the token id `vocabulary_size + j`: neither the
+tokeniser's vocabulary nor the embedding table grows.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from perfusion_jax.base_model.flax_classes import CLIPTokenizer, FlaxCLIPTextModule
+from perfusion_jax.errors import InputError
+from perfusion_jax.surgery import Params
+
+PLACEHOLDER = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]*>")
+
+
+class PromptTokenizer:
+    """A checkpoint's tokeniser, which also knows placeholders.
+
+    Attributes:
+        vocabulary_size: rows of the text encoder's embedding table.
+        length: number of tokens in every encoded prompt, with start, end and padding.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, vocabulary_size: int, length: int):
+        self._tokenizer = tokenizer
+        self.vocabulary_size = vocabulary_size
+        self.length = length
+
+    def __call__(self, prompts: Sequence[str], placeholders: Sequence[str] = ()) -> np.ndarray:
+        """Tokenises prompts.
+
+        Args:
+            prompts: they may name concepts by their placeholders.
+            placeholders: `<name>` of each concept, in the order of the embeddings given to `encode`.
+
+        Returns:
+            int32 [len(prompts), length]: start, the words, end, padding.
+
+        Raises:
+            InputError: a prompt is too long, or names a concept that is not in `placeholders`, or a placeholder is
+                malformed or a word of the vocabulary.
+        """
+        self._check_placeholders(placeholders)
+        rows = [self._frame(self._words(prompt, placeholders), prompt) for prompt in prompts]
+        return np.asarray(rows, np.int32).reshape(len(rows), self.length)
+
+    def locate(self, template: str, phrase: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenises a template such as `a photo of a {}` with a phrase at its slot, and says where the phrase is.
+
+        Returns:
+            ids, int32 [length], and a mask, bool [length], true at the phrase's tokens.
+
+        Raises:
+            InputError: the phrase has no token, the template no slot, or the prompt is too long.
+        """
+        if not phrase.strip():
+            raise InputError("the super-category is empty: give the word for this kind of thing, such as 'dog'")
+        if template.count("{}") != 1:
+            raise InputError(f"the template {template!r} needs exactly one {{}}, where the word goes")
+        before, after = (self._plain(part) for part in template.split("{}"))
+        words = self._plain(phrase)
+        ids = self._frame([*before, *words, *after], template.format(phrase))
+        mask = np.zeros(self.length, bool)
+        first = 1 + len(before)  # after the start token
+        mask[first : first + len(words)] = True
+        return np.asarray(ids, np.int32), mask
+
+    def real_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Returns a mask of the tokens that are not padding: the start token to the first end token, both included.
+
+        Args:
+            ids: int32 [..., length]. The padding token may be the end token itself, as in Stable Diffusion 1.
+
+        Returns:
+            bool [..., length].
+        """
+        is_end = ids == self._tokenizer.eos_token_id
+        return np.cumsum(is_end, axis=-1) - is_end == 0
+
+    def _check_placeholders(self, placeholders: Sequence[str]) -> None:
+        for placeholder in placeholders:
+            if not PLACEHOLDER.fullmatch(placeholder):
+                raise InputError(f"{placeholder!r} is not a placeholder: use <name> with letters, digits, '-' and '_'")
+            known = self._tokenizer.get_vocab()
+            if placeholder in known or f"{placeholder}</w>" in known:
+                raise InputError(
+                    f"{placeholder} is already a word of the base model's vocabulary: name the concept otherwise"
+                )
+        if len(set(placeholders)) < len(placeholders):
+            raise InputError(f"two concepts share a placeholder: {', '.join(placeholders)}; rename one")
+
+    def _plain(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _words(self, prompt: str, placeholders: Sequence[str]) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        for match in PLACEHOLDER.finditer(prompt):
+            if match[0] not in placeholders:
+                names = ", ".join(placeholders) or "none"
+                raise InputError(f"the prompt {prompt!r} names {match[0]}, but the concepts given are: {names}")
+            ids += [*self._plain(prompt[start : match.start()]), self.vocabulary_size + placeholders.index(match[0])]
+            start = match.end()
+        return ids + self._plain(prompt[start:])
+
+    def _frame(self, words: list[int], prompt: str) -> list[int]:
+        if len(words) + 2 > self.length:
+            raise InputError(
+                f"the prompt {prompt!r} has {len(words)} tokens; this text encoder takes {self.length - 2}: shorten it"
+            )
+        padding = [self._tokenizer.pad_token_id] * (self.length - len(words) - 2)
+        return [self._tokenizer.bos_token_id, *words, self._tokenizer.eos_token_id, *padding]
+
+
+def encode(
+    module: FlaxCLIPTextModule, text_params: Params, ids: jax.Array, concept_embeddings: jax.Array | None = None
+) -> jax.Array:
+    """Encodes tokenised prompts; differentiable in the concepts' word embeddings.
+
+    Args:
+        module: the text encoder's architecture.
+        text_params: its weights.
+        ids: int32 [batch, tokens]. The id `vocabulary_size + j` takes row j of `concept_embeddings`.
+        concept_embeddings: float32 [num_concepts, token_width]; may be left out when no prompt names a concept.
+
+    Returns:
+        The last layer's output after the final layer norm, what cross-attention reads: [batch, tokens, context_width].
+    """
+    vocabulary_size = module.config.vocab_size
+    is_concept = ids >= vocabulary_size
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if context.module.name != "token_embedding" or context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        rows = next_fun(*args, **kwargs)
+        if concept_embeddings is None:
+            return rows
+        concept_rows = concept_embeddings[jnp.where(is_concept, ids - vocabulary_size, 0)]
+        return jnp.where(is_concept[..., None], concept_rows.astype(rows.dtype), rows)
+
+    with nn.intercept_methods(intercept):
+        output = module.apply(
+            {"params": text_params},
+            jnp.where(is_concept, 0, ids),
+            jnp.ones_like(ids),
+            jnp.broadcast_to(jnp.arange(ids.shape[-1]), ids.shape),
+        )
+    return output.last_hidden_state
+
+
+def mean_at(encodings: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the mean encoding over the masked tokens of all prompts, float32 [context_width].
+
+    Args:
+        encodings: [batch, tokens, context_width].
+        mask: bool [batch, tokens], such as `ids == vocabulary_size + j` for concept j's token; true somewhere.
+    """
+    weights = mask.astype(jnp.float32)
+    total = jnp.einsum("bt,btd->d", weights, encodings.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return total / weights.sum()

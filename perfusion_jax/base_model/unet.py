@@ -1,0 +1,113 @@
+"""The frozen UNet, fed with keys and values.
+
+The UNet reads text only through the keys and values of its cross-attention, and they depend on the prompt alone.
+`keys_values` computes them once, under whatever edit is in the parameter tree; `denoise` runs the UNet on them and
+never computes its own `to_k` and `to_v`.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from perfusion_jax import edit as edit_lib
+from perfusion_jax.base_model.attention import attend
+from perfusion_jax.base_model.flax_classes import FlaxAttention, FlaxGEGLU, FlaxUNet2DConditionModel
+from perfusion_jax.surgery import EDIT, TARGET_OUTPUTS, Params, cross_attention_layers
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one cross-attention layer for a batch of prompts, [batch, tokens, out_width] each."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+KeysValues = dict[str, KeyValue]
+
+
+def keys_values(
+    unet_params: Params, encodings: jax.Array, super_category_encodings: jax.Array | None = None
+) -> KeysValues:
+    """Computes the keys and values of every cross-attention layer, edited where an edit is in the tree.
+
+    Args:
+        unet_params: the UNet, with or without edits (`surgery.insert`).
+        encodings: encodings of the prompts, [batch, tokens, context_width].
+        super_category_encodings: encodings of the same prompts with each concept's word replaced by its
+            super-category. When given, the keys of the whole prompt come from these through the frozen weights
+            (global key locking); without, the edit locks the key at the concept's word only (local key locking).
+
+    Returns:
+        Keys and values by layer, in the dtype of the encodings.
+    """
+    edit = unet_params.get(EDIT)
+    edited = None if edit is None else edit_lib.edited_input(edit, encodings)
+
+    def project(weights: Any) -> jax.Array:
+        if edited is None:
+            return plain(weights, encodings)
+        return edit_lib.project(weights["kernel"], edited, weights[TARGET_OUTPUTS])
+
+    def plain(weights: Any, inputs: jax.Array) -> jax.Array:
+        return jnp.matmul(inputs, weights["kernel"].astype(inputs.dtype))
+
+    return {
+        layer: KeyValue(
+            key=project(weights["to_k"])
+            if super_category_encodings is None
+            else plain(weights["to_k"], super_category_encodings),
+            value=project(weights["to_v"]),
+        )
+        for layer, weights in cross_attention_layers(unet_params).items()
+    }
+
+
+def denoise(
+    module: FlaxUNet2DConditionModel,
+    unet_params: Params,
+    latents: jax.Array,
+    timesteps: jax.Array,
+    keys_values: KeysValues,
+) -> jax.Array:
+    """Runs the UNet on given keys and values.
+
+    Args:
+        module: the UNet's architecture.
+        unet_params: its weights; edits in the tree have no effect here.
+        latents: noisy latents, [batch, height, width, channels].
+        timesteps: int32 [batch].
+        keys_values: from `keys_values`, for the same batch.
+
+    Returns:
+        The network's prediction (noise or velocity: see the schedule), [batch, height, width, channels].
+
+    Raises:
+        ValueError: a cross-attention layer has no keys and values.
+    """
+    missing = set(cross_attention_layers(unet_params)) - set(keys_values)
+    if missing:
+        raise ValueError(f"no keys and values for the cross-attention layers {sorted(missing)}")
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        block = context.module
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        if isinstance(block, FlaxAttention):
+            hidden = args[0]
+            given = keys_values.get("/".join(block.path))
+            key, value = given if given is not None else (block.key(hidden), block.value(hidden))
+            return block.proj_attn(attend(block.query(hidden), key, value, block.heads))
+        if isinstance(block, FlaxGEGLU):
+            # PyTorch diffusers, and so every published checkpoint, uses the exact GELU; the Flax class
+            # approximates it by a tanh.
+            linear, gated = jnp.split(block.proj(args[0]), 2, axis=-1)
+            return linear * nn.gelu(gated, approximate=False)
+        return next_fun(*args, **kwargs)
+
+    # The text enters through the intercepted attention alone; the module still wants an argument in its place.
+    no_text = jnp.zeros((latents.shape[0], 1, 1), latents.dtype)
+    with nn.intercept_methods(intercept):
+        prediction = module.apply({"params": unet_params}, jnp.moveaxis(latents, -1, 1), timesteps, no_text).sample
+    return jnp.moveaxis(prediction, 1, -1)

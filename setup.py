@@ -1,0 +1,50 @@
+"""Installs perfusion_jax; every setting of the tools is in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "perfusion_jax" / "__init__.py").read_text()).group(1)
+
+# diffusers 0.39 is the last release with Flax models; so is transformers 4. Neither `[flax]` extra is used: they pin jax <= 0.4.13.
+DEPENDENCIES = [
+    "absl-py>=2.1",
+    "diffusers==0.39.*",
+    "flax>=0.12.8",
+    "huggingface_hub>=0.36",
+    "jax>=0.10.2",
+    "ml_dtypes>=0.5",
+    "numpy>=2.0",
+    "safetensors>=0.8",
+    "transformers>=4.57,<5",
+]
+# PyTorch is an oracle in the tests and the other side of the benchmarks; the package never imports it.
+TEST = [
+    "hypothesis>=6.150",
+    "perfusion-pytorch==0.1.23",
+    "psutil>=7.0",
+    "pytest>=9.0",
+    "torch==2.13.0",
+]
+DEVELOP = ["mypy>=2.0", "ruff>=0.17"]
+
+setup(
+    name="perfusion_jax",
+    version=VERSION,
+    description="Perfusion: key-locked rank-one editing for text-to-image personalization, in JAX for TPUs",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["perfusion_jax", "perfusion_jax.*"]),
+    package_data={"perfusion_jax": ["py.typed"]},
+    install_requires=DEPENDENCIES,
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "test": [*TEST, *DEVELOP],
+        "dev": [*TEST, *DEVELOP],
+    },
+)

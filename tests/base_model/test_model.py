@@ -1,0 +1,147 @@
+"""The frozen model against PyTorch diffusers and transformers, on the same weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from checkpoints import save_full_size
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from perfusion_jax import keys_values, load_base_model
+
+TOLERANCE = 1e-4  # of the largest output
+
+
+def relative_error(ours, reference):
+    reference = np.asarray(reference)
+    return np.abs(np.asarray(ours, np.float32) - reference).max() / np.abs(reference).max()
+
+
+def channels_last(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.permute(0, 2, 3, 1).numpy()
+
+
+def channels_first(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array).permute(0, 3, 1, 2)
+
+
+def compare_with_torch(folder, base, size: int, tolerance: float = TOLERANCE):
+    """Compares text encoder, UNet and both ways of the VAE on a picture of `size` pixels."""
+    rng = np.random.default_rng(0)
+    ids = base.tokenizer(["a photo of a dog", "the teddy bear on the beach"])
+    with torch.no_grad():
+        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+        encodings = text_encoder(torch.from_numpy(ids).long()).last_hidden_state.numpy()
+    assert relative_error(base.encode(base.params["text_encoder"], ids), encodings) < tolerance
+    del text_encoder
+
+    side = size // base.vae_factor
+    latents = rng.standard_normal((2, side, side, base.latent_channels), dtype=np.float32)
+    timesteps = np.array([3, 700], np.int32)
+    with torch.no_grad():
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+        expected = unet(channels_first(latents), torch.from_numpy(timesteps), torch.from_numpy(encodings)).sample
+    del unet
+    fed = keys_values(base.params["unet"], jnp.asarray(encodings))
+    ours = jax.jit(base.denoise)(base.params["unet"], latents, timesteps, fed)
+    assert relative_error(ours, channels_last(expected)) < tolerance
+
+    images = rng.uniform(-1, 1, (1, size, size, 3)).astype(np.float32)
+    with torch.no_grad():
+        vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+        posterior = vae.encode(channels_first(images)).latent_dist
+        decoded = vae.decode(channels_first(latents[:1]) / vae.config.scaling_factor).sample
+    scale = vae.config.scaling_factor
+    encoded = base.encode_image(base.params["vae"], jnp.asarray(images))
+    assert relative_error(encoded.mean, channels_last(posterior.mean) * scale) < tolerance
+    assert relative_error(encoded.std, channels_last(posterior.std) * scale) < tolerance
+    assert (
+        relative_error(base.decode_latent(base.params["vae"], jnp.asarray(latents[:1])), channels_last(decoded))
+        < tolerance
+    )
+
+
+def test_equals_pytorch(folder, base):
+    compare_with_torch(folder, base, size=32)
+
+
+@pytest.mark.slow
+def test_full_stable_diffusion_15_equals_pytorch(tmp_path):
+    folder = save_full_size(tmp_path)
+    compare_with_torch(folder, load_base_model(folder), size=256)
+
+
+def test_pictures_need_not_be_square(base):
+    distribution = base.encode_image(base.params["vae"], jnp.zeros((1, 16, 24, 3)))
+    assert distribution.mean.shape == (1, 8, 12, base.latent_channels)
+    assert base.decode_latent(base.params["vae"], distribution.mean).shape == (1, 16, 24, 3)
+
+
+def test_latents_as_wide_as_they_have_channels_are_not_mistaken_for_channels_first(base):
+    latents = jax.random.normal(jax.random.key(0), (1, 6, 4, 4))
+    wide = jnp.concatenate([latents, jnp.zeros((1, 6, 8, 4))], axis=2)
+    assert base.decode_latent(base.params["vae"], latents).shape == (1, 12, 8, 3)
+    assert base.decode_latent(base.params["vae"], wide).shape == (1, 12, 24, 3)
+
+
+def test_the_unet_never_reads_its_own_text_projections(base):
+    rng = np.random.default_rng(1)
+    encodings = jnp.asarray(rng.standard_normal((1, 16, base.context_width)), jnp.float32)
+    latents = jnp.asarray(rng.standard_normal((1, 16, 16, 4)), jnp.float32)
+    fed = keys_values(base.params["unet"], encodings)
+    expected = base.denoise(base.params["unet"], latents, jnp.array([5]), fed)
+
+    def poison(path, leaf):
+        names = [entry.key for entry in path]
+        return leaf * jnp.nan if "attn2" in names and ("to_k" in names or "to_v" in names) else leaf
+
+    poisoned = jax.tree_util.tree_map_with_path(poison, base.params["unet"])
+    assert not np.isfinite(
+        keys_values(poisoned, encodings)["mid_block/attentions_0/transformer_blocks_0/attn2"].key
+    ).any()
+    np.testing.assert_array_equal(base.denoise(poisoned, latents, jnp.array([5]), fed), expected)
+
+
+def test_missing_keys_and_values_are_named(base):
+    fed = keys_values(base.params["unet"], jnp.zeros((1, 16, base.context_width)))
+    fed.pop("mid_block/attentions_0/transformer_blocks_0/attn2")
+    with pytest.raises(ValueError, match="mid_block/attentions_0"):
+        base.denoise(base.params["unet"], jnp.zeros((1, 16, 16, 4)), jnp.array([5]), fed)
+
+
+def test_bfloat16_is_close_to_float32(folder, base):
+    half = load_base_model(folder, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
+    ids = base.tokenizer(["a photo of a dog"])
+    latents = jax.random.normal(jax.random.key(0), (1, 16, 16, 4))
+    images = jax.random.uniform(jax.random.key(1), (1, 32, 32, 3), minval=-1)
+
+    def outputs(model):
+        encodings = model.encode(model.params["text_encoder"], ids)
+        fed = keys_values(model.params["unet"], encodings)
+        noise = model.denoise(model.params["unet"], latents.astype(encodings.dtype), jnp.array([400]), fed)
+        return encodings, noise, model.encode_image(model.params["vae"], images).mean
+
+    for ours, reference in zip(outputs(half), outputs(base), strict=True):
+        assert 1e-5 < relative_error(ours.astype(jnp.float32), reference) < 0.05
+    assert outputs(base.astype(jnp.bfloat16))[1].dtype == jnp.bfloat16
+
+
+def test_gradients_reach_the_keys_and_values(base):
+    encodings = jax.random.normal(jax.random.key(0), (1, 16, base.context_width))
+    latents = jax.random.normal(jax.random.key(1), (1, 16, 16, 4))
+    fed = keys_values(base.params["unet"], encodings)
+
+    def loss(fed):
+        return jnp.sum(base.denoise(base.params["unet"], latents, jnp.array([50]), fed) ** 2)
+
+    gradient = jax.grad(loss)(fed)
+    layer = "mid_block/attentions_0/transformer_blocks_0/attn2"
+    direction = jax.random.normal(jax.random.key(2), fed[layer].value.shape)
+    step = 1e-2
+    moved = [{**fed, layer: fed[layer]._replace(value=fed[layer].value + sign * step * direction)} for sign in (1, -1)]
+    difference = (loss(moved[0]) - loss(moved[1])) / (2 * step)
+    np.testing.assert_allclose(jnp.sum(gradient[layer].value * direction), difference, rtol=1e-2)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))

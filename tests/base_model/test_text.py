@@ -1,0 +1,106 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from checkpoints import PROMPT_LENGTH
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from perfusion_jax import InputError
+from perfusion_jax.base_model.text import mean_at
+
+PROMPTS = ["a photo of a dog", "", "the teddy bear, on the beach.", "A  Zebra in the snow"]
+
+
+def test_ids_equal_those_of_transformers(sd1_folder, sd1_base):
+    theirs = CLIPTokenizer.from_pretrained(sd1_folder / "tokenizer")
+    expected = theirs(PROMPTS, padding="max_length", max_length=PROMPT_LENGTH)
+    np.testing.assert_array_equal(sd1_base.tokenizer(PROMPTS), expected["input_ids"])
+    np.testing.assert_array_equal(
+        sd1_base.tokenizer.real_tokens(sd1_base.tokenizer(PROMPTS)), np.array(expected["attention_mask"], bool)
+    )
+
+
+def test_a_placeholder_is_one_token_wherever_it_stands(sd1_base):
+    tokenizer = sd1_base.tokenizer
+    named = tokenizer(["a photo of <rex> and my <tom>.", "<tom>,<rex>"], ["<rex>", "<tom>"])
+    plain = tokenizer(["a photo of dog and my cat.", "cat,dog"])
+    rex, tom = tokenizer.vocabulary_size, tokenizer.vocabulary_size + 1
+    dog, cat = plain[0, 4], plain[0, 7]
+    np.testing.assert_array_equal(np.where(named == rex, dog, np.where(named == tom, cat, named)), plain)
+    np.testing.assert_array_equal(np.argwhere(named == rex), [[0, 4], [1, 3]])
+    np.testing.assert_array_equal(np.argwhere(named == tom), [[0, 7], [1, 1]])
+
+
+def test_position_is_right_behind_words_of_several_tokens(sd1_base):
+    ids = sd1_base.tokenizer(["a zebra and <rex>"], ["<rex>"])  # zebra is spelled in five tokens here
+    assert np.argwhere(ids[0] == sd1_base.tokenizer.vocabulary_size).item() == 1 + 1 + 5 + 1
+
+
+def test_locates_a_phrase_of_several_tokens(sd1_base):
+    ids, mask = sd1_base.tokenizer.locate("a photo of a {} on the beach", "teddy bear")
+    np.testing.assert_array_equal(ids, sd1_base.tokenizer(["a photo of a teddy bear on the beach"])[0])
+    np.testing.assert_array_equal(np.flatnonzero(mask), [5, 6])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "placeholders", "message"),
+    [
+        ("a photo of <tom>", ["<rex>"], "names <tom>, but the concepts given are: <rex>"),
+        ("a photo of <tom>", [], "the concepts given are: none"),
+        ("a photo", ["rex"], "'rex' is not a placeholder"),
+        ("a photo", ["<a b>"], "is not a placeholder"),
+        ("a photo", ["<rex>", "<rex>"], "share a placeholder"),
+        ("a " * 15, [], "has 15 tokens; this text encoder takes 14"),
+    ],
+)
+def test_bad_prompts_are_refused(sd1_base, prompt, placeholders, message):
+    with pytest.raises(InputError, match=message):
+        sd1_base.tokenizer([prompt], placeholders)
+
+
+def test_a_placeholder_that_is_a_word_already_is_refused(sd1_base, monkeypatch):
+    tokenizer = sd1_base.tokenizer
+    known = {**tokenizer._tokenizer.get_vocab(), "<rex></w>": 5}
+    monkeypatch.setattr(tokenizer._tokenizer, "get_vocab", lambda: known)
+    with pytest.raises(InputError, match="<rex> is already a word"):
+        tokenizer(["a <rex>"], ["<rex>"])
+
+
+@pytest.mark.parametrize(("template", "phrase"), [("a {}", ""), ("a {}", "  "), ("a photo", "dog"), ("{} {}", "dog")])
+def test_bad_super_categories_are_refused(sd1_base, template, phrase):
+    with pytest.raises(InputError, match=r"super-category is empty|exactly one"):
+        sd1_base.tokenizer.locate(template, phrase)
+
+
+def test_a_placeholder_takes_the_concepts_embedding(folder, base):
+    theirs = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+    embeddings = np.random.default_rng(0).standard_normal((2, theirs.config.hidden_size)).astype(np.float32)
+    ids = base.tokenizer(["a <rex> and a <tom>", "<tom> in the snow"], ["<rex>", "<tom>"])
+    # PyTorch's way: a larger table.
+    table = torch.cat([theirs.text_model.embeddings.token_embedding.weight.detach(), torch.from_numpy(embeddings)])
+    theirs.text_model.embeddings.token_embedding = torch.nn.Embedding.from_pretrained(table)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids).long()).last_hidden_state.numpy()
+    ours = base.encode(base.params["text_encoder"], ids, jnp.asarray(embeddings))
+    assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_gradient_reaches_the_concepts_row_alone(base):
+    ids = base.tokenizer(["a <rex> in the snow"], ["<rex>", "<tom>"])
+    embeddings = jax.random.normal(jax.random.key(0), (2, base.context_width))
+
+    def loss(embeddings):
+        return jnp.sum(base.encode(base.params["text_encoder"], ids, embeddings)[:, 2, :3] ** 2)
+
+    gradient = jax.grad(loss)(embeddings)
+    assert not np.any(gradient[1])
+    direction = jax.random.normal(jax.random.key(1), embeddings.shape)
+    difference = (loss(embeddings + 1e-2 * direction) - loss(embeddings - 1e-2 * direction)) / 2e-2
+    np.testing.assert_allclose(jnp.sum(gradient * direction), difference, rtol=1e-2)
+
+
+def test_mean_at_averages_the_masked_tokens_of_all_prompts():
+    encodings = jnp.arange(24.0).reshape(2, 4, 3)
+    mask = jnp.zeros((2, 4), bool).at[0, 1].set(True).at[1, 3].set(True)
+    np.testing.assert_allclose(mean_at(encodings, mask), (encodings[0, 1] + encodings[1, 3]) / 2)

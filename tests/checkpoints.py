@@ -1,0 +1,139 @@
+"""Stable-Diffusion-layout folders of random weights, made by PyTorch diffusers and transformers, the oracles."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+WORDS = ["a", "photo", "of", "the", "dog", "cat", "teddy", "bear", "on", "beach", "in", "snow", "and", "my", ",", "."]
+PROMPT_LENGTH = 16
+
+# `unet` and `text` of each layout; sizes apart, SD 1 and SD 2 differ in these keys.
+LAYOUTS = {
+    "sd1": {
+        "unet": {"attention_head_dim": 4, "use_linear_projection": False, "cross_attention_dim": 48},
+        "text": {"hidden_act": "quick_gelu", "hidden_size": 48},
+        "prediction_type": "epsilon",
+    },
+    "sd2": {
+        "unet": {"attention_head_dim": [1, 2, 4], "use_linear_projection": True, "cross_attention_dim": 64},
+        "text": {"hidden_act": "gelu", "hidden_size": 64},
+        "prediction_type": "v_prediction",
+    },
+}
+
+
+def save_tokenizer(folder: Path, length: int = PROMPT_LENGTH) -> CLIPTokenizer:
+    """A CLIP tokeniser in which every word of WORDS is one token, and others are spelled letter by letter."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [",", "."]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
+    merges = []
+    for word in WORDS:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        while len(pieces) > 1:
+            merge = (pieces[0], pieces[1])
+            if merge not in merges:
+                merges.append(merge)
+            pieces = ["".join(merge), *pieces[2:]]
+            if pieces[0] not in vocabulary:
+                vocabulary.append(pieces[0])
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(merge) for merge in merges) + "\n")
+    tokenizer = CLIPTokenizer(folder / "vocab.json", folder / "merges.txt", model_max_length=length)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Gives every parameter a value that matters: at 0 and 1, where biases and norms start, mistakes do not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))
+    return module.eval()
+
+
+def save_checkpoint(folder: Path, layout: str, **save_options) -> Path:
+    """Saves a small checkpoint of random weights; `save_options` go to `save_pretrained`. Returns the folder."""
+    settings = LAYOUTS[layout]
+    tokenizer = save_tokenizer(folder / "tokenizer")
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        **settings["unet"],
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+        latent_channels=4,
+        scaling_factor=0.7,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=PROMPT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **settings["text"],
+        )
+    )
+    for seed, (name, module) in enumerate({"unet": unet, "vae": vae, "text_encoder": text_encoder}.items()):
+        randomise(module, seed).save_pretrained(folder / name, **save_options)
+    save_scheduler(folder, settings["prediction_type"])
+    return folder
+
+
+def save_scheduler(folder: Path, prediction_type: str) -> None:
+    DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    ).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+
+
+def save_full_size(folder: Path) -> Path:
+    """Saves the full Stable Diffusion 1.5 architecture with random weights (4.2 GB) and the small tokeniser."""
+    tokenizer = save_tokenizer(folder / "tokenizer", length=77)
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    randomise(unet, 0).save_pretrained(folder / "unet")
+    del unet
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+    )
+    randomise(vae, 1).save_pretrained(folder / "vae")
+    # transformers' defaults are the text encoder of CLIP ViT-L/14 but for these sizes.
+    config = CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_attention_heads=12,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    randomise(CLIPTextModel(config), 2).save_pretrained(folder / "text_encoder")
+    save_scheduler(folder, "epsilon")
+    return folder

@@ -1,0 +1,29 @@
+"""Small Stable-Diffusion-layout checkpoints of random weights, saved by PyTorch diffusers and transformers."""
+
+from pathlib import Path
+
+import pytest
+from checkpoints import LAYOUTS, save_checkpoint
+
+from perfusion_jax import load_base_model
+
+
+@pytest.fixture(scope="session", params=sorted(LAYOUTS))
+def folder(request, tmp_path_factory) -> Path:
+    """A small checkpoint; tests that use it run for the SD-1-like and the SD-2-like layout."""
+    return save_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session")
+def sd1_folder(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("sd1"), "sd1")
+
+
+@pytest.fixture(scope="session")
+def base(folder):
+    return load_base_model(folder)
+
+
+@pytest.fixture(scope="session")
+def sd1_base(sd1_folder):
+    return load_base_model(sd1_folder)
