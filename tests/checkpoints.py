@@ -61,14 +61,21 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.eval()
 
 
-def save_checkpoint(folder: Path, layout: str, **save_options) -> Path:
-    """Saves a small checkpoint of random weights; `save_options` go to `save_pretrained`. Returns the folder."""
+def save_checkpoint(folder: Path, layout: str, large: bool = False, **save_options) -> Path:
+    """Saves a small checkpoint of random weights and returns its folder.
+
+    Args:
+        folder: where.
+        layout: a key of LAYOUTS.
+        large: with a UNet of many more layers, each wider.
+        save_options: for `save_pretrained`.
+    """
     settings = LAYOUTS[layout]
     tokenizer = save_tokenizer(folder / "tokenizer")
     unet = UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(32, 64, 64),
-        layers_per_block=1,
+        block_out_channels=(320, 320, 320) if large else (32, 64, 64),
+        layers_per_block=4 if large else 1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         **settings["unet"],

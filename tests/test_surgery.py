@@ -29,8 +29,9 @@ def concepts(sd1_base, inverse_covariance):
     for seed, word in enumerate(["dog", "teddy bear"]):
         rng = np.random.default_rng(seed)
         concept = sd1_base.new_concept(word, inverse_covariance)
-        moved = jax.tree.map(lambda leaf, rng=rng: leaf + rng.standard_normal(leaf.shape).astype("f"), concept.trainable())
-        made.append(dataclasses.replace(concept, **moved))
+        leaves, structure = jax.tree.flatten(concept.trainable())
+        moved = [leaf + rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+        made.append(dataclasses.replace(concept, **jax.tree.unflatten(structure, moved)))
     return made
 
 

@@ -1,13 +1,10 @@
 """The pinned Flax classes of diffusers and transformers, imported in this one place.
 
-Both libraries log a line for every Flax module they build, saying that a later release drops the class. The
-releases are pinned, so the line tells a user nothing; it alone is filtered out here.
+Both libraries log a line for every Flax module they build, saying that a later release drops the class. The releases
+are pinned, so the line tells a user nothing; it alone is filtered out here.
 """
 
 import logging
-
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
 
 def _is_not_flax_deprecation(record: logging.LogRecord) -> bool:
@@ -15,11 +12,18 @@ def _is_not_flax_deprecation(record: logging.LogRecord) -> bool:
     return not message.startswith(("Flax classes are deprecated", "TensorFlow and JAX classes are deprecated"))
 
 
-# Filters of a logger do not see the records of its children; those of its handlers do.
-for _library in (diffusers_logging, transformers_logging):
-    _library.get_logger()  # installs the library's default handler
-    for _handler in logging.getLogger(_library.__name__.split(".")[0]).handlers:
-        _handler.addFilter(_is_not_flax_deprecation)
+# A logger's filter does not see its children's records: each module that logs the line gets one, before its import.
+for _module in (
+    "diffusers.models.attention_flax",
+    "diffusers.models.embeddings_flax",
+    "diffusers.models.modeling_flax_utils",
+    "diffusers.models.resnet_flax",
+    "diffusers.models.unets.unet_2d_blocks_flax",
+    "diffusers.models.unets.unet_2d_condition_flax",
+    "diffusers.models.vae_flax",
+    "transformers.modeling_flax_utils",
+):
+    logging.getLogger(_module).addFilter(_is_not_flax_deprecation)
 
 from diffusers.models.attention_flax import FlaxAttention, FlaxGEGLU, FlaxTransformer2DModel  # noqa: E402
 from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel  # noqa: E402

@@ -187,6 +187,7 @@ def load_base_model(
         "vae": vae_module.init_weights,
         "text_encoder": partial(_initial_text_params, text_module),
     }
+    tokenizer = _tokenizer(folder / "tokenizer", text_module.config)
     params: dict[str, Params] = {}
     for component, initialise in initialisers.items():
         shapes = jax.eval_shape(initialise, jax.random.key(0))
@@ -196,7 +197,7 @@ def load_base_model(
     return BaseModel(
         name=str(source),
         params=params,
-        tokenizer=_tokenizer(folder / "tokenizer", text_module.config),
+        tokenizer=tokenizer,
         schedule=NoiseSchedule.from_config(read_config(scheduler), str(scheduler)),
         unet=unet_module,
         vae=vae_module,

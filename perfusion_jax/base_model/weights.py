@@ -204,10 +204,12 @@ def read_tree(checkpoint: Checkpoint, expected: Mapping[str, Any], dtype: jnp.dt
         tensor = checkpoint.read(name, path, len(flat[path].shape))
         if tensor.shape != flat[path].shape:
             problems.append(f"{name} has shape {tensor.shape}, its config.json asks for {flat[path].shape}")
-        elif not np.isfinite(tensor.astype(np.float32, copy=False)).all():
+            continue
+        # One pass converts and lays out anew; jax takes that array as it is. Only one tensor is ever in memory twice.
+        converted = tensor.astype(dtype, order="C")
+        if not np.isfinite(converted).all():
             problems.append(f"{name} has values that are not finite")
-        elif not problems:
-            leaves[path] = jnp.array(tensor, dtype)
+        leaves[path] = jnp.asarray(converted)
     if problems:
         raise InputError(f"{component}: " + "; ".join(problems))
     return unflatten_dict(leaves)

@@ -1,0 +1,298 @@
+"""What can be loaded, from where, and what is said when it cannot."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import save_checkpoint
+from fake_hub import serve
+from safetensors.numpy import load_file, save_file
+
+from perfusion_jax import InputError, load_base_model
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def broken(sd1_folder, tmp_path):
+    """A copy of a good checkpoint, to be broken."""
+    return shutil.copytree(sd1_folder, tmp_path / "model")
+
+
+def same_parameters(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_sharded_weights(sd1_base, tmp_path):
+    folder = save_checkpoint(tmp_path / "sharded", "sd1", max_shard_size="500KB")
+    assert len(list((folder / "unet").glob("*-of-*.safetensors"))) > 2
+    same_parameters(load_base_model(folder), sd1_base)
+    next((folder / "unet").glob("*00002-of-*.safetensors")).unlink()
+    with pytest.raises(InputError, match=r"index\.json: the shards .*00002-of"):
+        load_base_model(folder)
+
+
+def test_fp16_variant_only_on_request(sd1_base, tmp_path):
+    folder = save_checkpoint(tmp_path / "half", "sd1", variant="fp16")
+    same_parameters(load_base_model(folder, variant="fp16"), sd1_base)
+    with pytest.raises(InputError, match="ask for variant='fp16'"):
+        load_base_model(folder)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision_files_load_as_the_requested_dtype(broken, sd1_base, dtype):
+    tensors = load_file(broken / WEIGHTS)
+    save_file({name: tensor.astype(dtype) for name, tensor in tensors.items()}, broken / WEIGHTS)
+    unet = load_base_model(broken).params["unet"]
+    jax.tree.map(
+        lambda ours, exact: np.testing.assert_array_equal(ours, exact.astype(dtype).astype(jnp.float32)),
+        unet,
+        sd1_base.params["unet"],
+    )
+
+
+def test_flax_msgpack(broken, sd1_base):
+    for component, stem in (
+        ("unet", "diffusion_flax_model"),
+        ("vae", "diffusion_flax_model"),
+        ("text_encoder", "flax_model"),
+    ):
+        next((broken / component).glob("*.safetensors")).unlink()
+        file = broken / component / f"{stem}.msgpack"
+        file.write_bytes(flax.serialization.to_bytes(sd1_base.params[component]))
+    same_parameters(load_base_model(broken), sd1_base)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"flax_model\.msgpack: not a complete Flax msgpack file"):
+        load_base_model(broken)
+
+
+def test_old_names_of_the_vaes_attention(broken, sd1_base):
+    file = broken / "vae/diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        for new, former in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{former}.")
+        tensors[name] = tensor
+    assert any("proj_attn" in name for name in tensors)
+    save_file(tensors, file)
+    same_parameters(load_base_model(broken), sd1_base)
+
+
+def test_position_ids_saved_by_old_transformers_are_passed_over(broken, sd1_base):
+    file = broken / "text_encoder/model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "text_model.embeddings.position_ids": np.arange(16)[None]}, file)
+    same_parameters(load_base_model(broken), sd1_base)
+
+
+def test_loads_where_pytorch_is_not_installed(sd1_folder):
+    program = """
+        import importlib.machinery, sys
+
+        find_spec = importlib.machinery.PathFinder.find_spec
+
+        def without_torch(name, path=None, target=None):
+            return None if name.split(".")[0] in ("torch", "torchvision") else find_spec(name, path, target)
+
+        importlib.machinery.PathFinder.find_spec = without_torch
+        try:
+            import torch
+        except ImportError:
+            pass
+        else:
+            sys.exit("torch can still be imported")
+
+        import jax, jax.numpy as jnp
+        import perfusion_jax
+
+        base = perfusion_jax.load_base_model(sys.argv[1])
+        encodings = base.encode(base.params["text_encoder"], base.tokenizer(["a photo of a dog"]))
+        fed = perfusion_jax.keys_values(base.params["unet"], encodings)
+        noise = jax.jit(base.denoise)(base.params["unet"], jnp.ones((1, 16, 16, 4)), jnp.array([5]), fed)
+        assert jnp.isfinite(noise).all()
+        assert "torch" not in sys.modules
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), sd1_folder], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "deprecated" not in result.stderr
+
+
+def test_memory_while_loading_is_little_more_than_the_weights(tmp_path):
+    """Peak resident memory of a process that loads, against one that has everything else in place."""
+    folder = save_checkpoint(tmp_path / "large", "sd1", large=True)
+    program = """
+        import re, sys, jax, jax.numpy as jnp, perfusion_jax
+        from pathlib import Path
+
+        def kilobytes(field):
+            return int(re.search(rf"{field}:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+        perfusion_jax.load_base_model(sys.argv[1])  # whatever the libraries allocate once
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = kilobytes("VmRSS")
+        base = perfusion_jax.load_base_model(sys.argv[2], dtype=jnp.dtype(sys.argv[3]))
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base.params))
+        print((kilobytes("VmHWM") - before) * 1024 / weights)
+    """
+    small = save_checkpoint(tmp_path / "small", "sd1")
+    for dtype in ("float32", "bfloat16"):
+        command = [sys.executable, "-c", textwrap.dedent(program), small, folder, dtype]
+        ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert 0.9 < ratio < 1.3, dtype
+
+
+class TestHub:
+    @pytest.fixture
+    def hub(self, sd1_folder, tmp_path, monkeypatch):
+        """A hub on this machine that serves one model, and an empty cache."""
+        repository = shutil.copytree(sd1_folder, tmp_path / "repository")
+        (repository / "unet/diffusion_pytorch_model.bin").write_bytes(b"pickle")
+        (repository / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"half")
+        (repository / "unet/diffusion_flax_model.msgpack").write_bytes(b"flax")
+        with serve({"owner/model": repository}) as server:
+            yield server
+
+    def run(self, hub, tmp_path, source, **options):
+        """Loads in a process of its own: huggingface_hub reads its settings when it is imported."""
+        program = (
+            "import sys, json, perfusion_jax\n"
+            "base = perfusion_jax.load_base_model(sys.argv[1], **json.loads(sys.argv[2]))\n"
+            "print(base.params['unet']['conv_in']['bias'].sum())"
+        )
+        environment = {
+            **os.environ,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        return subprocess.run(
+            [sys.executable, "-c", program, source, json.dumps(options)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+
+    def test_downloads_only_what_is_needed_and_then_works_offline(self, hub, tmp_path, sd1_base):
+        first = self.run(hub, tmp_path, "owner/model", revision="main")
+        assert first.returncode == 0, first.stderr
+        assert np.isclose(float(first.stdout), sd1_base.params["unet"]["conv_in"]["bias"].sum())
+        fetched = set(hub.fetched)
+        assert WEIGHTS in fetched
+        assert not {name for name in fetched if name.endswith((".bin", ".msgpack")) or ".fp16." in name}
+        hub.close()
+        again = self.run(hub, tmp_path, "owner/model", revision="main")
+        assert again.stdout == first.stdout, again.stderr
+
+    def test_an_unknown_model_or_revision_is_an_error_that_names_it(self, hub, tmp_path):
+        assert "owner/other: no such folder here, and the hub said" in self.run(hub, tmp_path, "owner/other").stderr
+        assert "InputError: owner/model" in self.run(hub, tmp_path, "owner/model", revision="v9").stderr
+
+    def test_without_network_and_cache_the_error_says_so(self, hub, tmp_path):
+        hub.close()
+        assert "not in the cache, and the hub cannot be reached" in self.run(hub, tmp_path, "owner/model").stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("no/such/folder", "no such folder"), ("./missing", "no such folder"), ("/missing/model", "no such folder")],
+)
+def test_missing_folder(source, message):
+    with pytest.raises(InputError, match=f"{source}: {message}"):
+        load_base_model(source)
+
+
+def test_folder_of_something_else(tmp_path):
+    with pytest.raises(InputError, match=r"no model_index\.json"):
+        load_base_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["unet/config.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json", "vae/config.json"]
+)
+def test_missing_file_is_named(broken, file):
+    (broken / file).unlink()
+    with pytest.raises(InputError, match=f"{file}: missing"):
+        load_base_model(broken)
+
+
+def test_broken_json(broken):
+    (broken / "unet/config.json").write_text("{")
+    with pytest.raises(InputError, match=r"unet/config\.json: not JSON"):
+        load_base_model(broken)
+
+
+def test_truncated_safetensors(broken):
+    (broken / WEIGHTS).write_bytes((broken / WEIGHTS).read_bytes()[:-1000])
+    with pytest.raises(InputError, match=f"{WEIGHTS}: not a complete safetensors file"):
+        load_base_model(broken)
+
+
+def test_pickles_are_never_loaded(broken):
+    (broken / WEIGHTS).rename(broken / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(
+        InputError, match=r"only pickled weights.*save_pretrained\('converted', safe_serialization=True\)"
+    ):
+        load_base_model(broken)
+
+
+def test_no_weights(broken):
+    (broken / WEIGHTS).unlink()
+    with pytest.raises(InputError, match="unet: no weights"):
+        load_base_model(broken)
+
+
+def change_tensors(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("conv_in.weight"), r"missing: \['conv_in.weight'\]"),
+        (lambda t: t.update({"extra.weight": np.ones(3)}), r"unexpected: \['extra.weight'\]"),
+        (lambda t: t.update({"conv_in.bias": np.ones(3)}), r"conv_in.bias has shape \(3,\).* asks for \(32,\)"),
+        (lambda t: t["conv_in.bias"].__setitem__(0, np.nan), "conv_in.bias has values that are not finite"),
+        (lambda t: t["conv_in.bias"].__setitem__(0, np.inf), "conv_in.bias has values that are not finite"),
+    ],
+)
+def test_wrong_tensors_are_named(broken, change, message):
+    change_tensors(broken / WEIGHTS, change)
+    with pytest.raises(InputError, match=message):
+        load_base_model(broken)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("unet/config.json", {"_class_name": "SD3Transformer2DModel"}, "of class SD3Transformer2DModel"),
+        ("unet/config.json", {"act_fn": "gelu"}, "act_fn = 'gelu' is not supported, only 'silu'"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"),
+        ("unet/config.json", {"down_block_types": ["AttnDownBlock2D"] * 3}, "AttnDownBlock2D"),
+        ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "of class AutoencoderTiny"),
+        ("vae/config.json", {"shift_factor": 0.1}, "shift_factor = 0.1"),
+        ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}, "of class T5EncoderModel"),
+        ("text_encoder/config.json", {"vocab_size": 50}, "but the text encoder knows 50"),
+    ],
+)
+def test_models_that_cannot_be_run_are_refused(broken, file, changes, message):
+    edit_json(broken / file, **changes)
+    with pytest.raises(InputError, match=message):
+        load_base_model(broken)

@@ -1,0 +1,90 @@
+"""A Hugging Face hub for tests: serves folders over HTTP on 127.0.0.1, as much of one as a download needs."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHub:
+    """A running hub.
+
+    Attributes:
+        url: what HF_ENDPOINT should be.
+        fetched: files that were downloaded, in order.
+    """
+
+    def __init__(self, repositories: dict[str, Path]):
+        self.fetched: list[str] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(repositories))
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(self, repositories: dict[str, Path]) -> type[BaseHTTPRequestHandler]:
+        fetched = self.fetched
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_HEAD(self):
+                self.answer(send_body=False)
+
+            def do_GET(self):
+                self.answer(send_body=True)
+
+            def answer(self, send_body: bool) -> None:
+                parts = self.path.split("?")[0].strip("/").split("/")
+                is_api = parts[:2] == ["api", "models"]
+                name, rest = "/".join(parts[2:4] if is_api else parts[:2]), parts[4:] if is_api else parts[2:]
+                folder = repositories.get(name)
+                if folder is None:
+                    self.refuse("RepoNotFound")
+                elif len(rest) > 1 and rest[1] not in ("main", COMMIT):
+                    self.refuse("RevisionNotFound")
+                elif is_api:
+                    files = [str(f.relative_to(folder)) for f in sorted(folder.rglob("*")) if f.is_file()]
+                    info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
+                    self.send(json.dumps(info).encode(), {"Content-Type": "application/json"}, send_body)
+                else:
+                    file = "/".join(rest[2:])
+                    body = (folder / file).read_bytes()
+                    etag = hashlib.sha1(body).hexdigest()
+                    self.send(body, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, send_body)
+                    if send_body:
+                        fetched.append(file)
+
+            def refuse(self, code: str) -> None:
+                self.send_response(404)
+                self.send_header("X-Error-Code", code)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def send(self, body: bytes, headers: dict[str, str], send_body: bool) -> None:
+                self.send_response(200)
+                for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if send_body:
+                    self.wfile.write(body)
+
+        return Handler
+
+
+@contextmanager
+def serve(repositories: dict[str, Path]) -> Iterator[FakeHub]:
+    """Serves repositories, `owner/name` to folder, while the context lasts."""
+    hub = FakeHub(repositories)
+    try:
+        yield hub
+    finally:
+        hub.close()
