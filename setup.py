@@ -18,6 +18,7 @@ DEPENDENCIES = [
     "ml_dtypes>=0.5",
     "numpy>=2.0",
     "safetensors>=0.8",
+    "tqdm>=4.66",
     "transformers>=4.57,<5",
 ]
 # PyTorch is an oracle in the tests and the other side of the benchmarks; the package never imports it.
@@ -28,7 +29,7 @@ TEST = [
     "pytest>=9.0",
     "torch==2.13.0",
 ]
-DEVELOP = ["mypy>=2.0", "ruff>=0.17"]
+DEVELOP = ["mypy>=2.0", "ruff>=0.17", "types-tqdm"]
 
 setup(
     name="perfusion_jax",

@@ -51,6 +51,19 @@ class PromptTokenizer:
         rows = [self._frame(self._words(prompt, placeholders), prompt) for prompt in prompts]
         return np.asarray(rows, np.int32).reshape(len(rows), self.length)
 
+    def captions(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenises captions found in the wild: long ones are cut, and nothing in them is a placeholder.
+
+        Returns:
+            ids, int32 [len(captions), length], and a mask of the same shape, bool: true from the start token to the end
+            token, both included, false at the padding.
+        """
+        words = [self._plain(caption)[: self.length - 2] for caption in captions]
+        rows = [self._frame(row, caption) for row, caption in zip(words, captions, strict=True)]
+        lengths = np.array([len(row) + 2 for row in words])
+        ids = np.asarray(rows, np.int32).reshape(len(rows), self.length)
+        return ids, np.arange(self.length) < lengths[:, None]
+
     def locate(self, template: str, phrase: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokenises a template such as `a photo of a {}` with a phrase at its slot, and says where the phrase is.
 
@@ -71,18 +84,6 @@ class PromptTokenizer:
         first = 1 + len(before)  # after the start token
         mask[first : first + len(words)] = True
         return np.asarray(ids, np.int32), mask
-
-    def real_tokens(self, ids: np.ndarray) -> np.ndarray:
-        """Returns a mask of the tokens that are not padding: the start token to the first end token, both included.
-
-        Args:
-            ids: int32 [..., length]. The padding token may be the end token itself, as in Stable Diffusion 1.
-
-        Returns:
-            bool [..., length].
-        """
-        is_end = ids == self._tokenizer.eos_token_id
-        return np.cumsum(is_end, axis=-1) - is_end == 0
 
     def _check_placeholders(self, placeholders: Sequence[str]) -> None:
         for placeholder in placeholders:

@@ -16,9 +16,15 @@ def test_ids_equal_those_of_transformers(sd1_folder, sd1_base):
     theirs = CLIPTokenizer.from_pretrained(sd1_folder / "tokenizer")
     expected = theirs(PROMPTS, padding="max_length", max_length=PROMPT_LENGTH)
     np.testing.assert_array_equal(sd1_base.tokenizer(PROMPTS), expected["input_ids"])
-    np.testing.assert_array_equal(
-        sd1_base.tokenizer.real_tokens(sd1_base.tokenizer(PROMPTS)), np.array(expected["attention_mask"], bool)
-    )
+
+
+def test_captions_are_cut_and_their_padding_masked(sd1_folder, sd1_base):
+    captions = [*PROMPTS, "a dog " * 20, "a <b>dog</b> named <rex>"]
+    theirs = CLIPTokenizer.from_pretrained(sd1_folder / "tokenizer")
+    expected = theirs(captions, padding="max_length", truncation=True, max_length=PROMPT_LENGTH)
+    ids, mask = sd1_base.tokenizer.captions(captions)
+    np.testing.assert_array_equal(ids, expected["input_ids"])
+    np.testing.assert_array_equal(mask, np.array(expected["attention_mask"], bool))
 
 
 def test_a_placeholder_is_one_token_wherever_it_stands(sd1_base):

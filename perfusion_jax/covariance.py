@@ -1,0 +1,294 @@
+"""The uncentred covariance C = E[e e^T] of text encodings: the metric of the edit (ROME, arXiv 2202.05262, eq. 2).
+
+    python -m perfusion_jax.covariance --base BASE --captions captions.txt --out covariance.npz
+
+Captions stand one on a line; the paper used 100,000. Only real tokens count, no padding. C's scale cancels in the edit.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from zipfile import BadZipFile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from tqdm import tqdm
+
+from perfusion_jax import command_line
+from perfusion_jax.base_model import BaseModel, load_base_model
+from perfusion_jax.errors import InputError
+from perfusion_jax.files import replacing
+from perfusion_jax.surgery import Params
+
+BATCH = 64  # captions
+SAVE_EVERY = 2.0  # seconds
+# Prompts are encoded at their batch's longest length, rounded up to this, so that only a few lengths are compiled.
+LENGTH_STEP = 8  # tokens
+# Float32 cannot invert more.
+MAX_CONDITION = 1e6
+
+
+class Progress(NamedTuple):
+    """How far a caption file has been read, and what came of it.
+
+    Attributes:
+        total: sum of e e^T, float64 [context_width, context_width].
+        tokens: encodings summed.
+        captions: captions read.
+        offset: bytes of the file read.
+        digest: SHA-256 of those bytes, hexadecimal.
+        base: name of the base model.
+    """
+
+    total: np.ndarray
+    tokens: int
+    captions: int
+    offset: int
+    digest: str
+    base: str
+
+
+def outer_product_sum(base: BaseModel, text_params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the sum of e e^T over the masked tokens, float32 [context_width, context_width].
+
+    Args:
+        base: the model's architecture.
+        text_params: the text encoder's weights.
+        ids: int32 [batch, tokens].
+        mask: bool [batch, tokens].
+    """
+    encodings = jnp.where(mask[..., None], base.encode(text_params, ids).astype(jnp.float32), 0)
+    return jnp.einsum("btd,bte->de", encodings, encodings, precision=jax.lax.Precision.HIGHEST)
+
+
+def accumulate(base: BaseModel, captions: Path, start: Progress | None = None) -> Iterator[Progress]:
+    """Streams a caption file, and yields the progress after every batch; memory does not grow with the file.
+
+    Args:
+        base: the model whose text encoder is measured.
+        captions: UTF-8 text, one caption on a line; blank lines are passed over.
+        start: where to go on; the numbers are the same, bit for bit, as without the interruption.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    product_sum = jax.jit(partial(outer_product_sum, base))
+    width = base.context_width
+    done = start or Progress(np.zeros((width, width)), 0, 0, 0, hashlib.sha256().hexdigest(), base.name)
+    try:
+        with captions.open("rb") as stream:
+            digest = hashlib.sha256(stream.read(done.offset))
+            for batch in _batches(stream, digest, captions):
+                ids, mask = base.tokenizer.captions(batch)
+                # The text encoder is causal: what follows the last real token does not change the encodings before it.
+                longest = -(-mask.sum(axis=1).max() // LENGTH_STEP) * LENGTH_STEP
+                missing = (
+                    (0, BATCH - len(batch)),
+                    (0, 0),
+                )  # the last batch is filled up, so that it compiles nothing new
+                ids, mask = (np.pad(array[:, :longest], missing) for array in (ids, mask))
+                product = product_sum(base.params["text_encoder"], ids, mask)
+                done = Progress(
+                    total=done.total + np.asarray(product, np.float64),
+                    tokens=done.tokens + int(mask.sum()),
+                    captions=done.captions + len(batch),
+                    offset=stream.tell(),
+                    digest=digest.hexdigest(),
+                    base=base.name,
+                )
+                yield done
+    except OSError as error:
+        raise InputError(f"{captions}: cannot be read ({error.strerror})") from error
+
+
+def _batches(stream: BinaryIO, digest: Any, file: Path) -> Iterator[list[str]]:
+    batch: list[str] = []
+    while line := stream.readline():
+        digest.update(line)
+        try:
+            caption = line.decode().strip()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{file}: the line {line[:40]!r} is not UTF-8 ({error.reason}): convert the file"
+            ) from error
+        if caption:
+            batch.append(caption)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def covariance_of(progress: Progress | None, captions: Path) -> np.ndarray:
+    """Returns C, float64 [context_width, context_width].
+
+    Raises:
+        InputError: the captions have no more tokens than C has dimensions, so that it cannot be inverted.
+    """
+    if progress is None:
+        raise InputError(f"{captions}: no captions in it; one goes on a line")
+    dimensions = len(progress.total)
+    if progress.tokens < dimensions:
+        raise InputError(
+            f"{captions}: {progress.tokens} tokens in {progress.captions} captions; a covariance of {dimensions} "
+            "dimensions needs more than that: give more captions (the paper used 100,000)"
+        )
+    return progress.total / progress.tokens
+
+
+def load_covariance(file: str | Path, width: int) -> np.ndarray:
+    """Reads C from a file written here or elsewhere.
+
+    Args:
+        file: `.npz` or `.safetensors` with an array called `covariance` or with one array in all, or `.npy`.
+        width: d_ctx, the width of the text encoder's output.
+
+    Returns:
+        C, float64 [width, width], symmetric and positive definite. Its scale is arbitrary.
+
+    Raises:
+        InputError: it cannot be read, is of another shape, or is no covariance that can be inverted.
+    """
+    file = Path(file)
+    matrix = _read_matrix(file).astype(np.float64)
+    if matrix.shape != (width, width):
+        raise InputError(f"{file}: of shape {matrix.shape}; this text encoder's covariance is ({width}, {width})")
+    if not np.isfinite(matrix).all():
+        raise InputError(f"{file}: has values that are not finite")
+    if np.abs(matrix - matrix.T).max() > 1e-4 * np.abs(matrix).max():
+        raise InputError(f"{file}: not symmetric, so not a covariance")
+    matrix = (matrix + matrix.T) / 2
+    eigenvalues = np.linalg.eigvalsh(matrix)
+    if eigenvalues[0] <= eigenvalues[-1] / MAX_CONDITION:
+        raise InputError(
+            f"{file}: singular or nearly so (eigenvalues from {eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g}): "
+            "make it from more, and more varied, captions"
+        )
+    return matrix
+
+
+def load_inverse_covariance(file: str | Path, width: int) -> jax.Array:
+    """Returns C^-1, float32 [width, width], inverted in float64; arguments and errors as for `load_covariance`."""
+    inverse = np.linalg.inv(load_covariance(file, width))
+    return jnp.asarray((inverse + inverse.T) / 2, jnp.float32)
+
+
+def _read_matrix(file: Path) -> np.ndarray:
+    try:
+        if file.suffix == ".npy":
+            return np.load(file, allow_pickle=False)
+        if file.suffix == ".npz":
+            arrays = _read_archive(file)
+        elif file.suffix == ".safetensors":
+            arrays = load_file(file)
+        else:
+            raise InputError(f"{file}: a covariance is a .npz, .npy or .safetensors file")
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: no such file") from error
+    except (OSError, ValueError, EOFError, BadZipFile, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from error
+    if "covariance" in arrays:
+        return arrays["covariance"]
+    if len(arrays) == 1:
+        return next(iter(arrays.values()))
+    raise InputError(f"{file}: no array called 'covariance' among {sorted(arrays)}")
+
+
+def _read_archive(file: Path) -> dict[str, np.ndarray]:
+    # Opened here, because np.load leaves a file open that turns out not to be an archive.
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def _partial_file(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial.npz")
+
+
+def _resume(out: Path, captions: Path, base: BaseModel) -> Progress | None:
+    """Reads what an interrupted run left, if it was of the same captions and model."""
+    file = _partial_file(out)
+    if not file.is_file():
+        return None
+    try:
+        arrays = _read_archive(file)
+        left = Progress(arrays["total"], *(arrays[field].item() for field in Progress._fields[1:]))
+        with captions.open("rb") as stream:
+            same_captions = hashlib.sha256(stream.read(left.offset)).hexdigest() == left.digest
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        print(f"{file}: cannot be read ({error}); starting anew")
+        return None
+    if same_captions and left.base == base.name and left.total.shape == (base.context_width,) * 2:
+        print(f"{file}: going on after {left.captions:,} captions")
+        return left
+    print(f"{file}: made from other captions or another model; starting anew")
+    return None
+
+
+def _save(file: Path, **arrays: Any) -> None:
+    with replacing(file) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **arrays)
+
+
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    """Measures the covariance of a base model's text encoder."""
+    captions, out = Path(FLAGS.captions), Path(FLAGS.out)
+    if out.suffix != ".npz":
+        raise InputError(f"{out}: the result is a .npz file; name it so")
+    if out.is_file():
+        print(f"{out} is there already; delete it to make it anew")
+        return
+    if not captions.is_file():
+        raise InputError(f"{captions}: no such file of captions")
+    base = load_base_model(FLAGS.base, revision=FLAGS.revision, variant=FLAGS.variant)
+    progress = _resume(out, captions, base)
+    saved = time.monotonic()
+    try:
+        with tqdm(total=captions.stat().st_size, unit="B", unit_scale=True, desc="captions read") as bar:
+            bar.update(progress.offset if progress else 0)
+            for latest in accumulate(base, captions, progress):
+                progress = latest
+                bar.update(progress.offset - bar.n)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    _save(_partial_file(out), **progress._asdict())
+                    saved = time.monotonic()
+    except KeyboardInterrupt:
+        if progress is not None:
+            _save(_partial_file(out), **progress._asdict())
+        raise
+    covariance = covariance_of(progress, captions)
+    assert progress is not None  # covariance_of has seen to it
+    _save(
+        out,
+        covariance=covariance,
+        base=base.name,
+        captions_file=captions.name,
+        captions_sha256=progress.digest,
+        captions=progress.captions,
+        tokens=progress.tokens,
+    )
+    _partial_file(out).unlink(missing_ok=True)
+    eigenvalues = np.linalg.eigvalsh(covariance)
+    print(
+        f"{out}: covariance of {progress.tokens:,} tokens in {progress.captions:,} captions, "
+        f"condition number {eigenvalues[-1] / max(eigenvalues[0], np.finfo(float).tiny):.3g}"
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("base", None, "base model: a folder or a hub id", required=True)
+    flags.DEFINE_string("captions", None, "text file with one caption on a line", required=True)
+    flags.DEFINE_string("out", None, "the .npz file to write", required=True)
+    flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
+    flags.DEFINE_string("variant", None, "weight files to take, such as fp16")
+    command_line.run(main)

@@ -1,0 +1,35 @@
+"""Writing files so that a kill at any moment leaves the old file or the new one, never a part."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from perfusion_jax.errors import InputError
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `file`, and renames it to `file` when the context ends without an error.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror})") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)

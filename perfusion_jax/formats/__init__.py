@@ -1,0 +1,1 @@
+"""Files that concepts are kept in."""

@@ -1,0 +1,146 @@
+"""A concept on disk: one safetensors file of about 100 KB.
+
+Tensors, all float32: `embedding`, `target_input`, `dual`, and per cross-attention layer `key_outputs.LAYER` and
+`value_outputs.LAYER`, where LAYER is the module path of PyTorch diffusers, such as
+`mid_block.attentions.0.transformer_blocks.0.attn2`. What is not an array is string metadata.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from perfusion_jax.base_model import BaseModel
+from perfusion_jax.concept import Concept
+from perfusion_jax.errors import InputError
+from perfusion_jax.files import replacing
+
+FORMAT = "perfusion_jax concept 1"
+
+
+@dataclass(frozen=True)
+class ConceptCard:
+    """What a concept file says of its concept.
+
+    Attributes:
+        name: of the concept; prompts call it `<name>`.
+        super_category: the word or words for this kind of thing, to which the keys are locked.
+        base_model: name of the model it was trained on, for people.
+        fingerprint: of that model's cross-attention weights (`BaseModel.fingerprint`), for checking.
+        bias: beta that suits the concept at generation.
+        temperature: tau that suits it.
+        step: training steps taken.
+        licence: of the pictures it was learnt from, or empty.
+    """
+
+    name: str
+    super_category: str
+    base_model: str
+    fingerprint: tuple[float, ...]
+    bias: float
+    temperature: float
+    step: int
+    licence: str = ""
+
+    @property
+    def placeholder(self) -> str:
+        """The token that stands for the concept in a prompt, `<name>`."""
+        return f"<{self.name}>"
+
+
+def save_concept(file: str | Path, concept: Concept, card: ConceptCard) -> None:
+    """Writes a concept, all at once or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    tensors = {"embedding": concept.embedding, "target_input": concept.target_input, "dual": concept.dual}
+    for kind in ("key_outputs", "value_outputs"):
+        for layer, output in getattr(concept, kind).items():
+            tensors[f"{kind}.{_dotted(layer)}"] = output
+    metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in dataclasses.asdict(card).items()}}
+    with replacing(Path(file)) as temporary:
+        save_file({name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def load_concept(file: str | Path, base: BaseModel) -> tuple[Concept, ConceptCard]:
+    """Reads a concept that was trained on `base`.
+
+    Raises:
+        InputError: no such file, not a concept, damaged, or trained on another base model.
+    """
+    file = Path(file)
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: no such concept file") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a complete safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"{file}: not a concept of perfusion_jax: its format is {metadata.get('format')!r}, not {FORMAT!r}"
+        )
+    card = _card(file, metadata)
+    if not base.has_fingerprint(card.fingerprint):
+        raise InputError(
+            f"{file}: trained on the base model {card.base_model}, which {base.name} is not: load that one"
+        )
+    return _concept(file, tensors, base), card
+
+
+def _card(file: Path, metadata: dict[str, str]) -> ConceptCard:
+    try:
+        fields = {field.name: json.loads(metadata[field.name]) for field in dataclasses.fields(ConceptCard)}
+        return ConceptCard(**{**fields, "fingerprint": tuple(fields["fingerprint"])})
+    except KeyError as error:
+        raise InputError(f"{file}: the metadata {error} is missing") from error
+    except (json.JSONDecodeError, TypeError) as error:
+        raise InputError(f"{file}: its metadata cannot be read ({error})") from error
+
+
+def _concept(file: Path, tensors: dict[str, np.ndarray], base: BaseModel) -> Concept:
+    template = base.new_concept_shapes()
+    expected = {"embedding": template.embedding, "target_input": template.target_input, "dual": template.dual}
+    for kind in ("key_outputs", "value_outputs"):
+        expected |= {f"{kind}.{_dotted(layer)}": shape for layer, shape in getattr(template, kind).items()}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+    problems += [f"{name} is not known" for name in sorted(tensors.keys() - expected.keys())]
+    for name in sorted(expected.keys() & tensors.keys()):
+        if tensors[name].shape != expected[name].shape:
+            problems.append(f"{name} has shape {tensors[name].shape} instead of {expected[name].shape}")
+        elif not np.isfinite(tensors[name]).all():
+            problems.append(f"{name} has values that are not finite")
+    if problems:
+        raise InputError(f"{file}: damaged: " + "; ".join(problems))
+
+    def outputs(kind: str) -> dict[str, jnp.ndarray]:
+        return {
+            _slashed(name.removeprefix(f"{kind}.")): jnp.asarray(tensor, jnp.float32)
+            for name, tensor in tensors.items()
+            if name.startswith(f"{kind}.")
+        }
+
+    return Concept(
+        embedding=jnp.asarray(tensors["embedding"], jnp.float32),
+        target_input=jnp.asarray(tensors["target_input"], jnp.float32),
+        dual=jnp.asarray(tensors["dual"], jnp.float32),
+        key_outputs=outputs("key_outputs"),
+        value_outputs=outputs("value_outputs"),
+    )
+
+
+def _dotted(layer: str) -> str:
+    """Flax's path to PyTorch's: `mid_block/attentions_0/.../attn2` is `mid_block.attentions.0....attn2`."""
+    return re.sub(r"_(\d+)(?=/|$)", r".\1", layer).replace("/", ".")
+
+
+def _slashed(layer: str) -> str:
+    return re.sub(r"\.(\d+)", r"_\1", layer).replace(".", "/")

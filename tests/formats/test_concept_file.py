@@ -1,0 +1,138 @@
+import dataclasses
+import json
+import pickle
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import save_checkpoint
+from safetensors.numpy import load_file, save_file
+
+from perfusion_jax import Concept, InputError, load_base_model
+from perfusion_jax.formats.concept_file import ConceptCard, load_concept, save_concept
+from perfusion_jax.surgery import cross_attention_layers
+
+
+@pytest.fixture(scope="module")
+def concept(sd1_base):
+    return sd1_base.new_concept("teddy bear", jnp.eye(sd1_base.context_width))
+
+
+@pytest.fixture
+def card(sd1_base):
+    return ConceptCard(
+        name="rex",
+        super_category="teddy bear",
+        base_model=sd1_base.name,
+        fingerprint=sd1_base.fingerprint,
+        bias=0.7,
+        temperature=0.15,
+        step=400,
+        licence="CC-BY-4.0",
+    )
+
+
+@pytest.fixture
+def file(tmp_path, concept, card):
+    save_concept(tmp_path / "rex.safetensors", concept, card)
+    return tmp_path / "rex.safetensors"
+
+
+def test_what_was_saved_is_read(file, concept, card, sd1_base):
+    found, found_card = load_concept(file, sd1_base)
+    assert found_card == card
+    assert found_card.placeholder == "<rex>"
+    assert jax.tree.structure(found) == jax.tree.structure(concept)
+    jax.tree.map(np.testing.assert_array_equal, found, concept)
+    assert [path.name for path in file.parent.iterdir()] == ["rex.safetensors"]
+
+
+def test_tensors_have_plain_names(file):
+    names = set(load_file(file))
+    assert {"embedding", "target_input", "dual"} < names
+    assert "value_outputs.down_blocks.0.attentions.0.transformer_blocks.0.attn2" in names
+    assert "key_outputs.mid_block.attentions.0.transformer_blocks.0.attn2" in names
+
+
+def test_another_base_model_is_refused_and_both_are_named(file, sd1_base, tmp_path):
+    folder = save_checkpoint(tmp_path / "other", "sd1")
+    tensors = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    rng = np.random.default_rng(0)
+    changed = {k: v + rng.standard_normal(v.shape).astype("f") if "attn2" in k else v for k, v in tensors.items()}
+    save_file(changed, folder / "unet/diffusion_pytorch_model.safetensors")
+    other = load_base_model(folder)
+    with pytest.raises(InputError, match=f"trained on the base model {sd1_base.name}, which {other.name} is not"):
+        load_concept(file, other)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_same_model_in_another_dtype_is_accepted(file, sd1_base, dtype):
+    half = sd1_base.astype(dtype)
+    assert half.fingerprint != sd1_base.fingerprint  # the fields differ, the model does not
+    assert load_concept(file, half)[0].embedding.dtype == jnp.float32
+
+
+def damage(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    with file.open("rb") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+    metadata = json.loads(header)["__metadata__"]
+    save_file(tensors, file, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("dual"), "damaged: dual is missing"),
+        (lambda t: t.update(extra=np.ones(2)), "damaged: extra is not known"),
+        (lambda t: t.update(dual=np.ones(2)), r"dual has shape \(2,\) instead of \(48,\)"),
+        (lambda t: t["dual"].__setitem__(0, np.nan), "dual has values that are not finite"),
+    ],
+)
+def test_files_edited_by_hand_are_refused(file, sd1_base, change, message):
+    damage(file, change)
+    with pytest.raises(InputError, match=f"{re.escape(str(file))}: .*{message}"):
+        load_concept(file, sd1_base)
+
+
+def test_truncated_missing_and_foreign_files_are_refused(file, sd1_base, tmp_path, concept):
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(InputError, match="not a complete safetensors file"):
+        load_concept(file, sd1_base)
+    with pytest.raises(InputError, match="no such concept file"):
+        load_concept(tmp_path / "missing.safetensors", sd1_base)
+    file.write_bytes(pickle.dumps({"embedding": [1.0]}))
+    with pytest.raises(InputError, match="not a complete safetensors file"):
+        load_concept(file, sd1_base)
+    save_file({"embedding": np.ones(3)}, file)
+    with pytest.raises(InputError, match="not a concept of perfusion_jax"):
+        load_concept(file, sd1_base)
+
+
+def test_a_failed_write_leaves_the_old_file(file, sd1_base, card, concept):
+    before = file.read_bytes()
+    not_an_array = dataclasses.replace(concept, embedding="no array")
+    with pytest.raises(ValueError, match="could not convert string"):
+        save_concept(file, not_an_array, card)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == ["rex.safetensors"]
+    with pytest.raises(InputError, match="cannot be written"):
+        save_concept(file / "below.safetensors", concept, card)
+
+
+def test_a_concept_of_stable_diffusion_15_takes_at_most_120_kilobytes(tmp_path, card):
+    """The layers' widths are read off the real architecture, without its weights."""
+    from perfusion_jax.base_model.flax_classes import FlaxUNet2DConditionModel
+
+    module = FlaxUNet2DConditionModel(cross_attention_dim=768)
+    layers = cross_attention_layers(jax.eval_shape(module.init_weights, jax.random.key(0)))
+    widths = {layer: weights["to_v"]["kernel"].shape[1] for layer, weights in layers.items()}
+    assert len(widths) == 16
+    assert sum(widths.values()) == 12_480
+    outputs = {layer: jnp.ones(width) for layer, width in widths.items()}
+    concept = Concept(jnp.ones(768), jnp.ones(768), jnp.ones(768), outputs, outputs)
+    save_concept(tmp_path / "full.safetensors", concept, card)
+    assert 99_840 < (tmp_path / "full.safetensors").stat().st_size <= 120_000
