@@ -15,7 +15,6 @@ DEPENDENCIES = [
     "flax>=0.12.8",
     "huggingface_hub>=0.36",
     "jax>=0.10.2",
-    "ml_dtypes>=0.5",
     "numpy>=2.0",
     "safetensors>=0.8",
     "tqdm>=4.66",
@@ -23,9 +22,12 @@ DEPENDENCIES = [
 ]
 # PyTorch is an oracle in the tests and the other side of the benchmarks; the package never imports it.
 TEST = [
+    # These three are what the part of perfusion-pytorch needs that is compared. It is installed by itself, without its other
+    # dependencies: they bring a torchvision that does not work with the CPU build of PyTorch.
+    "beartype",
+    "einops",
+    "opt_einsum",
     "hypothesis>=6.150",
-    "perfusion-pytorch==0.1.23",
-    "psutil>=7.0",
     "pytest>=9.0",
     "torch==2.13.0",
 ]

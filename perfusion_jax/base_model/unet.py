@@ -5,7 +5,7 @@ The UNet reads text only through the keys and values of its cross-attention, and
 never computes its own `to_k` and `to_v`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from perfusion_jax import edit as edit_lib
 from perfusion_jax.base_model.attention import attend
+from perfusion_jax.base_model.convolution import Padding, convolve
 from perfusion_jax.base_model.flax_classes import FlaxAttention, FlaxGEGLU, FlaxUNet2DConditionModel
 from perfusion_jax.surgery import EDIT, TARGET_OUTPUTS, Params, cross_attention_layers
 
@@ -104,6 +105,12 @@ def denoise(
             # approximates it by a tanh.
             linear, gated = jnp.split(block.proj(args[0]), 2, axis=-1)
             return linear * nn.gelu(gated, approximate=False)
+        if isinstance(block, nn.Conv):
+            kernel, bias = (block.variables["params"][name].astype(block.dtype) for name in ("kernel", "bias"))
+            # diffusers always spells out pairs, or "VALID" for no padding.
+            strides = cast(tuple[int, int], block.strides)
+            padding = ((0, 0), (0, 0)) if block.padding == "VALID" else cast(Padding, block.padding)
+            return convolve(args[0].astype(block.dtype), kernel, strides, padding) + bias
         return next_fun(*args, **kwargs)
 
     # The text enters through the intercepted attention alone; the module still wants an argument in its place.

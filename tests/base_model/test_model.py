@@ -1,5 +1,7 @@
 """The frozen model against PyTorch diffusers and transformers, on the same weights."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,58 +88,65 @@ def test_latents_as_wide_as_they_have_channels_are_not_mistaken_for_channels_fir
     assert base.decode_latent(base.params["vae"], wide).shape == (1, 12, 24, 3)
 
 
-def test_the_unet_never_reads_its_own_text_projections(base):
+def test_the_unet_never_reads_its_own_text_projections(sd1_base):
     rng = np.random.default_rng(1)
-    encodings = jnp.asarray(rng.standard_normal((1, 16, base.context_width)), jnp.float32)
+    encodings = jnp.asarray(rng.standard_normal((1, 16, sd1_base.context_width)), jnp.float32)
     latents = jnp.asarray(rng.standard_normal((1, 16, 16, 4)), jnp.float32)
-    fed = keys_values(base.params["unet"], encodings)
-    expected = base.denoise(base.params["unet"], latents, jnp.array([5]), fed)
+    fed = keys_values(sd1_base.params["unet"], encodings)
+    denoise = jax.jit(sd1_base.denoise)
+    expected = denoise(sd1_base.params["unet"], latents, jnp.array([5]), fed)
 
     def poison(path, leaf):
         names = [entry.key for entry in path]
         return leaf * jnp.nan if "attn2" in names and ("to_k" in names or "to_v" in names) else leaf
 
-    poisoned = jax.tree_util.tree_map_with_path(poison, base.params["unet"])
+    poisoned = jax.tree_util.tree_map_with_path(poison, sd1_base.params["unet"])
     assert not np.isfinite(
         keys_values(poisoned, encodings)["mid_block/attentions_0/transformer_blocks_0/attn2"].key
     ).any()
-    np.testing.assert_array_equal(base.denoise(poisoned, latents, jnp.array([5]), fed), expected)
+    np.testing.assert_array_equal(denoise(poisoned, latents, jnp.array([5]), fed), expected)
 
 
-def test_missing_keys_and_values_are_named(base):
-    fed = keys_values(base.params["unet"], jnp.zeros((1, 16, base.context_width)))
+def test_missing_keys_and_values_are_named(sd1_base):
+    fed = keys_values(sd1_base.params["unet"], jnp.zeros((1, 16, sd1_base.context_width)))
     fed.pop("mid_block/attentions_0/transformer_blocks_0/attn2")
     with pytest.raises(ValueError, match="mid_block/attentions_0"):
-        base.denoise(base.params["unet"], jnp.zeros((1, 16, 16, 4)), jnp.array([5]), fed)
+        sd1_base.denoise(sd1_base.params["unet"], jnp.zeros((1, 16, 16, 4)), jnp.array([5]), fed)
 
 
-def test_bfloat16_is_close_to_float32(folder, base):
-    half = load_base_model(folder, dtype=jnp.bfloat16)
+def test_bfloat16_is_close_to_float32(sd1_folder, sd1_base):
+    half = load_base_model(sd1_folder, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
-    ids = base.tokenizer(["a photo of a dog"])
+    ids = sd1_base.tokenizer(["a photo of a dog"])
     latents = jax.random.normal(jax.random.key(0), (1, 16, 16, 4))
     images = jax.random.uniform(jax.random.key(1), (1, 32, 32, 3), minval=-1)
 
     def outputs(model):
-        encodings = model.encode(model.params["text_encoder"], ids)
-        fed = keys_values(model.params["unet"], encodings)
-        noise = model.denoise(model.params["unet"], latents.astype(encodings.dtype), jnp.array([400]), fed)
-        return encodings, noise, model.encode_image(model.params["vae"], images).mean
+        return jax.jit(partial(compute, model))(model.params)
 
-    for ours, reference in zip(outputs(half), outputs(base), strict=True):
+    def compute(model, params):
+        encodings = model.encode(params["text_encoder"], ids)
+        fed = keys_values(params["unet"], encodings)
+        noise = model.denoise(params["unet"], latents.astype(encodings.dtype), jnp.array([400]), fed)
+        return encodings, noise, model.encode_image(params["vae"], images).mean
+
+    for ours, reference in zip(outputs(half), outputs(sd1_base), strict=True):
         assert 1e-5 < relative_error(ours.astype(jnp.float32), reference) < 0.05
-    assert outputs(base.astype(jnp.bfloat16))[1].dtype == jnp.bfloat16
+    cast = sd1_base.astype(jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, cast.params, half.params)
+    assert jax.eval_shape(partial(compute, cast), cast.params)[1].dtype == jnp.bfloat16
 
 
-def test_gradients_reach_the_keys_and_values(base):
-    encodings = jax.random.normal(jax.random.key(0), (1, 16, base.context_width))
+def test_gradients_reach_the_keys_and_values(sd1_base):
+    encodings = jax.random.normal(jax.random.key(0), (1, 16, sd1_base.context_width))
     latents = jax.random.normal(jax.random.key(1), (1, 16, 16, 4))
-    fed = keys_values(base.params["unet"], encodings)
+    fed = keys_values(sd1_base.params["unet"], encodings)
 
     def loss(fed):
-        return jnp.sum(base.denoise(base.params["unet"], latents, jnp.array([50]), fed) ** 2)
+        return jnp.sum(sd1_base.denoise(sd1_base.params["unet"], latents, jnp.array([50]), fed) ** 2)
 
-    gradient = jax.grad(loss)(fed)
+    loss = jax.jit(loss)
+    gradient = jax.jit(jax.grad(loss))(fed)
     layer = "mid_block/attentions_0/transformer_blocks_0/attn2"
     direction = jax.random.normal(jax.random.key(2), fed[layer].value.shape)
     step = 1e-2
