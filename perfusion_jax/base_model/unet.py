@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from perfusion_jax import edit as edit_lib
 from perfusion_jax.base_model.attention import attend
 from perfusion_jax.base_model.convolution import Padding, convolve
-from perfusion_jax.base_model.flax_classes import FlaxAttention, FlaxGEGLU, FlaxUNet2DConditionModel
+from perfusion_jax.base_model.flax_classes import (
+    FlaxAttention,
+    FlaxGEGLU,
+    FlaxTransformer2DModel,
+    FlaxUNet2DConditionModel,
+)
 from perfusion_jax.surgery import EDIT, TARGET_OUTPUTS, Params, cross_attention_layers
 
 
@@ -105,6 +110,10 @@ def denoise(
             # approximates it by a tanh.
             linear, gated = jnp.split(block.proj(args[0]), 2, axis=-1)
             return linear * nn.gelu(gated, approximate=False)
+        if isinstance(block, nn.GroupNorm) and isinstance(block.parent, FlaxTransformer2DModel):
+            # PyTorch diffusers has 1e-6 here and 1e-5 elsewhere; the Flax class has 1e-5 in both places.
+            exact = nn.GroupNorm(block.num_groups, epsilon=1e-6, dtype=block.dtype, parent=None)
+            return exact.apply({"params": block.variables["params"]}, args[0])
         if isinstance(block, nn.Conv):
             kernel, bias = (block.variables["params"][name].astype(block.dtype) for name in ("kernel", "bias"))
             # diffusers always spells out pairs, or "VALID" for no padding.

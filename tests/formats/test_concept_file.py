@@ -10,7 +10,7 @@ import pytest
 from checkpoints import save_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from perfusion_jax import Concept, InputError, load_base_model
+from perfusion_jax import Concept, Gate, InputError, insert, load_base_model
 from perfusion_jax.formats.concept_file import ConceptCard, load_concept, save_concept
 from perfusion_jax.surgery import cross_attention_layers
 
@@ -128,11 +128,14 @@ def test_a_concept_of_stable_diffusion_15_takes_at_most_120_kilobytes(tmp_path, 
     from perfusion_jax.base_model.flax_classes import FlaxUNet2DConditionModel
 
     module = FlaxUNet2DConditionModel(cross_attention_dim=768)
-    layers = cross_attention_layers(jax.eval_shape(module.init_weights, jax.random.key(0)))
+    params = jax.eval_shape(module.init_weights, jax.random.key(0))
+    layers = cross_attention_layers(params)
     widths = {layer: weights["to_v"]["kernel"].shape[1] for layer, weights in layers.items()}
     assert len(widths) == 16
     assert sum(widths.values()) == 12_480
     outputs = {layer: jnp.ones(width) for layer, width in widths.items()}
     concept = Concept(jnp.ones(768), jnp.ones(768), jnp.ones(768), outputs, outputs)
+    edited = jax.eval_shape(lambda params: insert(params, concept, Gate(0.6, 0.15)), params)
+    assert len(jax.tree.leaves(edited)) == len(jax.tree.leaves(params)) + 2 * 16 + 5
     save_concept(tmp_path / "full.safetensors", concept, card)
     assert 99_840 < (tmp_path / "full.safetensors").stat().st_size <= 120_000
