@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from checkpoints import LAYOUTS, save_checkpoint
+from checkpoints import LAYOUTS, save_checkpoint, save_full_size
 
 from perfusion_jax import load_base_model
 
@@ -17,6 +17,16 @@ def folder(request, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def sd1_folder(tmp_path_factory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("sd1"), "sd1")
+
+
+@pytest.fixture(scope="session")
+def large_folder(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("large"), "sd1", large=True)
+
+
+@pytest.fixture(scope="session")
+def full_size_folder(tmp_path_factory) -> Path:
+    return save_full_size(tmp_path_factory.mktemp("full_size"))
 
 
 @pytest.fixture(scope="session")
