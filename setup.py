@@ -48,6 +48,6 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "test": [*TEST, *DEVELOP],
-        "dev": [*TEST, *DEVELOP],
+        "dev": DEVELOP,
     },
 )

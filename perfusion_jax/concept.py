@@ -42,7 +42,7 @@ class Concept:
         projections: Mapping[str, Mapping[str, Mapping[str, jax.Array]]],
         embedding: jax.Array,
         encoding: jax.Array,
-        inverse_covariance: jax.Array,
+        whitening: jax.Array,
     ) -> "Concept":
         """Returns the concept before training: in every way its super-category (paper, sections 4.1 and 4.2).
 
@@ -51,7 +51,7 @@ class Concept:
             embedding: the super-category's word embedding, [token_width]; the mean over its tokens if there are
                 several.
             encoding: i_super, the encoding at the super-category's token, [context_width]; likewise the mean.
-            inverse_covariance: C^-1, float32 [context_width, context_width].
+            whitening: C^-1/2, float32 [context_width, context_width].
         """
         target_input = jnp.asarray(encoding, jnp.float32)
 
@@ -66,7 +66,7 @@ class Concept:
         return cls(
             embedding=jnp.asarray(embedding, jnp.float32),
             target_input=target_input,
-            dual=edit.dual(inverse_covariance, target_input),
+            dual=edit.dual(whitening, target_input),
             key_outputs=outputs("to_k"),
             value_outputs=outputs("to_v"),
         )
@@ -82,9 +82,9 @@ class Concept:
             parameters["key_outputs"] = self.key_outputs
         return parameters
 
-    def with_target_input(self, target_input: jax.Array, inverse_covariance: jax.Array) -> "Concept":
+    def with_target_input(self, target_input: jax.Array, whitening: jax.Array) -> "Concept":
         """Returns the concept with another i* ([context_width]) and the dual that belongs to it."""
-        return dataclasses.replace(self, target_input=target_input, dual=edit.dual(inverse_covariance, target_input))
+        return dataclasses.replace(self, target_input=target_input, dual=edit.dual(whitening, target_input))
 
 
 def stack(concepts: Sequence[Concept]) -> Concept:

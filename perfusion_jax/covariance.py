@@ -31,7 +31,7 @@ BATCH = 64  # captions
 SAVE_EVERY = 2.0  # seconds
 # Prompts are encoded at their batch's longest length, rounded up to this, so that only a few lengths are compiled.
 LENGTH_STEP = 8  # tokens
-# Float32 cannot invert more.
+# The metric is used in float32: above this, similarities lose all their digits.
 MAX_CONDITION = 1e6
 
 
@@ -45,6 +45,7 @@ class Progress(NamedTuple):
         offset: bytes of the file read.
         digest: SHA-256 of those bytes, hexadecimal.
         base: name of the base model.
+        text_encoder: SHA-256 of the text encoder's weights, hexadecimal.
     """
 
     total: np.ndarray
@@ -53,6 +54,7 @@ class Progress(NamedTuple):
     offset: int
     digest: str
     base: str
+    text_encoder: str
 
 
 def outer_product_sum(base: BaseModel, text_params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -81,10 +83,12 @@ def accumulate(base: BaseModel, captions: Path, start: Progress | None = None) -
     """
     product_sum = jax.jit(partial(outer_product_sum, base))
     width = base.context_width
-    done = start or Progress(np.zeros((width, width)), 0, 0, 0, hashlib.sha256().hexdigest(), base.name)
+    done = start or Progress(
+        np.zeros((width, width)), 0, 0, 0, hashlib.sha256().hexdigest(), base.name, _weights_digest(base)
+    )
     try:
         with captions.open("rb") as stream:
-            digest = hashlib.sha256(stream.read(done.offset))
+            digest = _prefix_digest(stream, done.offset)
             for batch in _batches(stream, digest, captions):
                 ids, mask = base.tokenizer.captions(batch)
                 # The text encoder is causal: what follows the last real token does not change the encodings before it.
@@ -101,11 +105,28 @@ def accumulate(base: BaseModel, captions: Path, start: Progress | None = None) -
                     captions=done.captions + len(batch),
                     offset=stream.tell(),
                     digest=digest.hexdigest(),
-                    base=base.name,
+                    base=done.base,
+                    text_encoder=done.text_encoder,
                 )
                 yield done
     except OSError as error:
         raise InputError(f"{captions}: cannot be read ({error.strerror})") from error
+
+
+def _prefix_digest(stream: BinaryIO, size: int) -> Any:
+    """Hashes the first `size` bytes of a file, or what there is of them, and leaves the stream behind them."""
+    digest = hashlib.sha256()
+    while size > 0 and (block := stream.read(min(size, 2**20))):
+        digest.update(block)
+        size -= len(block)
+    return digest
+
+
+def _weights_digest(base: BaseModel) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(base.params["text_encoder"]):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _batches(stream: BinaryIO, digest: Any, file: Path) -> Iterator[list[str]]:
@@ -131,7 +152,8 @@ def covariance_of(progress: Progress | None, captions: Path) -> np.ndarray:
     """Returns C, float64 [context_width, context_width].
 
     Raises:
-        InputError: the captions have no more tokens than C has dimensions, so that it cannot be inverted.
+        InputError: the captions have fewer tokens than C has dimensions, or say too little, so that it cannot be
+            inverted.
     """
     if progress is None:
         raise InputError(f"{captions}: no captions in it; one goes on a line")
@@ -141,7 +163,7 @@ def covariance_of(progress: Progress | None, captions: Path) -> np.ndarray:
             f"{captions}: {progress.tokens} tokens in {progress.captions} captions; a covariance of {dimensions} "
             "dimensions needs more than that: give more captions (the paper used 100,000)"
         )
-    return progress.total / progress.tokens
+    return _checked(progress.total / progress.tokens, captions)
 
 
 def load_covariance(file: str | Path, width: int) -> np.ndarray:
@@ -158,9 +180,17 @@ def load_covariance(file: str | Path, width: int) -> np.ndarray:
         InputError: it cannot be read, is of another shape, or is no covariance that can be inverted.
     """
     file = Path(file)
-    matrix = _read_matrix(file).astype(np.float64)
+    try:
+        matrix = np.asarray(_read_matrix(file), np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file}: not a matrix of numbers ({error})") from error
     if matrix.shape != (width, width):
         raise InputError(f"{file}: of shape {matrix.shape}; this text encoder's covariance is ({width}, {width})")
+    return _checked(matrix, file)
+
+
+def _checked(matrix: np.ndarray, file: Path) -> np.ndarray:
+    """Returns a covariance, made exactly symmetric; `file` is where it came from, for errors."""
     if not np.isfinite(matrix).all():
         raise InputError(f"{file}: has values that are not finite")
     if np.abs(matrix - matrix.T).max() > 1e-4 * np.abs(matrix).max():
@@ -175,10 +205,18 @@ def load_covariance(file: str | Path, width: int) -> np.ndarray:
     return matrix
 
 
-def load_inverse_covariance(file: str | Path, width: int) -> jax.Array:
-    """Returns C^-1, float32 [width, width], inverted in float64; arguments and errors as for `load_covariance`."""
-    inverse = np.linalg.inv(load_covariance(file, width))
-    return jnp.asarray((inverse + inverse.T) / 2, jnp.float32)
+def load_whitening(file: str | Path, width: int) -> jax.Array:
+    """Returns C^-1/2, the metric's symmetric root, float32 [width, width]; arguments and errors as `load_covariance`.
+
+    It whitens encodings: multiplied by it, they have the identity for their covariance.
+    """
+    return whitening_of(load_covariance(file, width))
+
+
+def whitening_of(covariance: np.ndarray) -> jax.Array:
+    """Returns C^-1/2, float32, computed in float64 from C, which is symmetric and positive definite."""
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+    return jnp.asarray((eigenvectors / np.sqrt(eigenvalues)) @ eigenvectors.T, jnp.float32)
 
 
 def _read_matrix(file: Path) -> np.ndarray:
@@ -193,7 +231,7 @@ def _read_matrix(file: Path) -> np.ndarray:
             raise InputError(f"{file}: a covariance is a .npz, .npy or .safetensors file")
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such file") from error
-    except (OSError, ValueError, EOFError, BadZipFile, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile, SafetensorError) as error:
         raise InputError(f"{file}: cannot be read ({error})") from error
     if "covariance" in arrays:
         return arrays["covariance"]
@@ -208,24 +246,25 @@ def _read_archive(file: Path) -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-def _partial_file(out: Path) -> Path:
+def partial_file(out: Path) -> Path:
+    """Returns where an unfinished run keeps its progress."""
     return out.with_name(f"{out.name}.partial.npz")
 
 
-def _resume(out: Path, captions: Path, base: BaseModel) -> Progress | None:
-    """Reads what an interrupted run left, if it was of the same captions and model."""
-    file = _partial_file(out)
+def resume(out: Path, captions: Path, base: BaseModel) -> Progress | None:
+    """Returns what an interrupted run left, or None if there is nothing of the same captions and model."""
+    file = partial_file(out)
     if not file.is_file():
         return None
     try:
         arrays = _read_archive(file)
         left = Progress(arrays["total"], *(arrays[field].item() for field in Progress._fields[1:]))
         with captions.open("rb") as stream:
-            same_captions = hashlib.sha256(stream.read(left.offset)).hexdigest() == left.digest
+            same_captions = _prefix_digest(stream, left.offset).hexdigest() == left.digest
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         print(f"{file}: cannot be read ({error}); starting anew")
         return None
-    if same_captions and left.base == base.name and left.total.shape == (base.context_width,) * 2:
+    if same_captions and left.text_encoder == _weights_digest(base):
         print(f"{file}: going on after {left.captions:,} captions")
         return left
     print(f"{file}: made from other captions or another model; starting anew")
@@ -251,7 +290,7 @@ def main() -> None:
     if not captions.is_file():
         raise InputError(f"{captions}: no such file of captions")
     base = load_base_model(FLAGS.base, revision=FLAGS.revision, variant=FLAGS.variant)
-    progress = _resume(out, captions, base)
+    progress = resume(out, captions, base)
     saved = time.monotonic()
     try:
         with tqdm(total=captions.stat().st_size, unit="B", unit_scale=True, desc="captions read") as bar:
@@ -260,11 +299,11 @@ def main() -> None:
                 progress = latest
                 bar.update(progress.offset - bar.n)
                 if time.monotonic() - saved > SAVE_EVERY:
-                    _save(_partial_file(out), **progress._asdict())
+                    _save(partial_file(out), **progress._asdict())
                     saved = time.monotonic()
     except KeyboardInterrupt:
         if progress is not None:
-            _save(_partial_file(out), **progress._asdict())
+            _save(partial_file(out), **progress._asdict())
         raise
     covariance = covariance_of(progress, captions)
     assert progress is not None  # covariance_of has seen to it
@@ -272,16 +311,17 @@ def main() -> None:
         out,
         covariance=covariance,
         base=base.name,
+        text_encoder_sha256=progress.text_encoder,
         captions_file=captions.name,
         captions_sha256=progress.digest,
         captions=progress.captions,
         tokens=progress.tokens,
     )
-    _partial_file(out).unlink(missing_ok=True)
+    partial_file(out).unlink(missing_ok=True)
     eigenvalues = np.linalg.eigvalsh(covariance)
     print(
         f"{out}: covariance of {progress.tokens:,} tokens in {progress.captions:,} captions, "
-        f"condition number {eigenvalues[-1] / max(eigenvalues[0], np.finfo(float).tiny):.3g}"
+        f"condition number {eigenvalues[-1] / eigenvalues[0]:.3g}"
     )
 
 

@@ -72,20 +72,30 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def dual(inverse_covariance: jax.Array, target_input: jax.Array) -> jax.Array:
+def dual(whitening: jax.Array, target_input: jax.Array) -> jax.Array:
     """Returns C^-1 i*, the covector that measures similarity to i*.
 
     Args:
-        inverse_covariance: C^-1, float32 [context_width, context_width], symmetric.
+        whitening: C^-1/2, the symmetric root of the metric, float32 [context_width, context_width]. Applied twice
+            it loses only the square root of C's condition number in precision; one product with C^-1 would lose
+            all of it.
         target_input: i*, float32 [..., context_width].
     """
-    return _dot(target_input, inverse_covariance)
+    return _dot(_dot(target_input, whitening), whitening)
+
+
+def _exact(edit: Edit) -> Edit:
+    return jax.tree.map(lambda field: jnp.asarray(field, jnp.float32), edit)
 
 
 def _squared_norms(edit: Edit) -> jax.Array:
-    """<i_j, i_j>, [num_concepts]; 1 for an empty slot, so that nothing is divided by zero."""
-    norms = jnp.sum(edit.target_inputs * edit.duals, axis=-1)
-    return jnp.where(norms > 0, norms, 1.0)
+    """<i_j, i_j>, [num_concepts]; 0 for an empty slot."""
+    return jnp.sum(edit.target_inputs * edit.duals, axis=-1)
+
+
+def _or_one(values: jax.Array | float, present: jax.Array) -> jax.Array:
+    """Replaces the values of empty slots, by which nothing can be divided."""
+    return jnp.where(present, values, 1.0)
 
 
 def similarity(edit: Edit, encodings: jax.Array) -> jax.Array:
@@ -98,7 +108,9 @@ def similarity(edit: Edit, encodings: jax.Array) -> jax.Array:
     Returns:
         float32 [..., num_concepts].
     """
-    return _dot(encodings.astype(jnp.float32), edit.duals.T) / _squared_norms(edit)
+    edit = _exact(edit)
+    norms = _squared_norms(edit)
+    return _dot(encodings.astype(jnp.float32), edit.duals.T) / _or_one(norms, norms > 0)
 
 
 def gate(similarities: jax.Array, gates: Gate) -> jax.Array:
@@ -109,13 +121,16 @@ def gate(similarities: jax.Array, gates: Gate) -> jax.Array:
 def dual_basis(edit: Edit) -> jax.Array:
     """Returns u = G^-1 d, such that c_j(e) = u_j . e are the coordinates of e in the span of the concepts.
 
-    Near-parallel concepts count as one direction, shared evenly between them (the pseudo-inverse of G): the result
-    is finite for any concepts, the same one twice included, and does not depend on their order.
+    Near-parallel concepts count as one direction, shared evenly between them (the pseudo-inverse of G): the result is
+    finite for any concepts, the same one twice included, and does not depend on their order. (Their target outputs are
+    still added: two concepts, however alike, are two edits.)
 
     Returns:
         float32 [num_concepts, context_width].
     """
-    norms = jnp.sqrt(_squared_norms(edit))
+    edit = _exact(edit)
+    squared_norms = _squared_norms(edit)
+    norms = jnp.sqrt(_or_one(squared_norms, squared_norms > 0))
     gram = _dot(edit.target_inputs, edit.duals.T)
     correlation = gram / norms[:, None] / norms[None, :]
     if correlation.shape[-1] == 1:  # the coordinate of a single concept is its similarity
@@ -133,10 +148,13 @@ def edited_input(edit: Edit, encodings: jax.Array) -> EditedInput:
         edit: the concepts and their gates.
         encodings: text encodings, [..., context_width], any float dtype.
     """
+    edit = _exact(edit)
     exact = encodings.astype(jnp.float32)
     coordinates = _dot(exact, dual_basis(edit).T)
     perpendicular = exact - _dot(coordinates * edit.gates.strength, edit.target_inputs)
-    activations = edit.gates.strength * gate(similarity(edit, exact), edit.gates)
+    present = _squared_norms(edit) > 0
+    gates = edit.gates._replace(temperature=_or_one(edit.gates.temperature, present))
+    activations = jnp.where(present, gates.strength * gate(similarity(edit, exact), gates), 0.0)
     return EditedInput(perpendicular.astype(encodings.dtype), activations)
 
 
@@ -151,9 +169,9 @@ def project(kernel: jax.Array, edited: EditedInput, target_outputs: jax.Array) -
     Returns:
         [..., out_width], the dtype of the prompt's encodings.
     """
-    dense = jnp.matmul(edited.perpendicular, kernel.astype(edited.perpendicular.dtype))
-    correction = _dot(edited.activations, target_outputs)
-    return (dense + correction).astype(dense.dtype)
+    dtype = edited.perpendicular.dtype
+    dense = jnp.matmul(edited.perpendicular, kernel.astype(dtype), preferred_element_type=jnp.float32)
+    return (dense + _dot(edited.activations, target_outputs.astype(jnp.float32))).astype(dtype)
 
 
 def bake(kernel: jax.Array, edit: Edit, target_outputs: jax.Array) -> jax.Array:
@@ -169,7 +187,8 @@ def bake(kernel: jax.Array, edit: Edit, target_outputs: jax.Array) -> jax.Array:
     Returns:
         [context_width, out_width], the kernel's dtype.
     """
+    edit = _exact(edit)
     exact = kernel.astype(jnp.float32)
-    change = target_outputs - _dot(edit.target_inputs, exact)
+    change = target_outputs.astype(jnp.float32) - _dot(edit.target_inputs, exact)
     scaled = dual_basis(edit) * jnp.reshape(edit.gates.strength, (-1, 1))
     return (exact + _dot(scaled.T, change)).astype(kernel.dtype)

@@ -59,13 +59,14 @@ def insert(unet_params: Params, concepts: Concept | Sequence[Concept], gates: Ga
         gates: the gate of each concept, or one for all.
 
     Returns:
-        A new tree; every leaf of the old one is in it, unchanged.
+        A new tree; every leaf of the old one is in it, unchanged. With no concepts, the old tree.
 
     Raises:
-        ValueError: the tree already has an edit, or a concept was made for other layers.
+        ValueError: the tree already has an edit, a concept was made for another UNet, or a gate is impossible.
     """
-    if EDIT in unet_params:
-        raise ValueError("this parameter tree already has an edit: remove() it, and insert all concepts at once")
+    _refuse_edited(unet_params)
+    if not isinstance(concepts, Concept) and not concepts:
+        return unet_params
     stacked, edit = _stack(unet_params, concepts, gates)
     flat = flatten_dict(unet_params)
     for layer in cross_attention_layers(unet_params):
@@ -91,7 +92,13 @@ def bake(unet_params: Params, concepts: Concept | Sequence[Concept], strength: j
 
     Returns:
         A tree of the same structure, dtypes and shapes, with other `attn2` kernels.
+
+    Raises:
+        ValueError: as for `insert`.
     """
+    _refuse_edited(unet_params)
+    if not isinstance(concepts, Concept) and not concepts:
+        return unet_params
     stacked, edit = _stack(unet_params, concepts, Gate(bias=0.0, temperature=1.0, strength=strength))
     flat = flatten_dict(unet_params)
     for layer in cross_attention_layers(unet_params):
@@ -102,6 +109,11 @@ def bake(unet_params: Params, concepts: Concept | Sequence[Concept], strength: j
     return unflatten_dict(flat)
 
 
+def _refuse_edited(unet_params: Params) -> None:
+    if EDIT in unet_params:
+        raise ValueError("this parameter tree already has an edit: remove() it, and give all concepts at once")
+
+
 def _stack(
     unet_params: Params, concepts: Concept | Sequence[Concept], gates: Gate | Sequence[Gate]
 ) -> tuple[Concept, Edit]:
@@ -110,12 +122,8 @@ def _stack(
         stacked = concept_lib.stack([concepts]) if single else concepts
     else:
         stacked = concept_lib.stack(concepts)
-    expected, found = set(cross_attention_layers(unet_params)), set(stacked.value_outputs)
-    if expected != found:
-        raise ValueError(
-            f"the concept was made for another UNet: layers {sorted(expected - found)} are missing from it, "
-            f"layers {sorted(found - expected)} are not in the UNet"
-        )
+    stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stacked)
+    _check_layers(unet_params, stacked)
     count = stacked.target_input.shape[0]
     if not isinstance(gates, Gate):
         gates = Gate(*(jnp.stack([jnp.asarray(field) for field in fields]) for fields in zip(*gates, strict=True)))
@@ -123,8 +131,24 @@ def _stack(
     return stacked, Edit(stacked.target_input, stacked.dual, gates)
 
 
+def _check_layers(unet_params: Params, stacked: Concept) -> None:
+    layers = cross_attention_layers(unet_params)
+    for projection, outputs in (("to_k", stacked.key_outputs), ("to_v", stacked.value_outputs)):
+        if layers.keys() != outputs.keys():
+            raise ValueError(
+                f"the concept was made for another UNet: layers {sorted(layers.keys() - outputs.keys())} are missing "
+                f"from it, layers {sorted(outputs.keys() - layers.keys())} are not in the UNet"
+            )
+        for layer, weights in layers.items():
+            wanted, given = weights[projection]["kernel"].shape, (stacked.dual.shape[-1], outputs[layer].shape[-1])
+            if wanted != given:
+                raise ValueError(f"the concept was made for another UNet: {layer} maps {wanted}, the concept {given}")
+
+
 def _per_concept(name: str, values: jax.Array | float, count: int) -> jax.Array:
     array = jnp.asarray(values, jnp.float32)
+    if name == "temperature" and not isinstance(array, jax.core.Tracer) and not (array > 0).all():
+        raise ValueError(f"temperature is {values}: it must be above 0")
     if array.ndim > 1 or array.size not in (1, count):
         raise ValueError(f"{name} has shape {array.shape}: give one value, or one for each of the {count} concepts")
     return jnp.broadcast_to(array.reshape(-1), (count,))

@@ -1,3 +1,5 @@
+import hashlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,9 @@ from perfusion_jax.covariance import (
     accumulate,
     covariance_of,
     load_covariance,
-    load_inverse_covariance,
+    load_whitening,
+    partial_file,
+    resume,
 )
 
 
@@ -74,6 +78,13 @@ def test_fewer_tokens_than_dimensions_are_refused(sd1_base, tmp_path):
         covariance_of(progress, tmp_path / "captions.txt")
 
 
+def test_captions_that_say_too_little_are_refused(sd1_base, tmp_path):
+    (tmp_path / "captions.txt").write_text("a dog\n" * 100)
+    progress = last(accumulate(sd1_base, tmp_path / "captions.txt"))
+    with pytest.raises(InputError, match=r"captions\.txt: singular or nearly so"):
+        covariance_of(progress, tmp_path / "captions.txt")
+
+
 def test_a_file_that_is_not_text_is_refused(sd1_base, tmp_path):
     (tmp_path / "captions.txt").write_bytes(b"a dog\n\xff\xfe\x00\n")
     with pytest.raises(InputError, match="is not UTF-8"):
@@ -92,9 +103,10 @@ def test_reads_matrices_made_elsewhere(tmp_path, matrix):
     save_file({"covariance": matrix, "count": np.ones(1)}, tmp_path / "c.safetensors")
     for name in ("c.npy", "c.npz", "c.safetensors"):
         np.testing.assert_allclose(load_covariance(tmp_path / name, 8), matrix)
-        inverse = load_inverse_covariance(tmp_path / name, 8)
-        np.testing.assert_allclose(inverse @ matrix, np.eye(8), atol=1e-5)
-        assert inverse.dtype == np.float32
+        whitening = load_whitening(tmp_path / name, 8)
+        np.testing.assert_allclose(whitening @ matrix @ whitening, np.eye(8), atol=1e-5)
+        np.testing.assert_array_equal(whitening, whitening.T)
+        assert whitening.dtype == np.float32
 
 
 def break_matrix(matrix, how):
@@ -138,6 +150,11 @@ def test_files_that_cannot_be_read_are_refused(tmp_path, matrix):
     for name, message in (("missing.npy", "no such file"), ("c.pt", "is a .npz, .npy or .safetensors file")):
         with pytest.raises(InputError, match=message):
             load_covariance(tmp_path / name, 8)
+    shutil.copy(tmp_path / "c.npy", tmp_path / "renamed.npz")
+    np.save(tmp_path / "words.npy", np.array([["a", "b"]]))
+    for name in ("renamed.npz", "words.npy"):
+        with pytest.raises(InputError, match=r"cannot be read|not a matrix of numbers"):
+            load_covariance(tmp_path / name, 8)
     (tmp_path / "short.npz").write_bytes((tmp_path / "two.npz").read_bytes()[:100])
     with pytest.raises(InputError, match=r"short\.npz: cannot be read"):
         load_covariance(tmp_path / "short.npz", 8)
@@ -159,7 +176,9 @@ class TestCommand:
             assert saved["captions"] == len(lines)
             assert saved["base"] == str(sd1_folder)
             assert saved["captions_file"] == "captions.txt"
-        assert load_inverse_covariance(tmp_path / "c.npz", sd1_base.context_width).shape == (48, 48)
+            assert saved["captions_sha256"] == hashlib.sha256((tmp_path / "captions.txt").read_bytes()).hexdigest()
+            assert len(str(saved["text_encoder_sha256"])) == 64
+        assert load_whitening(tmp_path / "c.npz", sd1_base.context_width).shape == (48, 48)
         again = self.start(sd1_folder, tmp_path / "captions.txt", tmp_path / "c.npz")
         assert "is there already" in again.communicate()[0]
 
@@ -196,9 +215,17 @@ class TestCommand:
             )
             assert "Traceback" not in stderr
 
-    def test_what_another_run_left_is_not_mixed_in(self, sd1_folder, tmp_path):
-        write_captions(tmp_path / "captions.txt", 200)
-        (tmp_path / "c.npz.partial.npz").write_bytes(b"not an archive")
-        run = self.start(sd1_folder, tmp_path / "captions.txt", tmp_path / "c.npz")
-        assert "starting anew" in run.communicate()[0]
-        assert run.returncode == 0
+    def test_what_another_run_left_is_not_mixed_in(self, sd1_folder, sd1_base, tmp_path):
+        captions, out = tmp_path / "captions.txt", tmp_path / "c.npz"
+        write_captions(captions, 200, seed=1)
+        of_others = next(iter(accumulate(sd1_base, captions)))
+        write_captions(captions, 200)
+        same = next(iter(accumulate(sd1_base, captions)))
+        for left in (of_others, same._replace(text_encoder="of another model"), None, same):
+            if left is None:
+                partial_file(out).write_bytes(b"not an archive")
+            else:
+                np.savez(partial_file(out), **left._asdict())
+            resumed = resume(out, captions, sd1_base)
+            assert (resumed is not None) == (left is same)
+        np.testing.assert_array_equal(resumed.total, same.total)

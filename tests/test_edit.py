@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from perfusion_jax import edit as edit_lib
+from perfusion_jax.covariance import whitening_of
 from perfusion_jax.edit import Edit, Gate
 
 D_CTX, D_OUT, TOKENS = 24, 10, 7
@@ -36,10 +38,9 @@ class Problem:
     def edit(self, strength=1.0, order=None) -> Edit:
         order = np.arange(len(self.inputs)) if order is None else order
         inputs = jnp.asarray(self.inputs[order], jnp.float32)
-        inverse = jnp.asarray(np.linalg.inv(self.covariance), jnp.float32)
         gates = Gate(*(jnp.asarray(v[order], jnp.float32) for v in (self.bias, self.temperature)))
         strength = jnp.broadcast_to(jnp.asarray(strength, jnp.float32), (len(self.inputs),))[order]
-        return Edit(inputs, edit_lib.dual(inverse, inputs), gates._replace(strength=strength))
+        return Edit(inputs, edit_lib.dual(whitening_of(self.covariance), inputs), gates._replace(strength=strength))
 
     def project(self, edit: Edit, outputs=None) -> jax.Array:
         outputs = self.outputs if outputs is None else outputs
@@ -94,10 +95,11 @@ def test_equals_perfusion_pytorch_with_the_covariance_of_clip(monkeypatch):
         # In float64: we ask whether the formulas agree, not how their float32 rounds.
         reference = theirs.double()(torch.tensor(encodings)).numpy()
 
-    inverse = jnp.asarray(np.linalg.inv(covariance.double().numpy()), jnp.float32)
     i = jnp.asarray(target_input, jnp.float32)[None]
     gates = Gate(jnp.array([theirs.eval_beta]), jnp.array([theirs.eval_temperature]), jnp.ones(1))
-    edited = edit_lib.edited_input(Edit(i, edit_lib.dual(inverse, i), gates), jnp.asarray(encodings, jnp.float32))
+    edited = edit_lib.edited_input(
+        Edit(i, edit_lib.dual(whitening_of(covariance.double().numpy()), i), gates), jnp.asarray(encodings, jnp.float32)
+    )
     kernel = jnp.asarray(linear.weight.detach().numpy().T, jnp.float32)
     ours = edit_lib.project(kernel, edited, jnp.asarray(target_output, jnp.float32)[None])
     assert relative_error(ours, reference) < 1e-5
@@ -178,15 +180,62 @@ def test_near_parallel_concepts_give_a_finite_edit_and_gradient(angle):
 def test_an_empty_slot_has_no_effect():
     p = Problem(7, 2)
     expected = p.project(p.edit())
-    edit = jax.tree.map(lambda leaf: jnp.concatenate([leaf, jnp.zeros_like(leaf[:1])]), p.edit())
-    edit = edit._replace(gates=edit.gates._replace(temperature=edit.gates.temperature.at[2].set(1.0)))
-    padded = p.project(edit, np.concatenate([p.outputs, np.zeros((1, D_OUT))]))
-    assert relative_error(padded, np.asarray(expected)) < 1e-5
+    empty = jax.tree.map(lambda leaf: jnp.concatenate([leaf, jnp.zeros_like(leaf[:1])]), p.edit())
+    for bias, temperature in ((-1.0, 0.1), (0.0, 0.0)):  # with an open gate, and with an impossible one
+        gates = Gate(empty.gates.bias.at[2].set(bias), empty.gates.temperature.at[2].set(temperature), jnp.ones(3))
+        padded = p.project(empty._replace(gates=gates), np.concatenate([p.outputs, np.ones((1, D_OUT))]))
+        assert relative_error(padded, np.asarray(expected)) < 1e-5
+
+
+@pytest.mark.parametrize("distance", [1.0, 0.3, 0.1])
+def test_similar_concepts_are_told_apart_at_the_conditioning_of_clip(distance):
+    """Two dogs of one super-category: i_2 = i_1 + distance * noise, and the condition number of CLIP ViT-L/14."""
+    for seed in range(5):
+        p = Problem(seed, 2, condition=3.9e3)
+        p.inputs[1] = p.inputs[0] + distance * p.inputs[1]
+        p.e[1] = p.inputs[1]
+        reference = oracle.several(p.W, p.e, p.inputs, p.outputs, p.covariance, p.bias, p.temperature)
+        assert relative_error(p.project(p.edit()), reference) < 1e-5 / distance
+
+
+def matrix_products(jaxpr):
+    """Every dot_general of a jaxpr, inner ones included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from matrix_products(inner)
+
+
+def test_every_product_of_the_edit_is_at_full_precision():
+    """On a TPU a float32 product is rounded to bfloat16 unless it says otherwise; a CPU does not show it."""
+    p = Problem(0, 2)
+    edit, e, kernel = p.edit(), jnp.asarray(p.e, jnp.float32), jnp.asarray(p.W.T, jnp.float32)
+    outputs, whitening = jnp.asarray(p.outputs, jnp.float32), whitening_of(p.covariance)
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    for function, arguments, default in (
+        (edit_lib.dual, (whitening, edit.target_inputs), 0),
+        (edit_lib.edited_input, (edit, e), 0),
+        (edit_lib.bake, (kernel, edit, outputs), 0),
+        (edit_lib.project, (kernel, edit_lib.edited_input(edit, e), outputs), 1),  # W e is the network's own product
+    ):
+        products = [q.params["precision"] for q in matrix_products(jax.make_jaxpr(function)(*arguments).jaxpr)]
+        assert len(products) >= 2
+        assert sum(precision != highest for precision in products) == default
+
+
+def test_concepts_in_half_precision_are_edited_in_float32():
+    p = Problem(4, 2)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p.edit())
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    e = jnp.asarray(p.e, jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, edit_lib.edited_input(half, e), edit_lib.edited_input(exact, e))
+    np.testing.assert_array_equal(edit_lib.similarity(half, e), edit_lib.similarity(exact, e))
 
 
 def test_stays_in_float32_inside_a_bfloat16_network():
     p = Problem(8, 1)
-    # The last token is close to the concept: in bfloat16 its similarity, a small difference of large products,
+    # The first token is the concept itself: in bfloat16 its similarity, a small difference of large products,
     # would be lost.
     encodings = jnp.asarray(p.e, jnp.bfloat16)
     edit = p.edit()
@@ -204,10 +253,9 @@ def test_stays_in_float32_inside_a_bfloat16_network():
 def test_gradients_equal_finite_differences():
     p = Problem(9, 2)
     edit = p.edit(p.strength)
-    inverse = np.linalg.inv(p.covariance)
 
     def ours(encodings, outputs, inputs):
-        duals = edit_lib.dual(jnp.asarray(inverse, jnp.float32), inputs)
+        duals = edit_lib.dual(whitening_of(p.covariance), inputs)
         edited = edit_lib.edited_input(edit._replace(target_inputs=inputs, duals=duals), encodings)
         return jnp.sum(edit_lib.project(jnp.asarray(p.W.T, jnp.float32), edited, outputs) ** 2)
 

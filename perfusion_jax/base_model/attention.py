@@ -49,8 +49,8 @@ def _in_chunks(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 def _softmax_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Attention over [batch, tokens, heads, width]; normalised after the values, which are smaller than the scores."""
     scale = query.shape[-1] ** -0.5
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
-    exponentials = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    exponentials = jnp.exp(scale * (scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))))
     weighted = jnp.einsum(
         "bhqk,bkhd->bqhd", exponentials.astype(value.dtype), value, preferred_element_type=jnp.float32
     )

@@ -50,7 +50,13 @@ _UNET_FIXED: dict[str, Any] = {
     "only_cross_attention": False,
     "resnet_time_scale_shift": "default",
     "reverse_transformer_layers_per_block": None,
+    "class_embeddings_concat": False,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
     "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
 }
@@ -64,8 +70,9 @@ _VAE_FIXED: dict[str, Any] = {
     "use_quant_conv": True,
 }
 _UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
-# Rounding the weights to bfloat16 moves a fingerprint by 0.01 at most; that of another model differs by about 1.
-FINGERPRINT_TOLERANCE = 0.05
+# Rounding the weights to bfloat16 moves a fingerprint by 0.01 at most. That of another model differs by about 1,
+# that of a fine-tune by about the relative change of the weights: one within 2 % counts as the same model.
+FINGERPRINT_TOLERANCE = 0.02
 _VAE_BLOCKS = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
 
 
@@ -100,7 +107,7 @@ class BaseModel:
     @property
     def latent_channels(self) -> int:
         """Channels of a latent: 4 for Stable Diffusion."""
-        return self.unet.in_channels
+        return self.vae.latent_channels
 
     @property
     def vae_factor(self) -> int:
@@ -127,27 +134,44 @@ class BaseModel:
         """Decodes latents to pictures, [batch, height, width, 3]; see `vae.decode_latent`."""
         return vae.decode_latent(self.vae, vae_params, latents)
 
+    def super_category_embedding(self, super_category: str) -> jax.Array:
+        """Returns the word embedding of a super-category, the mean over its tokens, float32 [token_width].
+
+        Encoding a prompt with it in place of a concept's gives the super-category's encodings, every word where it was.
+
+        Raises:
+            InputError: an empty super-category.
+        """
+        table = self.params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]["embedding"]
+        return table[np.array(self.tokenizer.words(super_category))].astype(jnp.float32).mean(axis=0)
+
     def new_concept(
-        self, super_category: str, inverse_covariance: jax.Array, templates: Sequence[str] = ("a photo of a {}",)
+        self, super_category: str, whitening: jax.Array, templates: Sequence[str] = ("a photo of a {}",)
     ) -> Concept:
         """Returns a concept that is still its super-category in every way.
 
         Args:
             super_category: the word or words for this kind of thing, such as `dog` or `teddy bear`.
-            inverse_covariance: C^-1 of this model's text encoder, float32 [context_width, context_width].
+            whitening: C^-1/2 of this model's text encoder (`covariance.load_whitening`), float32 [context_width,
+                context_width].
             templates: prompts with one `{}`; the super-category's encoding is the mean over them and over its tokens.
 
         Raises:
-            InputError: an empty super-category, or a template without a slot.
+            InputError: an empty super-category, no template or one without a slot, or a matrix of another width.
         """
+        if not templates:
+            raise InputError("no templates: give at least one prompt with a {}")
+        if whitening.shape != (self.context_width, self.context_width):
+            raise InputError(
+                f"the whitening matrix is {whitening.shape}; this text encoder's width is {self.context_width}"
+            )
         located = [self.tokenizer.locate(template, super_category) for template in templates]
         ids, masks = (np.stack(arrays) for arrays in zip(*located, strict=True))
-        table = self.params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]["embedding"]
         return Concept.from_super_category(
             projections=cross_attention_layers(self.params["unet"]),
-            embedding=table[ids[0][masks[0]]].astype(jnp.float32).mean(axis=0),
+            embedding=self.super_category_embedding(super_category),
             encoding=text.mean_at(self.encode(self.params["text_encoder"], ids), jnp.asarray(masks)),
-            inverse_covariance=inverse_covariance,
+            whitening=whitening,
         )
 
     def new_concept_shapes(self) -> Concept:
@@ -177,7 +201,7 @@ class BaseModel:
     def has_fingerprint(self, fingerprint: Sequence[float]) -> bool:
         """Whether a fingerprint is this model's."""
         ours = self.fingerprint
-        return len(ours) == len(fingerprint) and np.allclose(ours, fingerprint, atol=FINGERPRINT_TOLERANCE)
+        return len(ours) == len(fingerprint) and np.allclose(ours, fingerprint, rtol=0, atol=FINGERPRINT_TOLERANCE)
 
     def astype(self, dtype: jnp.dtype) -> "BaseModel":
         """Returns the model with weights and computation in another float dtype."""
@@ -226,10 +250,16 @@ def load_base_model(
         "vae": vae_module.init_weights,
         "text_encoder": partial(_initial_text_params, text_module),
     }
+    _check_fit(folder, unet_module, vae_module, text_module)
     tokenizer = _tokenizer(folder / "tokenizer", text_module.config)
     params: dict[str, Params] = {}
     for component, initialise in initialisers.items():
-        shapes = jax.eval_shape(initialise, jax.random.key(0))
+        try:
+            shapes = jax.eval_shape(initialise, jax.random.key(0))
+        except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+            raise InputError(
+                f"{folder / component / 'config.json'}: no model can be built from it ({error!r})"
+            ) from error
         checkpoint = find_checkpoint(folder / component, variant)
         params[component] = read_tree(checkpoint, shapes, dtype, str(folder / component))
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -273,10 +303,28 @@ def _tokenizer(folder: Path, config: CLIPTextConfig) -> text.PromptTokenizer:
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: missing; the folder is not complete")
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{folder}: not a CLIP tokeniser ({error})") from error
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"{folder}: {len(tokenizer)} words, but the text encoder knows {config.vocab_size}")
     return text.PromptTokenizer(tokenizer, config.vocab_size, config.max_position_embeddings)
+
+
+def _check_fit(
+    folder: Path, unet: FlaxUNet2DConditionModel, vae: FlaxAutoencoderKL, text_encoder: FlaxCLIPTextModule
+) -> None:
+    if unet.in_channels != vae.latent_channels:
+        raise InputError(
+            f"{folder}: the UNet takes {unet.in_channels} channels, the VAE gives {vae.latent_channels}: models for "
+            "inpainting, depth or other extra inputs are not supported"
+        )
+    if unet.cross_attention_dim != text_encoder.config.hidden_size:
+        raise InputError(
+            f"{folder}: the UNet reads encodings of width {unet.cross_attention_dim}, the text encoder's are "
+            f"{text_encoder.config.hidden_size} wide"
+        )
 
 
 def _check(file: Path, config: Mapping[str, Any], fixed: Mapping[str, Any], blocks: set[str]) -> None:

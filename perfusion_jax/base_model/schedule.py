@@ -60,12 +60,15 @@ class NoiseSchedule:
             raise InputError(f"{source}: prediction_type {prediction_type!r} is not one of epsilon, v_prediction")
         name = config.get("beta_schedule", "linear")
         steps = config.get("num_train_timesteps", 1000)
-        if config.get("trained_betas") is not None:
-            betas = np.asarray(config["trained_betas"], np.float64)
-        elif name in _BETAS:
-            betas = _BETAS[name](config.get("beta_start", 1e-4), config.get("beta_end", 0.02), steps)
-        else:
+        if name not in _BETAS and config.get("trained_betas") is None:
             raise InputError(f"{source}: beta_schedule {name!r} is not one of {', '.join(_BETAS)}")
+        try:
+            if config.get("trained_betas") is not None:
+                betas = np.asarray(config["trained_betas"], np.float64)
+            else:
+                betas = _BETAS[name](float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02)), steps)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{source}: the betas cannot be computed ({error})") from error
         if config.get("rescale_betas_zero_snr"):
             betas = _zero_terminal_snr(betas)
         return cls(np.cumprod(1 - betas).astype(np.float32), prediction_type, dict(config))

@@ -1,6 +1,7 @@
 """Where a base model comes from: the package, a folder, or the Hugging Face hub."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from perfusion_jax.errors import InputError
 
+EMOJI = Path(__file__).parents[1] / "emoji_world" / "model"
 COMPONENTS = ("unet", "vae", "text_encoder")
 _SMALL_FILES = ("model_index.json", "*/*config.json", "tokenizer/*")
 
@@ -17,14 +19,19 @@ def find_folder(source: str, revision: str | None, variant: str | None) -> Path:
     """Returns the diffusers-layout folder of a base model; downloads it when `source` is a hub id that is not cached.
 
     Args:
-        source: a folder, or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.
+        source: `emoji` for the model inside the package, a folder, or a hub id such as
+            `stable-diffusion-v1-5/stable-diffusion-v1-5`.
         revision: branch, tag or commit of a hub id.
         variant: `fp16` or None: which weight files.
 
     Raises:
         InputError: there is no such folder or hub id, or it is not in the diffusers layout.
     """
-    folder = Path(source).expanduser()
+    if source == "emoji" and not EMOJI.is_dir():
+        raise InputError(
+            "emoji: the small model that ships with the package is not in this build; name a folder or a hub id"
+        )
+    folder = EMOJI if source == "emoji" else Path(source).expanduser()
     if not folder.is_dir():
         looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
         if not looks_like_hub_id:
@@ -37,29 +44,29 @@ def find_folder(source: str, revision: str | None, variant: str | None) -> Path:
 
 def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
     infix = f".{variant}" if variant else ""
-    stems = ("diffusion_pytorch_model", "model")
-    safetensors = [
-        f"{component}/{stem}{pattern}"
-        for component in COMPONENTS
-        for stem in stems
-        for pattern in (
-            f"{infix}.safetensors",
-            f"{infix}-?????-of-?????.safetensors",
-            ".safetensors.index*.json",
-            f"{infix}.safetensors.index.json",
-        )
-    ]
+    safetensors = (
+        f"{infix}.safetensors",
+        f"{infix}-?????-of-?????.safetensors",
+        ".safetensors.index*.json",
+        f"{infix}.safetensors.index.json",
+    )
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SMALL_FILES, *safetensors]))
-        if not any((folder / component).glob("*.safetensors") for component in COMPONENTS):
-            folder = Path(
-                snapshot_download(hub_id, revision=revision, allow_patterns=[*_SMALL_FILES, f"*/*{infix}.msgpack"])
-            )
+        folder = _fetch(hub_id, revision, COMPONENTS, ("diffusion_pytorch_model", "model"), safetensors)
+        without = [component for component in COMPONENTS if not any((folder / component).glob("*.safetensors"))]
+        if without:
+            _fetch(hub_id, revision, without, ("diffusion_flax_model", "flax_model"), (f"{infix}.msgpack",))
     except LocalEntryNotFoundError as error:
         raise InputError(f"{hub_id}: not in the cache, and the hub cannot be reached: {error}") from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise InputError(f"{hub_id}: no such folder here, and the hub said: {error}") from error
     return folder
+
+
+def _fetch(
+    hub_id: str, revision: str | None, components: Sequence[str], stems: Sequence[str], endings: Sequence[str]
+) -> Path:
+    weights = [f"{component}/{stem}{ending}" for component in components for stem in stems for ending in endings]
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SMALL_FILES, *weights]))
 
 
 def read_config(file: Path, *classes: str) -> dict[str, Any]:
@@ -78,7 +85,9 @@ def read_config(file: Path, *classes: str) -> dict[str, Any]:
         raise InputError(f"{file}: missing; the folder is not complete") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not JSON ({error})") from error
-    named = [config.get("_class_name")] if "_class_name" in config else config.get("architectures", [None])
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: not a JSON object")
+    named = [config["_class_name"]] if "_class_name" in config else config.get("architectures") or [None]
     if classes and not set(named) & set(classes):
         raise InputError(f"{file}: of class {named[0]}, which is not supported; supported: {', '.join(classes)}")
     return config

@@ -47,6 +47,8 @@ class PromptTokenizer:
             InputError: a prompt is too long, or names a concept that is not in `placeholders`, or a placeholder is
                 malformed or a word of the vocabulary.
         """
+        if isinstance(prompts, str):
+            raise InputError(f"prompts is one string, {prompts!r}: give a list of them")
         self._check_placeholders(placeholders)
         rows = [self._frame(self._words(prompt, placeholders), prompt) for prompt in prompts]
         return np.asarray(rows, np.int32).reshape(len(rows), self.length)
@@ -64,6 +66,19 @@ class PromptTokenizer:
         ids = np.asarray(rows, np.int32).reshape(len(rows), self.length)
         return ids, np.arange(self.length) < lengths[:, None]
 
+    def words(self, phrase: str) -> list[int]:
+        """Returns the token ids of a super-category, without start, end and padding.
+
+        Raises:
+            InputError: it has none.
+        """
+        ids = self._plain(phrase)
+        if not ids:
+            raise InputError(
+                f"the super-category {phrase!r} is empty: give the word for this kind of thing, such as 'dog'"
+            )
+        return ids
+
     def locate(self, template: str, phrase: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokenises a template such as `a photo of a {}` with a phrase at its slot, and says where the phrase is.
 
@@ -73,13 +88,11 @@ class PromptTokenizer:
         Raises:
             InputError: the phrase has no token, the template no slot, or the prompt is too long.
         """
-        if not phrase.strip():
-            raise InputError("the super-category is empty: give the word for this kind of thing, such as 'dog'")
         if template.count("{}") != 1:
             raise InputError(f"the template {template!r} needs exactly one {{}}, where the word goes")
         before, after = (self._plain(part) for part in template.split("{}"))
-        words = self._plain(phrase)
-        ids = self._frame([*before, *words, *after], template.format(phrase))
+        words = self.words(phrase)
+        ids = self._frame([*before, *words, *after], template.replace("{}", phrase))
         mask = np.zeros(self.length, bool)
         first = 1 + len(before)  # after the start token
         mask[first : first + len(words)] = True
@@ -133,8 +146,14 @@ def encode(
 
     Returns:
         The last layer's output after the final layer norm, what cross-attention reads: [batch, tokens, context_width].
+
+    Raises:
+        InputError: an id has no embedding. (Under a transformation, where ids have no values, the encodings are NaN.)
     """
     vocabulary_size = module.config.vocab_size
+    count = 0 if concept_embeddings is None else concept_embeddings.shape[0]
+    if not isinstance(ids, jax.core.Tracer) and ids.size and ids.max() >= vocabulary_size + count:
+        raise InputError(f"a prompt names {ids.max() - vocabulary_size + 1} concepts, but {count} embeddings are given")
     is_concept = ids >= vocabulary_size
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -142,8 +161,9 @@ def encode(
             return next_fun(*args, **kwargs)
         rows = next_fun(*args, **kwargs)
         if concept_embeddings is None:
-            return rows
-        concept_rows = concept_embeddings[jnp.where(is_concept, ids - vocabulary_size, 0)]
+            return jnp.where(is_concept[..., None], jnp.nan, rows)
+        which = jnp.where(is_concept, ids - vocabulary_size, 0)
+        concept_rows = concept_embeddings.at[which].get(mode="fill", fill_value=jnp.nan)
         return jnp.where(is_concept[..., None], concept_rows.astype(rows.dtype), rows)
 
     with nn.intercept_methods(intercept):

@@ -20,6 +20,7 @@ from perfusion_jax.base_model.flax_classes import (
     FlaxTransformer2DModel,
     FlaxUNet2DConditionModel,
 )
+from perfusion_jax.errors import InputError
 from perfusion_jax.surgery import EDIT, TARGET_OUTPUTS, Params, cross_attention_layers
 
 
@@ -41,13 +42,22 @@ def keys_values(
     Args:
         unet_params: the UNet, with or without edits (`surgery.insert`).
         encodings: encodings of the prompts, [batch, tokens, context_width].
-        super_category_encodings: encodings of the same prompts with each concept's word replaced by its
-            super-category. When given, the keys of the whole prompt come from these through the frozen weights
-            (global key locking); without, the edit locks the key at the concept's word only (local key locking).
+        super_category_encodings: encodings of the same ids with the super-category's embedding in place of each
+            concept's (`BaseModel.super_category_embedding`), so that every word keeps its position. When given,
+            the keys of the whole prompt come from these through the frozen weights (global key locking); without,
+            the edit locks the key at the concept's word only (local key locking).
 
     Returns:
         Keys and values by layer, in the dtype of the encodings.
+
+    Raises:
+        InputError: the two encodings differ in shape.
     """
+    if super_category_encodings is not None and super_category_encodings.shape != encodings.shape:
+        raise InputError(
+            f"the super-category's encodings have shape {super_category_encodings.shape}, the "
+            f"concept's {encodings.shape}: encode the same ids"
+        )
     edit = unet_params.get(EDIT)
     edited = None if edit is None else edit_lib.edited_input(edit, encodings)
 
@@ -90,11 +100,9 @@ def denoise(
         The network's prediction (noise or velocity: see the schedule), [batch, height, width, channels].
 
     Raises:
-        ValueError: a cross-attention layer has no keys and values.
+        InputError: a cross-attention layer has no keys and values, or they or the latents do not fit.
     """
-    missing = set(cross_attention_layers(unet_params)) - set(keys_values)
-    if missing:
-        raise ValueError(f"no keys and values for the cross-attention layers {sorted(missing)}")
+    _check_inputs(module, unet_params, latents, keys_values)
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         block = context.module
@@ -127,3 +135,19 @@ def denoise(
     with nn.intercept_methods(intercept):
         prediction = module.apply({"params": unet_params}, jnp.moveaxis(latents, -1, 1), timesteps, no_text).sample
     return jnp.moveaxis(prediction, 1, -1)
+
+
+def _check_inputs(
+    module: FlaxUNet2DConditionModel, unet_params: Params, latents: jax.Array, keys_values: KeysValues
+) -> None:
+    missing = set(cross_attention_layers(unet_params)) - set(keys_values)
+    if missing:
+        raise InputError(f"no keys and values for the cross-attention layers {sorted(missing)}")
+    halvings = len(module.block_out_channels) - 1
+    if any(side % 2**halvings for side in latents.shape[1:3]):
+        raise InputError(f"latents of {latents.shape[1:3]}: height and width must be divisible by {2**halvings}")
+    for layer, fed in keys_values.items():
+        if fed.key.shape[0] != latents.shape[0]:
+            raise InputError(f"{latents.shape[0]} latents, but keys and values of {fed.key.shape[0]} prompts ({layer})")
+        if fed.key.dtype != module.dtype:
+            raise InputError(f"the UNet computes in {jnp.dtype(module.dtype)}, the keys of {layer} are {fed.key.dtype}")

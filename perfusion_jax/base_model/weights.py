@@ -48,10 +48,8 @@ def _vae_attention_name(name: str) -> str:
 def _to_flax_layout(tensor: np.ndarray, path: FlaxPath, rank: int) -> np.ndarray:
     if path[-1] != "kernel":
         return tensor
-    if tensor.ndim == 4 and rank == 2:  # a 1x1 convolution saved where the module has a linear layer, or the reverse
+    if tensor.ndim == 4 and rank == 2:  # old checkpoints have 1x1 convolutions in the attention of the VAE
         tensor = tensor[:, :, 0, 0]
-    elif tensor.ndim == 2 and rank == 4:
-        tensor = tensor[:, :, None, None]
     return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
 
 
@@ -102,7 +100,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 class _Msgpack:
-    """The tensors of a Flax msgpack checkpoint, by their path."""
+    """The tensors of a Flax msgpack checkpoint, by path; they can only be read all at once, in the file's dtype."""
 
     def __init__(self, file: Path):
         try:
@@ -153,7 +151,7 @@ def find_checkpoint(folder: Path, variant: str | None) -> Checkpoint:
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index}: not an index of safetensors shards ({error!r})") from error
     files = [index.parent / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
@@ -165,16 +163,17 @@ def _shards(index: Path) -> list[Path]:
 def _why_unreadable(folder: Path, variant: str | None) -> str:
     wanted = f"weights of variant {variant!r}" if variant else "weights"
     files = {file.name for file in folder.glob("*")}
+    if variant and any(re.fullmatch(r"[a-z_]+(-\d{5}-of-\d{5})?\.(safetensors|msgpack)", name) for name in files):
+        return f"{folder}: no {wanted}, but plain ones: leave the variant out"
     variants = sorted({m[1] for name in files if (m := re.search(r"\.(\w+)\.(?:safetensors|msgpack)$", name))})
     if variants:
         return f"{folder}: no {wanted}, but some of variant {variants[0]!r}: ask for variant={variants[0]!r}"
-    if any(name.endswith((".bin", ".ckpt", ".pt", ".pth")) for name in files):
-        return (
-            f"{folder}: only pickled weights, which can run code when read, and are never loaded. Convert them once, "
-            'where you trust them and have PyTorch: python -c "from diffusers import StableDiffusionPipeline as P; '
-            f"P.from_pretrained('{folder.parent}').save_pretrained('converted', safe_serialization=True)\""
-        )
-    return f"{folder}: no {wanted} (*.safetensors or *.msgpack)"
+    return (
+        f"{folder}: no {wanted} (*.safetensors or *.msgpack). Pickled weights (*.bin, *.ckpt) can run code when read, "
+        "and are never loaded or fetched; convert them once, where you trust them and have PyTorch: "
+        'python -c "from diffusers import StableDiffusionPipeline as P; '
+        f"P.from_pretrained('{folder.parent}').save_pretrained('converted', safe_serialization=True)\""
+    )
 
 
 def read_tree(checkpoint: Checkpoint, expected: Mapping[str, Any], dtype: jnp.dtype, component: str) -> dict[str, Any]:

@@ -58,8 +58,10 @@ def save_concept(file: str | Path, concept: Concept, card: ConceptCard) -> None:
     """Writes a concept, all at once or not at all.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or `concept` is several stacked ones.
     """
+    if concept.embedding.ndim != 1:
+        raise InputError(f"{file}: {len(concept.embedding)} stacked concepts; a file holds one")
     tensors = {"embedding": concept.embedding, "target_input": concept.target_input, "dual": concept.dual}
     for kind in ("key_outputs", "value_outputs"):
         for layer, output in getattr(concept, kind).items():
@@ -99,10 +101,12 @@ def load_concept(file: str | Path, base: BaseModel) -> tuple[Concept, ConceptCar
 def _card(file: Path, metadata: dict[str, str]) -> ConceptCard:
     try:
         fields = {field.name: json.loads(metadata[field.name]) for field in dataclasses.fields(ConceptCard)}
-        return ConceptCard(**{**fields, "fingerprint": tuple(fields["fingerprint"])})
+        numbers = {key: float(fields[key]) for key in ("bias", "temperature")}
+        fingerprint = tuple(float(number) for number in fields["fingerprint"])
+        return ConceptCard(**{**fields, **numbers, "fingerprint": fingerprint, "step": int(fields["step"])})
     except KeyError as error:
         raise InputError(f"{file}: the metadata {error} is missing") from error
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{file}: its metadata cannot be read ({error})") from error
 
 

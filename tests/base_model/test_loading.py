@@ -51,6 +51,33 @@ def test_fp16_variant_only_on_request(sd1_base, tmp_path):
         load_base_model(folder)
 
 
+@pytest.mark.parametrize("name", ["{}.fp16.safetensors.index.json", "{}.safetensors.index.fp16.json"])
+def test_sharded_fp16_variant_under_either_name_of_its_index(sd1_base, tmp_path, name):
+    folder = save_checkpoint(tmp_path / "both", "sd1", max_shard_size="500KB", variant="fp16")
+    (index,) = (folder / "unet").glob("*.index*.json")
+    index.rename(folder / "unet" / name.format("diffusion_pytorch_model"))
+    same_parameters(load_base_model(folder, variant="fp16"), sd1_base)
+
+
+def test_a_variant_that_is_not_there_is_refused(sd1_folder):
+    with pytest.raises(InputError, match="no weights of variant 'non_ema', but plain ones: leave the variant out"):
+        load_base_model(sd1_folder, variant="non_ema")
+
+
+def test_one_by_one_convolutions_stand_for_linear_layers_in_old_vaes(broken, sd1_base):
+    def to_convolution(tensors):
+        for name in [name for name in tensors if "attentions" in name and tensors[name].ndim == 2]:
+            tensors[name] = tensors[name][:, :, None, None]
+
+    change_tensors(broken / "vae/diffusion_pytorch_model.safetensors", to_convolution)
+    same_parameters(load_base_model(broken), sd1_base)
+
+
+def test_number_of_heads_may_be_given_by_its_proper_name(broken, sd1_base):
+    edit_json(broken / "unet/config.json", num_attention_heads=4, attention_head_dim=8)
+    assert load_base_model(broken).unet.attention_head_dim == sd1_base.unet.attention_head_dim == 4
+
+
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 def test_half_precision_files_load_as_the_requested_dtype(broken, sd1_base, dtype):
     tensors = load_file(broken / WEIGHTS)
@@ -208,6 +235,31 @@ class TestHub:
         again = self.run(hub, tmp_path, "owner/model", revision="main")
         assert again.stdout == first.stdout, again.stderr
 
+    @pytest.mark.parametrize("kind", ["sharded fp16", "msgpack", "pickle"])
+    def test_other_kinds_of_weights(self, hub, tmp_path, sd1_base, kind):
+        repository = tmp_path / "repository"
+        options = {}
+        if kind == "sharded fp16":
+            shutil.rmtree(repository)
+            save_checkpoint(repository, "sd1", max_shard_size="500KB", variant="fp16")
+            options = {"variant": "fp16"}
+        else:
+            (repository / WEIGHTS).unlink()
+        if kind == "msgpack":
+            flax_file = repository / "unet/diffusion_flax_model.msgpack"
+            flax_file.write_bytes(flax.serialization.to_bytes(sd1_base.params["unet"]))
+            (repository / "safety_checker").mkdir()
+            (repository / "safety_checker/flax_model.msgpack").write_bytes(b"large")
+        elif kind == "pickle":
+            (repository / "unet/diffusion_flax_model.msgpack").unlink()
+        result = self.run(hub, tmp_path, "owner/model", **options)
+        if kind == "pickle":
+            assert "Pickled weights (*.bin, *.ckpt) can run code" in result.stderr
+        else:
+            assert result.returncode == 0, result.stderr
+            assert np.isclose(float(result.stdout), sd1_base.params["unet"]["conv_in"]["bias"].sum())
+        assert not {name for name in hub.fetched if name.endswith(".bin") or name.startswith("safety_checker")}
+
     def test_an_unknown_model_or_revision_is_an_error_that_names_it(self, hub, tmp_path):
         assert "owner/other: no such folder here, and the hub said" in self.run(hub, tmp_path, "owner/other").stderr
         assert "InputError: owner/model" in self.run(hub, tmp_path, "owner/model", revision="v9").stderr
@@ -240,9 +292,17 @@ def test_missing_file_is_named(broken, file):
         load_base_model(broken)
 
 
-def test_broken_json(broken):
-    (broken / "unet/config.json").write_text("{")
-    with pytest.raises(InputError, match=r"unet/config\.json: not JSON"):
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("unet/config.json", "{", r"unet/config\.json: not JSON"),
+        ("vae/config.json", "[]", r"vae/config\.json: not a JSON object"),
+        ("tokenizer/vocab.json", "{", "tokenizer: not a CLIP tokeniser"),
+    ],
+)
+def test_broken_json(broken, file, text, message):
+    (broken / file).write_text(text)
+    with pytest.raises(InputError, match=message):
         load_base_model(broken)
 
 
@@ -254,9 +314,7 @@ def test_truncated_safetensors(broken):
 
 def test_pickles_are_never_loaded(broken):
     (broken / WEIGHTS).rename(broken / "unet/diffusion_pytorch_model.bin")
-    with pytest.raises(
-        InputError, match=r"only pickled weights.*save_pretrained\('converted', safe_serialization=True\)"
-    ):
+    with pytest.raises(InputError, match=r"Pickled weights.*save_pretrained\('converted', safe_serialization=True\)"):
         load_base_model(broken)
 
 
@@ -297,6 +355,12 @@ def test_wrong_tensors_are_named(broken, change, message):
         ("unet/config.json", {"down_block_types": ["AttnDownBlock2D"] * 3}, "AttnDownBlock2D"),
         ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "of class AutoencoderTiny"),
         ("vae/config.json", {"shift_factor": 0.1}, "shift_factor = 0.1"),
+        ("unet/config.json", {"in_channels": 9}, "takes 9 channels, the VAE gives 4: models for inpainting"),
+        ("unet/config.json", {"cross_attention_dim": 64}, "reads encodings of width 64, the text encoder's are 48"),
+        ("unet/config.json", {"layers_per_block": [1, 2]}, "no model can be built from it"),
+        ("text_encoder/config.json", {"hidden_act": "bogus"}, "no model can be built from it"),
+        ("text_encoder/config.json", {"architectures": None}, "of class None"),
+        ("scheduler/scheduler_config.json", {"beta_start": "x"}, "the betas cannot be computed"),
         ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}, "of class T5EncoderModel"),
         ("text_encoder/config.json", {"vocab_size": 50}, "but the text encoder knows 50"),
     ],

@@ -176,3 +176,17 @@ def test_gradients_reach_the_keys_and_values(sd1_base):
     difference = (8 * (at(0.25) - at(-0.25)) - (at(0.5) - at(-0.5))) / 3
     along = sum(float(jnp.sum(g * d)) for g, d in zip(*map(jax.tree.leaves, (gradient, directions)), strict=True))
     np.testing.assert_allclose(along, difference, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "prompts", "dtype", "message"),
+    [
+        ((1, 15, 16, 4), 1, jnp.float32, "divisible by 4"),
+        ((2, 16, 16, 4), 1, jnp.float32, "2 latents, but keys and values of 1 prompts"),
+        ((1, 16, 16, 4), 1, jnp.bfloat16, "computes in float32, the keys of .* are bfloat16"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(sd1_base, shape, prompts, dtype, message):
+    fed = keys_values(sd1_base.params["unet"], jnp.zeros((prompts, 16, sd1_base.context_width), dtype))
+    with pytest.raises(ValueError, match=message):
+        sd1_base.denoise(sd1_base.params["unet"], jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32), fed)

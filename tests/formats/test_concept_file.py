@@ -11,6 +11,7 @@ from checkpoints import save_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from perfusion_jax import Concept, Gate, InputError, insert, load_base_model
+from perfusion_jax.concept import stack
 from perfusion_jax.formats.concept_file import ConceptCard, load_concept, save_concept
 from perfusion_jax.surgery import cross_attention_layers
 
@@ -56,12 +57,17 @@ def test_tensors_have_plain_names(file):
     assert "key_outputs.mid_block.attentions.0.transformer_blocks.0.attn2" in names
 
 
-def test_another_base_model_is_refused_and_both_are_named(file, sd1_base, tmp_path):
+@pytest.mark.parametrize("change", [1.0, 0.1])  # of another model, and of a fine-tune
+def test_another_base_model_is_refused_and_both_are_named(file, sd1_base, tmp_path, change):
     folder = save_checkpoint(tmp_path / "other", "sd1")
     tensors = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     rng = np.random.default_rng(0)
-    changed = {k: v + rng.standard_normal(v.shape).astype("f") if "attn2" in k else v for k, v in tensors.items()}
-    save_file(changed, folder / "unet/diffusion_pytorch_model.safetensors")
+    for name in tensors:
+        if "attn2" in name:
+            tensors[name] += (change * tensors[name].std() * rng.standard_normal(tensors[name].shape)).astype(
+                np.float32
+            )
+    save_file(tensors, folder / "unet/diffusion_pytorch_model.safetensors")
     other = load_base_model(folder)
     with pytest.raises(InputError, match=f"trained on the base model {sd1_base.name}, which {other.name} is not"):
         load_concept(file, other)
@@ -74,13 +80,13 @@ def test_the_same_model_in_another_dtype_is_accepted(file, sd1_base, dtype):
     assert load_concept(file, half)[0].embedding.dtype == jnp.float32
 
 
-def damage(file, change):
+def damage(file, change, **metadata_changes):
     tensors = load_file(file)
     change(tensors)
     with file.open("rb") as stream:
         header = stream.read(int.from_bytes(stream.read(8), "little"))
     metadata = json.loads(header)["__metadata__"]
-    save_file(tensors, file, metadata)
+    save_file(tensors, file, {**metadata, **metadata_changes})
 
 
 @pytest.mark.parametrize(
@@ -96,6 +102,17 @@ def test_files_edited_by_hand_are_refused(file, sd1_base, change, message):
     damage(file, change)
     with pytest.raises(InputError, match=f"{re.escape(str(file))}: .*{message}"):
         load_concept(file, sd1_base)
+
+
+def test_metadata_edited_by_hand_is_refused(file, sd1_base):
+    damage(file, lambda tensors: None, bias='"x"')
+    with pytest.raises(InputError, match="metadata cannot be read"):
+        load_concept(file, sd1_base)
+
+
+def test_stacked_concepts_are_not_one_file(tmp_path, concept, card):
+    with pytest.raises(InputError, match="2 stacked concepts; a file holds one"):
+        save_concept(tmp_path / "two.safetensors", stack([concept, concept]), card)
 
 
 def test_truncated_missing_and_foreign_files_are_refused(file, sd1_base, tmp_path, concept):
@@ -114,7 +131,7 @@ def test_truncated_missing_and_foreign_files_are_refused(file, sd1_base, tmp_pat
 
 def test_a_failed_write_leaves_the_old_file(file, sd1_base, card, concept):
     before = file.read_bytes()
-    not_an_array = dataclasses.replace(concept, embedding="no array")
+    not_an_array = dataclasses.replace(concept, dual="no array")
     with pytest.raises(ValueError, match="could not convert string"):
         save_concept(file, not_an_array, card)
     assert file.read_bytes() == before
