@@ -20,6 +20,8 @@ DEPENDENCIES = [
     "tqdm>=4.66",
     "transformers>=4.57,<5",
 ]
+# The emoji world is drawn from SVG and pretrained in PyTorch; whoever only uses the model needs neither.
+PRETRAIN = ["pillow>=11.0", "resvg-py>=0.2", "torch==2.13.0"]
 # PyTorch is an oracle in the tests and the other side of the benchmarks; the package never imports it.
 TEST = [
     # These three are what the part of perfusion-pytorch needs that is compared. It is installed by itself, without its other
@@ -29,7 +31,7 @@ TEST = [
     "opt_einsum",
     "hypothesis>=6.150",
     "pytest>=9.0",
-    "torch==2.13.0",
+    *PRETRAIN,
 ]
 DEVELOP = ["mypy>=2.0", "ruff>=0.17", "types-tqdm"]
 
@@ -43,10 +45,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["perfusion_jax", "perfusion_jax.*"]),
-    package_data={"perfusion_jax": ["py.typed"]},
+    package_data={"perfusion_jax": ["py.typed"], "perfusion_jax.emoji_world": ["NOTICE", "README.md"]},
     install_requires=DEPENDENCIES,
     extras_require={
         "tpu": ["jax[tpu]"],
+        "pretrain": PRETRAIN,
         "test": [*TEST, *DEVELOP],
         "dev": DEVELOP,
     },

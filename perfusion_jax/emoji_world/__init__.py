@@ -1,0 +1,1 @@
+"""The emoji world: the small text-to-image model that ships with the package, and how it was made."""

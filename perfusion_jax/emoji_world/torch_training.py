@@ -1,0 +1,78 @@
+"""What the pretraining commands share: checkpoints that survive a kill, logs, averaged weights, picture grids."""
+
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def save_checkpoint(path: pathlib.Path, state: dict[str, Any]) -> None:
+    """Write `state` with torch.save so that a kill at any moment leaves the old file or the new one, never half."""
+    partial = pathlib.Path(f"{path}.partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_checkpoint(path: pathlib.Path) -> dict[str, Any] | None:
+    """The state last saved at `path`, or None."""
+    path = pathlib.Path(path)
+    return torch.load(path, weights_only=True) if path.exists() else None
+
+
+def append_metrics(path: pathlib.Path, metrics: dict[str, Any]) -> None:
+    """Append one JSON line and print it."""
+    line = json.dumps({name: round(value, 5) if isinstance(value, float) else value for name, value in metrics.items()})
+    with open(path, "a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+def average_weights(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+    """Exponential moving average, in place: average = decay * average + (1 - decay) * model."""
+    with torch.no_grad():
+        targets = [value for value in average.state_dict().values() if value.is_floating_point()]
+        sources = [value for value in model.state_dict().values() if value.is_floating_point()]
+        torch._foreach_lerp_(targets, sources, 1 - decay)
+
+
+class Stopwatch:
+    """Samples per second since the last reading."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def rate(self, samples: int) -> float:
+        """Samples per second since the last call; starts anew."""
+        now = time.monotonic()
+        rate = samples / (now - self.start)
+        self.start = now
+        return rate
+
+
+def to_pixels(images: torch.Tensor) -> np.ndarray:
+    """Turn float images [batch, 3, height, width] in [-1, 1] into uint8 [batch, height, width, 3]."""
+    images = ((images.float() + 1) * 127.5).round().clamp(0, 255)
+    return images.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
+def from_pixels(images: np.ndarray) -> torch.Tensor:
+    """Turn uint8 images [batch, height, width, 3] into float32 [batch, 3, height, width] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def save_grid(path: pathlib.Path, images: np.ndarray, columns: int, scale: int = 2) -> None:
+    """Save uint8 images [count, height, width, 3] as one PNG, `columns` a row, each pixel `scale` pixels wide.
+
+    The count must be a multiple of `columns`.
+    """
+    rows = [np.concatenate(list(images[start : start + columns]), axis=1) for start in range(0, len(images), columns)]
+    sheet = Image.fromarray(np.concatenate(rows))
+    sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(path)
