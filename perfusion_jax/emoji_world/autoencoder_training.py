@@ -19,7 +19,7 @@ class Settings:
 
     block_out_channels: tuple[int, ...] = (16, 32, 64, 112)
     latent_channels: int = 16
-    # Few groups: normalising the 16 full-resolution channels in small groups erases absolute colour.
+    # Not 32: with 16 channels at full resolution, groups must hold several. Other counts were not compared.
     norm_num_groups: int = 4
     batch_size: int = 16
     muon_rate: float = 3e-3

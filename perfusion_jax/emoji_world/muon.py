@@ -1,6 +1,6 @@
 """Muon: momentum whose update of each weight matrix is orthogonalised (Jordan 2024; scaling of arXiv 2502.16982).
 
-Reaches the losses of AdamW in fewer steps on the small convolutional networks here, which is what counts on a CPU.
+On the autoencoder here it reached AdamW's loss in a third of the steps (one run each, rates not swept).
 """
 
 from collections.abc import Iterable
