@@ -1,5 +1,6 @@
 """What all command lines share."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -9,7 +10,11 @@ from perfusion_jax.errors import InputError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`; bad input ends the program with its message alone, without a traceback."""
+    """Parses the flags and runs `main`; bad input ends the program with its message alone, without a traceback.
+
+    SIGTERM, by which schedulers stop a job, interrupts `main` as Ctrl-C does: with a KeyboardInterrupt.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def guarded(arguments: list[str]) -> None:
         if len(arguments) > 1:

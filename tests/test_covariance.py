@@ -182,7 +182,7 @@ class TestCommand:
         again = self.start(sd1_folder, tmp_path / "captions.txt", tmp_path / "c.npz")
         assert "is there already" in again.communicate()[0]
 
-    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+    @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
     def test_goes_on_after_it_was_stopped(self, sd1_folder, tmp_path, how):
         write_captions(tmp_path / "captions.txt", 30_000)
         partial = tmp_path / "c.npz.partial.npz"
@@ -193,7 +193,7 @@ class TestCommand:
         stderr = run.communicate()[1]
         assert run.returncode != 0, "it was done before it could be stopped"
         assert not (tmp_path / "c.npz").exists()
-        if how == signal.SIGINT:
+        if how == signal.SIGTERM:
             assert "interrupted; the same command goes on where it was" in stderr
         run = self.start(sd1_folder, tmp_path / "captions.txt", tmp_path / "c.npz")
         assert "going on after" in run.communicate()[0]
