@@ -11,17 +11,26 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "perfusion_jax" / "__init__
 # diffusers 0.39 is the last release with Flax models; so is transformers 4. Neither `[flax]` extra is used: they pin jax <= 0.4.13.
 DEPENDENCIES = [
     "absl-py>=2.1",
+    "array_record>=0.8",
     "diffusers==0.39.*",
+    "etils[epath]>=1.10",
     "flax>=0.12.8",
     "huggingface_hub>=0.36",
+    "importlib_resources>=6.0",  # tensorflow-datasets imports it and does not ask for it
     "jax>=0.10.2",
+    "ml_collections>=1.1",
     "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    "pillow>=11.0",
     "safetensors>=0.8",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.9",
     "tqdm>=4.66",
     "transformers>=4.57,<5",
 ]
 # The emoji world is drawn from SVG and pretrained in PyTorch; whoever only uses the model needs neither.
-PRETRAIN = ["pillow>=11.0", "resvg-py>=0.2", "torch==2.13.0"]
+PRETRAIN = ["resvg-py>=0.2", "torch==2.13.0"]
 # PyTorch is an oracle in the tests and the other side of the benchmarks; the package never imports it.
 TEST = [
     # These three are what the part of perfusion-pytorch needs that is compared. It is installed by itself, without its other
@@ -45,7 +54,18 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["perfusion_jax", "perfusion_jax.*"]),
-    package_data={"perfusion_jax": ["py.typed"], "perfusion_jax.emoji_world": ["NOTICE", "README.md"]},
+    package_data={
+        "perfusion_jax": ["py.typed"],
+        "perfusion_jax.emoji_world": [
+            "NOTICE",
+            "*.md",
+            "clip/*",
+            "examples/*/*",
+            "examples/*/masks/*",
+            "model/*",
+            "model/*/*",
+        ],
+    },
     install_requires=DEPENDENCIES,
     extras_require={
         "tpu": ["jax[tpu]"],

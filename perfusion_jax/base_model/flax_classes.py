@@ -28,15 +28,36 @@ for _module in (
 from diffusers.models.attention_flax import FlaxAttention, FlaxGEGLU, FlaxTransformer2DModel  # noqa: E402
 from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel  # noqa: E402
 from diffusers.models.vae_flax import FlaxAutoencoderKL  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTokenizer  # noqa: E402
-from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPConfig,
+    CLIPSegConfig,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
+from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
+    FlaxCLIPAttention,
+    FlaxCLIPMLP,
+    FlaxCLIPModule,
+    FlaxCLIPTextModule,
+    FlaxCLIPTextTransformer,
+    FlaxCLIPVisionTransformer,
+)
 
 __all__ = [
+    "CLIPConfig",
+    "CLIPSegConfig",
     "CLIPTextConfig",
     "CLIPTokenizer",
+    "CLIPVisionConfig",
     "FlaxAttention",
     "FlaxAutoencoderKL",
+    "FlaxCLIPAttention",
+    "FlaxCLIPMLP",
+    "FlaxCLIPModule",
     "FlaxCLIPTextModule",
+    "FlaxCLIPTextTransformer",
+    "FlaxCLIPVisionTransformer",
     "FlaxGEGLU",
     "FlaxTransformer2DModel",
     "FlaxUNet2DConditionModel",

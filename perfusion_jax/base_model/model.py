@@ -14,7 +14,6 @@ import numpy as np
 from perfusion_jax.base_model import text, unet, vae
 from perfusion_jax.base_model.flax_classes import (
     CLIPTextConfig,
-    CLIPTokenizer,
     FlaxAutoencoderKL,
     FlaxCLIPTextModule,
     FlaxUNet2DConditionModel,
@@ -73,6 +72,8 @@ _UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "Up
 # Rounding the weights to bfloat16 moves a fingerprint by 0.01 at most. That of another model differs by about 1,
 # that of a fine-tune by about the relative change of the weights: one within 2 % counts as the same model.
 FINGERPRINT_TOLERANCE = 0.02
+# A folder may hold C beside the diffusers layout, which passes over it.
+COVARIANCE = "covariance.npz"
 _VAE_BLOCKS = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
 
 
@@ -89,6 +90,7 @@ class BaseModel:
         tokenizer: prompts to token ids.
         schedule: the noise schedule.
         unet, vae, text_encoder: the architectures.
+        covariance: the file of C that came with the checkpoint, if one did.
     """
 
     name: str
@@ -98,6 +100,7 @@ class BaseModel:
     unet: FlaxUNet2DConditionModel
     vae: FlaxAutoencoderKL
     text_encoder: FlaxCLIPTextModule
+    covariance: Path | None = None
 
     @property
     def context_width(self) -> int:
@@ -125,6 +128,12 @@ class BaseModel:
     ) -> jax.Array:
         """Runs the UNet on given keys and values; see `unet.denoise`."""
         return unet.denoise(self.unet, unet_params, latents, timesteps, keys_values)
+
+    def attention_maps(
+        self, unet_params: Params, latents: jax.Array, timesteps: jax.Array, keys_values: KeysValues
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs the UNet and tells where it looks at which token; see `unet.attention_maps`."""
+        return unet.attention_maps(self.unet, unet_params, latents, timesteps, keys_values)
 
     def encode_image(self, vae_params: Params, images: jax.Array) -> LatentDistribution:
         """Encodes pictures in [-1, 1], [batch, height, width, 3]; see `vae.encode_image`."""
@@ -251,7 +260,7 @@ def load_base_model(
         "text_encoder": partial(_initial_text_params, text_module),
     }
     _check_fit(folder, unet_module, vae_module, text_module)
-    tokenizer = _tokenizer(folder / "tokenizer", text_module.config)
+    tokenizer = text.load_tokenizer(folder / "tokenizer", text_module.config)
     params: dict[str, Params] = {}
     for component, initialise in initialisers.items():
         try:
@@ -271,6 +280,7 @@ def load_base_model(
         unet=unet_module,
         vae=vae_module,
         text_encoder=text_module,
+        covariance=covariance if (covariance := folder / COVARIANCE).is_file() else None,
     )
 
 
@@ -297,19 +307,6 @@ def _text_encoder(file: Path, dtype: jnp.dtype) -> FlaxCLIPTextModule:
 def _initial_text_params(module: FlaxCLIPTextModule, key: jax.Array) -> Params:
     ids = jnp.zeros((1, module.config.max_position_embeddings), jnp.int32)
     return module.init(key, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])["params"]
-
-
-def _tokenizer(folder: Path, config: CLIPTextConfig) -> text.PromptTokenizer:
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: missing; the folder is not complete")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{folder}: not a CLIP tokeniser ({error})") from error
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(f"{folder}: {len(tokenizer)} words, but the text encoder knows {config.vocab_size}")
-    return text.PromptTokenizer(tokenizer, config.vocab_size, config.max_position_embeddings)
 
 
 def _check_fit(

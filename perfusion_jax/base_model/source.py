@@ -1,16 +1,17 @@
 """Where a base model comes from: the package, a folder, or the Hugging Face hub."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from perfusion_jax import shipped
 from perfusion_jax.errors import InputError
 
-EMOJI = Path(__file__).parents[1] / "emoji_world" / "model"
 COMPONENTS = ("unet", "vae", "text_encoder")
 _SMALL_FILES = ("model_index.json", "*/*config.json", "tokenizer/*")
 
@@ -27,19 +28,47 @@ def find_folder(source: str, revision: str | None, variant: str | None) -> Path:
     Raises:
         InputError: there is no such folder or hub id, or it is not in the diffusers layout.
     """
-    if source == "emoji" and not EMOJI.is_dir():
+    if source == "emoji" and not shipped.MODEL.is_dir():
         raise InputError(
             "emoji: the small model that ships with the package is not in this build; name a folder or a hub id"
         )
-    folder = EMOJI if source == "emoji" else Path(source).expanduser()
+    folder = shipped.MODEL if source == "emoji" else Path(source).expanduser()
     if not folder.is_dir():
-        looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
-        if not looks_like_hub_id:
+        if not _looks_like_hub_id(source):
             raise InputError(f"{source}: no such folder, and not a hub id (owner/name)")
         folder = _download(source, revision, variant)
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder}: no model_index.json: not a model in the diffusers layout")
     return folder
+
+
+def find_transformers_folder(source: str) -> Path:
+    """Returns the folder of a model in transformers' layout; downloads it when `source` is a hub id.
+
+    Raises:
+        InputError: there is no such folder or hub id.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _looks_like_hub_id(source):
+        raise InputError(f"{source}: no such folder, and not a hub id (owner/name)")
+    with _hub_errors(source):
+        return Path(snapshot_download(source, allow_patterns=["*.json", "merges.txt", "*.safetensors"]))
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
+@contextmanager
+def _hub_errors(hub_id: str) -> Iterator[None]:
+    try:
+        yield
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"{hub_id}: not in the cache, and the hub cannot be reached: {error}") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(f"{hub_id}: no such folder here, and the hub said: {error}") from error
 
 
 def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
@@ -50,15 +79,11 @@ def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
         ".safetensors.index*.json",
         f"{infix}.safetensors.index.json",
     )
-    try:
+    with _hub_errors(hub_id):
         folder = _fetch(hub_id, revision, COMPONENTS, ("diffusion_pytorch_model", "model"), safetensors)
         without = [component for component in COMPONENTS if not any((folder / component).glob("*.safetensors"))]
         if without:
             _fetch(hub_id, revision, without, ("diffusion_flax_model", "flax_model"), (f"{infix}.msgpack",))
-    except LocalEntryNotFoundError as error:
-        raise InputError(f"{hub_id}: not in the cache, and the hub cannot be reached: {error}") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise InputError(f"{hub_id}: no such folder here, and the hub said: {error}") from error
     return folder
 
 

@@ -6,6 +6,7 @@ tokeniser's vocabulary nor the embedding table grows.
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perfusion_jax.base_model.flax_classes import CLIPTokenizer, FlaxCLIPTextModule
+from perfusion_jax.base_model.flax_classes import CLIPTextConfig, CLIPTokenizer, FlaxCLIPTextModule
 from perfusion_jax.errors import InputError
 from perfusion_jax.surgery import Params
 
@@ -133,6 +134,24 @@ class PromptTokenizer:
         return [self._tokenizer.bos_token_id, *words, self._tokenizer.eos_token_id, *padding]
 
 
+def load_tokenizer(folder: Path, config: CLIPTextConfig) -> PromptTokenizer:
+    """Reads a checkpoint's tokeniser.
+
+    Raises:
+        InputError: it is not complete, not of CLIP's kind, or has more words than the text encoder.
+    """
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: missing; the folder is not complete")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{folder}: not a CLIP tokeniser ({error})") from error
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"{folder}: {len(tokenizer)} words, but the text encoder knows {config.vocab_size}")
+    return PromptTokenizer(tokenizer, config.vocab_size, config.max_position_embeddings)
+
+
 def encode(
     module: FlaxCLIPTextModule, text_params: Params, ids: jax.Array, concept_embeddings: jax.Array | None = None
 ) -> jax.Array:
@@ -152,8 +171,12 @@ def encode(
     """
     vocabulary_size = module.config.vocab_size
     count = 0 if concept_embeddings is None else concept_embeddings.shape[0]
-    if not isinstance(ids, jax.core.Tracer) and ids.size and ids.max() >= vocabulary_size + count:
-        raise InputError(f"a prompt names {ids.max() - vocabulary_size + 1} concepts, but {count} embeddings are given")
+    if not isinstance(ids, jax.core.Tracer) and ids.size:
+        largest = np.asarray(ids).max()
+        if largest >= vocabulary_size + count:
+            raise InputError(
+                f"a prompt names {largest - vocabulary_size + 1} concepts, but {count} embeddings are given"
+            )
     is_concept = ids >= vocabulary_size
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

@@ -5,6 +5,7 @@ The UNet reads text only through the keys and values of its cross-attention, and
 never computes its own `to_k` and `to_v`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -32,6 +33,7 @@ class KeyValue(NamedTuple):
 
 
 KeysValues = dict[str, KeyValue]
+Observer = Callable[[jax.Array, jax.Array, int], None]
 
 
 def keys_values(
@@ -86,6 +88,7 @@ def denoise(
     latents: jax.Array,
     timesteps: jax.Array,
     keys_values: KeysValues,
+    observe: Observer | None = None,
 ) -> jax.Array:
     """Runs the UNet on given keys and values.
 
@@ -95,6 +98,7 @@ def denoise(
         latents: noisy latents, [batch, height, width, channels].
         timesteps: int32 [batch].
         keys_values: from `keys_values`, for the same batch.
+        observe: called for every cross-attention layer, in order, with its queries, keys and number of heads.
 
     Returns:
         The network's prediction (noise or velocity: see the schedule), [batch, height, width, channels].
@@ -112,7 +116,10 @@ def denoise(
             hidden = args[0]
             given = keys_values.get("/".join(block.path))
             key, value = given if given is not None else (block.key(hidden), block.value(hidden))
-            return block.proj_attn(attend(block.query(hidden), key, value, block.heads))
+            query = block.query(hidden)
+            if given is not None and observe is not None:
+                observe(query, key, block.heads)
+            return block.proj_attn(attend(query, key, value, block.heads))
         if isinstance(block, FlaxGEGLU):
             # PyTorch diffusers, and so every published checkpoint, uses the exact GELU; the Flax class
             # approximates it by a tanh.
@@ -135,6 +142,35 @@ def denoise(
     with nn.intercept_methods(intercept):
         prediction = module.apply({"params": unet_params}, jnp.moveaxis(latents, -1, 1), timesteps, no_text).sample
     return jnp.moveaxis(prediction, 1, -1)
+
+
+def attention_maps(
+    module: FlaxUNet2DConditionModel,
+    unet_params: Params,
+    latents: jax.Array,
+    timesteps: jax.Array,
+    keys_values: KeysValues,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the UNet and tells where it looks at which token; arguments as for `denoise`.
+
+    Returns:
+        (the network's prediction, the attention that each latent pays to each token: float32 [batch, height, width,
+        tokens], averaged over heads and layers; it sums to 1 over the tokens).
+    """
+    height, width = latents.shape[1:3]
+    maps = []
+
+    def observe(query: jax.Array, key: jax.Array, heads: int) -> None:
+        # Layers work on grids that are 1, 2, 4, ... times coarser than the latents.
+        coarser = round((height * width / query.shape[1]) ** 0.5)
+        grid = (-(-height // coarser), -(-width // coarser))
+        query, key = (x.reshape(*x.shape[:2], heads, -1).astype(jnp.float32) for x in (query, key))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+        attention = jax.nn.softmax(scores).mean(axis=1).reshape(query.shape[0], *grid, -1)
+        maps.append(jax.image.resize(attention, (*attention.shape[:1], height, width, attention.shape[-1]), "linear"))
+
+    prediction = denoise(module, unet_params, latents, timesteps, keys_values, observe)
+    return prediction, sum(maps) / len(maps)
 
 
 def _check_inputs(

@@ -105,6 +105,7 @@ def vocabulary() -> list[str]:
         *STYLE_OPENINGS.values(),
         *EMPTY_ADJECTIVES,
         *catalogue.CATEGORIES,
+        *catalogue.OTHERS,
         *catalogue.HEADWEAR,
         *catalogue.COLOURS,
         *(place_phrase(place) for place in (*catalogue.PLACES, *catalogue.BACKGROUND_COLOURS)),

@@ -2,7 +2,11 @@
 
 import dataclasses
 
-SINGLE_SIZE, PAIR_SIZE = 44, 29
+CELL = 8
+"""Side in pixels of one latent. Objects are whole cells wide and move by whole cells, so that a drawing has one pattern
+of latents in each size, not one for every offset from the grid."""
+
+SINGLE_SIZE, PAIR_SIZE = 6 * CELL, 4 * CELL
 """Side in pixels of a lone object, and of each of two."""
 
 
@@ -11,7 +15,7 @@ class Thing:
     """One object of a scene.
 
     Attributes:
-        category: a word of `catalogue.CATEGORIES`.
+        category: a word of `catalogue.CATEGORIES` or `catalogue.OTHERS`.
         drawing: which of the category's drawings.
         colour: a word of `catalogue.COLOURS` if the drawing is tinted.
         headwear: a word of `catalogue.HEADWEAR` if it wears one.

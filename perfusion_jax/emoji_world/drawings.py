@@ -75,7 +75,7 @@ def world_sprites() -> dict[str, np.ndarray]:
     """Sprites of the world: {category or headwear: uint8 array [drawings, SPRITE_PIXELS, SPRITE_PIXELS, 4]}."""
     sprites = {
         category: np.stack([rasterise(vendor, icon_name) for vendor in catalogue.vendors_of(category)])
-        for category, icon_name in catalogue.ICON_NAMES.items()
+        for category, icon_name in {**catalogue.ICON_NAMES, **catalogue.OTHER_ICON_NAMES}.items()
     }
     for word, icon_name in catalogue.HEADWEAR_ICON_NAMES.items():
         sprites[word] = rasterise(catalogue.HEADWEAR_VENDOR, icon_name)[None]

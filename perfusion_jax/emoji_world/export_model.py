@@ -1,19 +1,22 @@
 """Put the trained parts together: `python -m perfusion_jax.emoji_world.export_model [--out=FOLDER]`.
 
 Writes the Stable Diffusion folder that ships with the package, in half precision: the text encoder and UNet of the
-decay phase (or of the constant phase, if there was no other), and the autoencoder as it is now.
+decay phase (or of the constant phase, if there was no other), and the autoencoder as it is now; and beside it, in
+`clip/`, the evaluator.
 """
 
 import pathlib
+import shutil
 
 from absl import app, flags
 from diffusers import AutoencoderKL
 
+from perfusion_jax import shipped
 from perfusion_jax.emoji_world import diffusion_training as training
 from perfusion_jax.emoji_world import model_folder, tokenizer, torch_training
 from perfusion_jax.emoji_world.fetch import cache_directory
 
-OUT = flags.DEFINE_string("out", str(pathlib.Path(__file__).parent / "model"), "Folder to write.")
+OUT = flags.DEFINE_string("out", str(shipped.MODEL), "Folder to write.")
 RUN = flags.DEFINE_string("run", "diffusion_training", "Folder of the training run under the cache.")
 
 
@@ -35,6 +38,7 @@ def main(_: list[str]) -> None:
     trainer.restore(state)
     pipeline = training.finished_pipeline(trainer.average, autoencoder, text_tokenizer)
     size = model_folder.save_pipeline(pipeline, pathlib.Path(OUT.value))
+    shutil.copytree(cache_directory() / "clip", pathlib.Path(OUT.value).parent / "clip", dirs_exist_ok=True)
     print(f"{OUT.value}: {size / 1e6:.1f} MB, from step {trainer.step} of {checkpoints[0].name}")
 
 

@@ -13,8 +13,8 @@ from perfusion_jax.emoji_world import drawings, scenes, tokenizer, torch_trainin
 from perfusion_jax.emoji_world.model_folder import LATENT_PIXELS
 
 SHARD_SCENES = 16_384
-SHARDS = 16
-"""The training set: 262,144 scenes, revisited in another order on every pass."""
+SHARDS = 8
+"""The training set: 131,072 scenes, revisited in another order on every pass."""
 
 
 def encode_scenes(

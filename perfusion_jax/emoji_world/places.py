@@ -17,7 +17,7 @@ Shift = Callable[[int], int]
 CANVAS = 2 * PIXELS
 """Side of the canvas that is drawn on, halved afterwards for soft edges. Coordinates below are canvas pixels."""
 
-VARIANTS = 64
+VARIANTS = 16
 """How many versions of each place there are: details move by a few pixels from one to the next."""
 
 

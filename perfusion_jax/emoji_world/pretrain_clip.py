@@ -5,18 +5,19 @@ judges. Running the command again after a kill resumes. Writes `clip/` under the
 precision, model and tokenizer), then measures it on fresh scenes.
 """
 
+import json
 import math
 
 import numpy as np
 import torch
 from absl import app, flags
 
+from perfusion_jax.emoji_world import captions, drawings, scenes, tokenizer, torch_training
 from perfusion_jax.emoji_world import clip_training as training
-from perfusion_jax.emoji_world import drawings, scenes, tokenizer, torch_training
 from perfusion_jax.emoji_world.fetch import cache_directory
 from perfusion_jax.emoji_world.muon import MuonAndAdam
 
-SAMPLES = flags.DEFINE_integer("samples", 400_000, "Scenes to train on.")
+SAMPLES = flags.DEFINE_integer("samples", 200_000, "Scenes to train on.")
 THREADS = flags.DEFINE_integer("threads", 1, "CPU threads.")
 
 SEED = 3_000
@@ -45,6 +46,8 @@ def main(_: list[str]) -> None:
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
 
+    phrases = [f"a photo of {captions.noun_phrase(word)}" for word in training.WORDS]
+    word_tokens = torch.tensor(tokenizer.encode(text_tokenizer, phrases))
     losses, stopwatch = [], torch_training.Stopwatch()
     while step < total_steps:
         generator = torch.Generator().manual_seed(SEED * 2**32 + step)
@@ -54,7 +57,8 @@ def main(_: list[str]) -> None:
         images = training.soften(torch_training.from_pixels(np.stack([scene.image for scene in batch])), generator)
         tokens = torch.tensor(tokenizer.encode(text_tokenizer, [scene.caption for scene in batch]))
         factor = min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
-        losses.append(training.train_step(model, optimizer, factor, images, tokens))
+        targets = training.word_targets(batch)
+        losses.append(training.train_step(model, optimizer, factor, images, tokens, word_tokens, targets))
         step += 1
         if step % SAVE_EVERY == 0 or step == total_steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
@@ -63,14 +67,16 @@ def main(_: list[str]) -> None:
                 "samples": step * BATCH_SIZE,
                 "loss": float(np.mean(losses)),
                 "samples_per_second": stopwatch.rate(len(losses) * BATCH_SIZE),
-                **training.measure(model, text_tokenizer, TEST_SEED + 1, 500),
+                **training.measure(training.make_judge(model, text_tokenizer), TEST_SEED + 1, 500),
             }
             torch_training.append_metrics(folder / "metrics.jsonl", metrics)
             losses, stopwatch = [], torch_training.Stopwatch()
-    torch_training.append_metrics(
-        folder / "metrics.jsonl", {"test": training.measure(model, text_tokenizer, TEST_SEED, TEST_SCENES)}
-    )
+    test = training.measure(training.make_judge(model, text_tokenizer), TEST_SEED, TEST_SCENES)
+    torch_training.append_metrics(folder / "metrics.jsonl", {"test": test})
     model.to(torch.float16).save_pretrained(cache_directory() / "clip", safe_serialization=True)
+    # Pictures go in as [-1, 1].
+    normalisation = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    (cache_directory() / "clip" / "preprocessor_config.json").write_text(json.dumps(normalisation))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from perfusion_jax.emoji_world.fetch import cache_directory
 
 SAMPLES = flags.DEFINE_integer("samples", 2_500_000, "Samples to train on in the constant phase.")
 DECAY_SAMPLES = flags.DEFINE_integer("decay_samples", 0, "If set: samples of the decay phase to run now.")
-THREADS = flags.DEFINE_integer("threads", 1, "CPU threads.")
+THREADS = flags.DEFINE_integer("threads", 0, "CPU threads; 0: as many as other processes leave free.")
 RUN = flags.DEFINE_string("run", "diffusion_training", "Folder of this run under the cache.")
 
 VALIDATION_SEED = 9_001
@@ -115,7 +115,10 @@ def run(folder: pathlib.Path, settings: training.Settings, samples: int, decay_s
         cache_directory() / "latents", training.SEED, trainer.step, settings.batch_size, autoencoder, text_tokenizer
     )
     losses, stopwatch = [], torch_training.Stopwatch()
+    free_cores = None if THREADS.value else torch_training.FreeCores()
     while trainer.step < last_step:
+        if free_cores is not None:
+            free_cores.adapt()
         factor = training.rate_factor(trainer.step, trainer.decay_start, decay_steps, settings)
         batch = noised(next(batches), training.SEED, trainer.step)
         losses.append(training.train_step(trainer.model, trainer.optimizer, factor, batch))
@@ -140,7 +143,8 @@ def run(folder: pathlib.Path, settings: training.Settings, samples: int, decay_s
 
 def main(_: list[str]) -> None:
     """Trains text encoder and UNet."""
-    torch.set_num_threads(THREADS.value)
+    if THREADS.value:
+        torch.set_num_threads(THREADS.value)
     folder = pathlib.Path(cache_directory() / RUN.value)
     folder.mkdir(parents=True, exist_ok=True)
     run(folder, training.Settings(), SAMPLES.value, DECAY_SAMPLES.value)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from perfusion_jax.emoji_world import captions, catalogue, places
-from perfusion_jax.emoji_world.descriptions import PAIR_SIZE, SINGLE_SIZE, Description, Thing
+from perfusion_jax.emoji_world.descriptions import CELL, PAIR_SIZE, SINGLE_SIZE, Description, Thing
 
 PIXELS = places.PIXELS
 HEADWEAR_SHARE = 0.5
@@ -17,8 +17,11 @@ HEADWEAR_SHARE = 0.5
 Sprites = Mapping[str, np.ndarray]
 """Drawings of each category and headwear: uint8 [drawings, side, side, 4], not premultiplied."""
 
-GROUND = 57
+GROUND = PIXELS - CELL
 """Row on which objects stand, give or take the shift."""
+
+OTHERS_SHARE = 0.25
+"""Share of one-object scenes that show a thing of `catalogue.OTHERS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,8 @@ def invent(random: np.random.Generator, drawings: Mapping[str, int]) -> Descript
         drawings: {category: number of its drawings}.
     """
     count = random.choice((0, 1, 2), p=(0.03, 0.75, 0.22))
-    categories = random.choice(catalogue.CATEGORIES, size=count, replace=False)
+    other = count == 1 and random.random() < OTHERS_SHARE
+    categories = random.choice(catalogue.OTHERS if other else catalogue.CATEGORIES, size=count, replace=False)
     things = tuple(_invent_thing(str(category), count, random, drawings) for category in categories)
     backgrounds = catalogue.PLACES if random.random() < 0.82 else tuple(catalogue.BACKGROUND_COLOURS)
     place = str(random.choice(backgrounds))
@@ -63,17 +67,17 @@ def invent(random: np.random.Generator, drawings: Mapping[str, int]) -> Descript
 
 def _invent_thing(category: str, count: int, random: np.random.Generator, drawings: Mapping[str, int]) -> Thing:
     alone = count == 1
-    tinted = random.random() < (0.18 if alone else 0.1)
-    dressed = alone and category in catalogue.WEARERS and random.random() < 0.1
-    most = (4, 2) if alone else (1, 2)
+    tinted = random.random() < (0.15 if alone else 0.08)
+    dressed = alone and category in catalogue.WEARERS and random.random() < 0.12
+    columns, rows = (random.integers(-1, 2), 0) if alone else (0, random.integers(-1, 1))
     return Thing(
         category=category,
         drawing=int(random.integers(drawings[category])),
         colour=str(random.choice(tuple(catalogue.COLOURS))) if tinted else None,
         headwear=str(random.choice(catalogue.HEADWEAR)) if dressed else None,
         flipped=bool(random.random() < 0.5),
-        size=(SINGLE_SIZE if alone else PAIR_SIZE) + int(random.integers(-1, 2)),
-        shift=(int(random.integers(-most[0], most[0] + 1)), int(random.integers(-most[1], most[1] + 1))),
+        size=SINGLE_SIZE if alone else PAIR_SIZE,
+        shift=(CELL * int(columns), CELL * int(rows)),
     )
 
 
@@ -96,7 +100,7 @@ def draw(description: Description, sprites: Sprites) -> tuple[np.ndarray, np.nda
         sprite = sprites[thing.category][thing.drawing]
         sprite = tint(sprite, catalogue.COLOURS[thing.colour]) if thing.colour else sprite
         if thing.headwear:
-            top += 3
+            top += CELL
         _paste(image, masks[number], sprite, thing.size, left, top, thing.flipped)
         if thing.headwear:
             size = round(HEADWEAR_SHARE * thing.size)

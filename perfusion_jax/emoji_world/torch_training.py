@@ -43,6 +43,33 @@ def average_weights(average: torch.nn.Module, model: torch.nn.Module, decay: flo
         torch._foreach_lerp_(targets, sources, 1 - decay)
 
 
+class FreeCores:
+    """Keeps PyTorch to the cores that other processes leave free.
+
+    A thread that waits for a busy core stops all others.
+    """
+
+    def __init__(self) -> None:
+        self.busy, self.own, self.wall = self._clocks()
+
+    @staticmethod
+    def _clocks() -> tuple[float, float, float]:
+        """Core-seconds of all processes (Linux; 0 elsewhere), core-seconds of this one, and seconds by the clock."""
+        own = time.process_time()
+        stat = pathlib.Path("/proc/stat")
+        if not stat.exists():
+            return 0.0, 0.0, time.monotonic()
+        user, nice, system = map(int, stat.read_text().split(maxsplit=4)[1:4])
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK"), own, time.monotonic()
+
+    def adapt(self) -> None:
+        """Set the number of threads by what other processes did since the last call."""
+        before, now = (self.busy, self.own, self.wall), self._clocks()
+        others = ((now[0] - before[0]) - (now[1] - before[1])) / (now[2] - before[2])
+        torch.set_num_threads(max(1, round((os.cpu_count() or 1) - others)))
+        self.busy, self.own, self.wall = now
+
+
 class Stopwatch:
     """Samples per second since the last reading."""
 

@@ -14,18 +14,21 @@ def embed_texts(texts):
     return bags / np.linalg.norm(bags, axis=1, keepdims=True)
 
 
-def test_classes_are_unit_vectors_that_find_their_own_captions():
-    categories = evaluator.class_embeddings(embed_texts, list(map(evaluator.category_prompts, catalogue.CATEGORIES)))
-    np.testing.assert_allclose(np.linalg.norm(categories, axis=1), 1)
-    asked = [("dog", "beach"), ("owl", "night"), ("cactus", "desert"), ("umbrella", "mountains")]
-    pictures = embed_texts(
-        [f"{captions.noun_phrase(category)} {captions.place_phrase(place)}" for category, place in asked]
-    )
-    ranks = evaluator.rank_classes(pictures, categories)
-    assert [catalogue.CATEGORIES[row[0]] for row in ranks] == [category for category, _ in asked]
-    places = evaluator.class_embeddings(embed_texts, list(map(evaluator.place_prompts, catalogue.PLACES)))
-    ranks = evaluator.rank_classes(pictures, places)
-    assert [catalogue.PLACES[row[0]] for row in ranks] == [place for _, place in asked]
+def test_a_judge_finds_what_pictures_show():
+    """Made-up pictures: a pixel's red says which text the picture's embedding is that of."""
+    asked = [("dog", "beach"), ("owl", "night"), ("cactus", "desert"), ("burger", "mountains")]
+    shown = [f"{captions.noun_phrase(category)} {captions.place_phrase(place)}" for category, place in asked]
+    shown.append("a dog and an owl")
+    judge = evaluator.Judge(lambda images: embed_texts([shown[number] for number in images[:, 0, 0, 0]]), embed_texts)
+    np.testing.assert_allclose(np.linalg.norm(judge.categories, axis=1), 1)
+    images = np.broadcast_to(np.arange(5, dtype=np.uint8)[:, None, None, None], (5, 64, 64, 3))
+    assert judge.find_categories(images[:4]) == [{category} for category, _ in asked]
+    assert judge.find_categories(images[4:], 2) == [{"dog", "owl"}]
+    assert judge.find_places(images[:4]) == [place for _, place in asked]
+
+
+def test_share_right():
+    assert evaluator.share_right([{"dog"}, {"cat"}], [{"dog"}, {"owl"}]) == 0.5
 
 
 def test_every_category_is_asked_about_in_every_place():

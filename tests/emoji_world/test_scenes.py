@@ -18,7 +18,7 @@ def disc(colour):
 
 @pytest.fixture(scope="module")
 def sprites():
-    names = (*catalogue.CATEGORIES, *catalogue.HEADWEAR)
+    names = (*catalogue.CATEGORIES, *catalogue.OTHERS, *catalogue.HEADWEAR)
     return {name: np.stack([disc((200, 40, 40)), disc((40, 200, 40))]) for name in names}
 
 
@@ -89,6 +89,12 @@ def test_variants_of_a_place_differ_a_little():
     for place in catalogue.PLACES:
         one, other = (places.draw_place(place, variant).astype(float) for variant in (0, 2))
         assert 0 < np.abs(one - other).mean() < 40
+
+
+def test_objects_lie_on_the_grid_of_latents(sprites):
+    for index in range(200):
+        for thing in scenes.render_scene(0, index, sprites).description.things:
+            assert not any(length % descriptions.CELL for length in (thing.size, *thing.shift))
 
 
 def test_english_articles():
