@@ -2,11 +2,37 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
-from absl import app
+from absl import app, flags, logging
 
 from perfusion_jax.errors import InputError
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C and SIGTERM interrupt nothing; the function it gives says whether one has come.
+
+    A second one interrupts at once.
+    """
+    asked = False
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -19,6 +45,8 @@ def run(main: Callable[[], None]) -> None:
     def guarded(arguments: list[str]) -> None:
         if len(arguments) > 1:
             sys.exit(f"error: {arguments[1]!r} is not a flag; see --help")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax and others tell every step they take
         try:
             main()
         except InputError as error:

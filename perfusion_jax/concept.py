@@ -71,16 +71,13 @@ class Concept:
             value_outputs=outputs("to_v"),
         )
 
-    def trainable(self, train_keys: bool = False) -> dict[str, jax.Array | Outputs]:
+    def trainable(self, fields: Sequence[str] = ("embedding", "value_outputs")) -> dict[str, jax.Array | Outputs]:
         """Returns the parameters that training moves, by field name; `dataclasses.replace` takes them back.
 
         Args:
-            train_keys: also train o*_K, which is then no longer locked (for ablation).
+            fields: which; with `key_outputs` among them, the keys are no longer locked (for ablation).
         """
-        parameters: dict[str, jax.Array | Outputs] = {"embedding": self.embedding, "value_outputs": self.value_outputs}
-        if train_keys:
-            parameters["key_outputs"] = self.key_outputs
-        return parameters
+        return {field: getattr(self, field) for field in fields}
 
     def with_target_input(self, target_input: jax.Array, whitening: jax.Array) -> "Concept":
         """Returns the concept with another i* ([context_width]) and the dual that belongs to it."""

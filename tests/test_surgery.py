@@ -182,7 +182,7 @@ def test_gradient_reaches_the_values_but_not_locked_keys(sd1_base, concepts, enc
     locked = jax.jit(jax.grad(loss))(concept.trainable())
     assert set(locked) == {"embedding", "value_outputs"}
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(locked["value_outputs"]))
-    unlocked = jax.grad(loss)(concept.trainable(train_keys=True))
+    unlocked = jax.grad(loss)(concept.trainable(("embedding", "key_outputs", "value_outputs")))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(unlocked["key_outputs"]))
 
 

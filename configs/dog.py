@@ -1,0 +1,17 @@
+"""A dog.
+
+python -m perfusion_jax.train --config configs/dog.py --workdir runs/dog
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(base: str = "emoji") -> ConfigDict:
+    """See `configs/default.py` for the argument and all keys."""
+    config = default.get_config(base)
+    config.name = "dog"
+    config.super_category = "dog"
+    config.pictures = "emoji:dog"
+    return config

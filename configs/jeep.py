@@ -1,0 +1,17 @@
+"""A jeep.
+
+python -m perfusion_jax.train --config configs/jeep.py --workdir runs/jeep
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(base: str = "emoji") -> ConfigDict:
+    """See `configs/default.py` for the argument and all keys."""
+    config = default.get_config(base)
+    config.name = "jeep"
+    config.super_category = "car"
+    config.pictures = "emoji:jeep"
+    return config

@@ -1,0 +1,76 @@
+"""Training state on disk: Orbax checkpoints, asynchronous, the last few kept."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from perfusion_jax.errors import InputError
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: local or in a bucket; made if it is not there.
+        keep: how many of the newest are kept.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+
+    def __init__(self, folder: str | epath.Path, keep: int):
+        self.folder = epath.Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self.folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+            )
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be written ({error.strerror})") from error
+
+    def save(self, step: int, state: Any) -> None:
+        """Begins to write `state`, a tree of arrays; returns as soon as it has been copied from the devices."""
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, like: Any, warn: Callable[[str], None]) -> tuple[Any, int] | None:
+        """Reads the newest checkpoint that is whole, and removes newer ones that are not.
+
+        Args:
+            like: a tree of arrays of the shapes and dtypes to expect.
+            warn: called with a line about each checkpoint that cannot be read.
+
+        Returns:
+            (state, step), or None if there is no checkpoint.
+
+        Raises:
+            InputError: there are checkpoints, and none of them can be read.
+        """
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        broken = []
+        for step in steps:
+            try:
+                state = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+            except Exception as error:  # Orbax raises whatever the broken bytes lead it and its backends to
+                warn(f"{self.folder / str(step)}: cannot be read ({type(error).__name__}); taking the one before")
+                broken.append(step)
+                continue
+            for newer in broken:
+                self._manager.delete(newer)
+            return state, step
+        if steps:
+            raise InputError(
+                f"{self.folder}: none of the checkpoints {steps} can be read; delete the folder to start anew"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder."""
+        self._manager.close()

@@ -1,0 +1,144 @@
+"""Many concepts' pictures as one `tensorflow_datasets` dataset of ArrayRecord files, without TensorFlow.
+
+    python -m perfusion_jax.data.dataset --folders concepts/ --out gs://bucket/datasets
+
+turns a folder of concept folders (`data.pictures`) into `OUT/concepts/1.0.0/`, with one split per concept. It can be
+copied as it is; `config.pictures = "tfds:gs://bucket/datasets/concepts/1.0.0#dog"` learns from its split `dog`.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags
+from etils import epath
+from PIL import Image
+
+from perfusion_jax import command_line
+from perfusion_jax.data.pictures import Picture, read_folder
+from perfusion_jax.errors import InputError
+
+PREFIX = "tfds:"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class Concepts(tfds.core.GeneratorBasedBuilder):
+    """Builder of a dataset with one split per concept.
+
+    Args:
+        folders: {concept name: its folder}.
+        options: of the base class, `data_dir` among them.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, folders: dict[str, epath.Path] | None = None, **options: Any):
+        self._folders = folders or {}
+        super().__init__(file_format="array_record", **options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(
+            {
+                "name": tfds.features.Text(doc="the picture's file name"),
+                "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png", doc="upright"),
+                "mask": tfds.features.Image(
+                    shape=(None, None, 1), encoding_format="png", doc="white where the thing is"
+                ),
+                "has_mask": tfds.features.Scalar(np.uint8, doc="0: the mask is black and says nothing"),
+                "caption": tfds.features.Text(doc="with {} where the concept's name goes, or empty"),
+            }
+        )
+        return tfds.core.DatasetInfo(builder=self, description="Pictures of concepts.", features=features)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+        return {name: self._generate_examples(folder) for name, folder in self._folders.items()}
+
+    def _generate_examples(self, folder: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        for picture in read_folder(folder):
+            mask = np.zeros(picture.pixels.shape[:2], np.float32) if picture.mask is None else picture.mask
+            yield (
+                picture.name,
+                {
+                    "name": picture.name,
+                    # Encoded here: given an array, tfds would ask TensorFlow.
+                    "image": _png(picture.pixels),
+                    "mask": _png(np.round(255 * mask).astype(np.uint8)),
+                    "has_mask": int(picture.mask is not None),
+                    "caption": picture.caption or "",
+                },
+            )
+
+
+def _png(pixels: np.ndarray) -> io.BytesIO:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "png")
+    stream.seek(0)
+    return stream
+
+
+def write_dataset(folders: epath.Path, out: epath.Path) -> epath.Path:
+    """Turns a folder of concept folders into a dataset, and returns where it is.
+
+    Raises:
+        InputError: there are no concept folders, one is called something that no split can be, or a picture cannot be
+            read.
+    """
+    if not folders.is_dir():
+        raise InputError(f"{folders}: no such folder")
+    concepts = {folder.name: folder for folder in sorted(folders.iterdir()) if folder.is_dir()}
+    if not concepts:
+        raise InputError(f"{folders}: no folders of concepts in it")
+    for name in concepts:
+        if not _NAME.fullmatch(name):
+            raise InputError(f"{folders / name}: name it with letters, digits, '-' and '_' alone")
+    builder = Concepts(folders=concepts, data_dir=str(out))
+    if (builder.data_path / "dataset_info.json").exists():
+        raise InputError(f"{builder.data_path}: is there already; delete it to make it anew")
+    builder.download_and_prepare()
+    return epath.Path(builder.data_path)
+
+
+def read_split(source: str) -> list[Picture]:
+    """Reads a concept's pictures, in the order of their names.
+
+    Args:
+        source: `tfds:FOLDER#CONCEPT`.
+
+    Raises:
+        InputError: no such dataset or split.
+    """
+    folder, _, split = source.removeprefix(PREFIX).partition("#")
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except (OSError, ValueError, AssertionError, tfds.core.registered.DatasetNotFoundError) as error:
+        raise InputError(f"{folder}: not a dataset of tensorflow_datasets ({error})") from error
+    if split not in builder.info.splits:
+        raise InputError(f"{folder}: no concept {split!r}; it has {', '.join(sorted(builder.info.splits))}")
+    pictures = [
+        Picture(
+            name=_string(row["name"]),
+            pixels=row["image"],
+            mask=row["mask"][..., 0].astype(np.float32) / 255 if row["has_mask"] else None,
+            caption=_string(row["caption"]) or None,
+        )
+        for row in builder.as_data_source(split=split)
+    ]
+    return sorted(pictures, key=lambda picture: picture.name)
+
+
+def _string(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def main() -> None:
+    """Writes the dataset."""
+    print(write_dataset(epath.Path(flags.FLAGS.folders), epath.Path(flags.FLAGS.out)))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("folders", None, "folder of concept folders", required=True)
+    flags.DEFINE_string("out", None, "folder to write the dataset to, local or in a bucket", required=True)
+    command_line.run(main)

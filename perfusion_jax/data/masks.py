@@ -1,0 +1,57 @@
+"""Soft masks of where a thing is: from its folder, or zero-shot from the frozen UNet's own attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from perfusion_jax.base_model import BaseModel, keys_values
+from perfusion_jax.surgery import Params
+
+# Shares of the noise schedule at which the UNet is asked; with less noise it looks at details, with more at nothing.
+NOISE_LEVELS = (0.2, 0.35, 0.5, 0.65)
+DRAWS = 4
+
+
+def shrink(masks: np.ndarray, factor: int) -> np.ndarray:
+    """Averages masks over the pixels of each latent: float32 [count, height, width] to [count, height / factor,
+    ...].
+    """
+    count, height, width = masks.shape
+    return masks.reshape(count, height // factor, factor, width // factor, factor).mean(axis=(2, 4))
+
+
+def normalise(masks: np.ndarray) -> np.ndarray:
+    """Divides each mask, the last two axes, by its own largest value."""
+    return masks / masks.max(axis=(-2, -1), keepdims=True)
+
+
+def attention_masks(
+    base: BaseModel, params: dict[str, Params], latents: jax.Array, super_category: str, key: jax.Array
+) -> jax.Array:
+    """Masks from the UNet's cross-attention to the super-category's word, over noise levels, draws and layers.
+
+    Args:
+        base: the model.
+        params: its weights.
+        latents: of the pictures, [count, height, width, channels].
+        super_category: the word or words for this kind of thing.
+        key: of the noise.
+
+    Returns:
+        float32 [count, height, width], each from 0 at its least to 1 at its most attentive latent.
+    """
+    ids, is_word = base.tokenizer.locate("a photo of a {}", super_category)
+    count = len(latents)
+    encodings = base.encode(params["text_encoder"], np.tile(ids, (count, 1)))
+    fed = keys_values(params["unet"], encodings)
+    levels = np.array(NOISE_LEVELS * DRAWS)
+
+    def at(level: jax.Array, noise_key: jax.Array) -> jax.Array:
+        timesteps = jnp.full(count, (level * base.schedule.num_train_timesteps).astype(jnp.int32))
+        noisy = base.schedule.add_noise(latents, jax.random.normal(noise_key, latents.shape), timesteps)
+        _, maps = base.attention_maps(params["unet"], noisy.astype(base.unet.dtype), timesteps, fed)
+        return jnp.einsum("bhwt,t->bhw", maps, is_word.astype(np.float32))
+
+    attention = jax.lax.map(lambda pair: at(*pair), (jnp.asarray(levels), jax.random.split(key, len(levels)))).mean(0)
+    attention -= attention.min(axis=(1, 2), keepdims=True)
+    return attention / attention.max(axis=(1, 2), keepdims=True)

@@ -1,0 +1,157 @@
+"""Reads a concept's folder: pictures, and, where they are given, masks and captions.
+
+    FOLDER/rex.jpg              a picture: jpg, png or webp, of any size
+    FOLDER/masks/rex.png        optional: white where the thing is, of the picture's size
+    FOLDER/rex.txt              optional: a caption, with {} where the concept's name goes
+
+A folder may be local or in a bucket (`gs://...`).
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from perfusion_jax.errors import InputError
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+SMALLEST = 16  # pixels; there is nothing to learn from less
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as it is in its file, upright.
+
+    Attributes:
+        name: the file's, for messages.
+        pixels: uint8 [height, width, 3]; what is transparent is white.
+        mask: how much of each pixel is the thing, float32 [height, width] in [0, 1]: from a mask file, else from the
+            picture's transparency, else None.
+        caption: with one `{}`, or None.
+    """
+
+    name: str
+    pixels: np.ndarray
+    mask: np.ndarray | None
+    caption: str | None
+
+
+def read_folder(folder: str | os.PathLike[str]) -> list[Picture]:
+    """Reads all pictures of a folder, in the order of their names.
+
+    Raises:
+        InputError: no such folder, no picture in it, or a file that cannot be used; the message names it.
+    """
+    root = epath.Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder of pictures")
+    files = sorted(file for file in root.iterdir() if file.suffix.lower() in ENDINGS and not file.is_dir())
+    if not files:
+        raise InputError(f"{root}: no pictures in it ({', '.join(ENDINGS)})")
+    stems = [file.stem for file in files]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise InputError(
+            f"{root}: two pictures are called {twice[0]!r}: masks and captions go by that name; rename one"
+        )
+    masks = _mask_files(root / "masks", stems)
+    return [_read(file, masks.get(file.stem)) for file in files]
+
+
+def _mask_files(folder: epath.Path, stems: Sequence[str]) -> dict[str, epath.Path]:
+    if not folder.is_dir():
+        return {}
+    files = {file.stem: file for file in folder.iterdir() if file.suffix.lower() in ENDINGS}
+    unmatched = sorted(files.keys() - set(stems))
+    if unmatched:
+        raise InputError(f"{files[unmatched[0]]}: a mask of no picture: its name must be a picture's")
+    missing = sorted(set(stems) - files.keys())
+    if missing:
+        raise InputError(f"{folder}: no mask for the picture {missing[0]!r}: give one for each picture, or none")
+    return files
+
+
+def _read(file: epath.Path, mask_file: epath.Path | None) -> Picture:
+    image = _open(file)
+    if min(image.size) < SMALLEST:
+        raise InputError(f"{file}: {image.width} x {image.height} pixels; at least {SMALLEST} x {SMALLEST} are needed")
+    transparent = image.has_transparency_data
+    mask = None
+    if transparent:
+        image = image.convert("RGBA")
+        mask = np.asarray(image.getchannel("A"), np.float32) / 255
+        # Transparency that hides nothing says nothing of where the thing is.
+        mask = None if mask.min() == 1 else mask
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.asarray(image.convert("RGB"))
+    if mask_file is not None:
+        mask_image = _open(mask_file).convert("L")
+        if mask_image.size != image.size:
+            sizes = [f"{one.width} x {one.height}" for one in (mask_image, image)]
+            raise InputError(f"{mask_file}: {sizes[0]} pixels; its picture has {sizes[1]}")
+        mask = np.asarray(mask_image, np.float32) / 255
+    if mask is not None and mask.max() == 0:
+        raise InputError(f"{mask_file or file}: all of it is masked out: nothing is left to learn from")
+    return Picture(file.name, pixels, mask, _caption(file.with_suffix(".txt")))
+
+
+def _open(file: epath.Path) -> Image.Image:
+    """Reads a picture, turned upright as its EXIF data says, with 8 bits a channel."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(file.read_bytes())))
+        if image.mode.startswith("I"):  # PIL cuts 16-bit greys off at 255 instead of scaling them
+            image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
+        image.load()
+    except UnidentifiedImageError as error:
+        raise InputError(f"{file}: not a picture") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from error
+    return image
+
+
+def _caption(file: epath.Path) -> str | None:
+    if not file.exists():
+        return None
+    try:
+        caption = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from error
+    if caption.count("{}") != 1:
+        raise InputError(f"{file}: the caption {caption!r} needs exactly one {{}}, where the concept's name goes")
+    return caption
+
+
+def fit(picture: Picture, side: int, crop: bool) -> Picture:
+    """Scales a picture, never unevenly, to a square of `side` pixels.
+
+    Args:
+        picture: as read.
+        side: in pixels.
+        crop: cut the longer side to its middle; otherwise the whole picture is kept and white fills the square, which
+            the mask leaves out.
+
+    Raises:
+        InputError: the crop cuts away all of the mask.
+    """
+    height, width = picture.pixels.shape[:2]
+    image, mask = Image.fromarray(picture.pixels), picture.mask
+    if not crop and height != width and mask is None:
+        mask = np.ones((height, width), np.float32)
+    method = Image.Resampling.LANCZOS
+
+    def square(source: Image.Image, fill: str | int) -> Image.Image:
+        if crop:
+            return ImageOps.fit(source, (side, side), method)
+        return ImageOps.pad(source, (side, side), method, color=fill)
+
+    pixels = np.asarray(square(image, "white"))
+    if mask is not None:
+        # Lanczos overshoots a little.
+        mask = np.clip(np.asarray(square(Image.fromarray(mask), 0)), 0, 1)
+        if mask.max() == 0:
+            raise InputError(f"{picture.name}: cropping to a square cuts the thing away: set config.crop=False")
+    return replace(picture, pixels=pixels, mask=mask)

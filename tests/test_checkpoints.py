@@ -1,0 +1,64 @@
+"""Checkpoints survive truncation: the one before is taken, and it is said."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from perfusion_jax import InputError
+from perfusion_jax.checkpoints import Checkpoints
+
+
+def state(step):
+    return {"weights": jnp.full((500,), step, jnp.float32), "step": jnp.int32(step)}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (10, 20, 30):
+        checkpoints.save(step, state(step))
+    checkpoints.close()
+    return tmp_path
+
+
+def damage(folder):
+    """Cuts every file of a checkpoint to half."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_the_newest_is_restored_and_few_are_kept(saved):
+    assert sorted(int(folder.name) for folder in saved.iterdir() if folder.name.isdigit()) == [20, 30]
+    restored, step = Checkpoints(saved, keep=2).restore(state(0), pytest.fail)
+    assert step == 30
+    np.testing.assert_array_equal(restored["weights"], 30)
+
+
+def test_a_truncated_newest_falls_back_to_the_one_before_and_says_so(saved):
+    damage(saved / "30")
+    said = []
+    checkpoints = Checkpoints(saved, keep=2)
+    restored, step = checkpoints.restore(state(0), said.append)
+    assert step == 20
+    np.testing.assert_array_equal(restored["weights"], 20)
+    assert len(said) == 1
+    assert f"{saved / '30'}: cannot be read" in said[0]
+    checkpoints.save(30, state(31))  # the broken one is out of the way
+    checkpoints.close()
+    restored, step = Checkpoints(saved, keep=2).restore(state(0), pytest.fail)
+    assert (step, int(restored["step"])) == (30, 31)
+
+
+def test_all_broken_is_an_error_and_none_is_a_start(saved, tmp_path_factory):
+    damage(saved / "20")
+    damage(saved / "30")
+    with pytest.raises(InputError, match=r"none of the checkpoints \[30, 20\] can be read"):
+        Checkpoints(saved, keep=2).restore(state(0), lambda line: None)
+    assert Checkpoints(tmp_path_factory.mktemp("new"), keep=2).restore(state(0), pytest.fail) is None
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/checkpoints: cannot be written"):
+        Checkpoints(tmp_path / "file" / "checkpoints", keep=2)

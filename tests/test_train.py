@@ -1,0 +1,251 @@
+"""Whole runs of `perfusion_jax.train` on a small base model of random weights."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+from safetensors.numpy import load_file
+
+from configs.dog import get_config
+from perfusion_jax import InputError, training
+from perfusion_jax.formats.concept_file import load_concept
+from perfusion_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Pictures with masks, and a covariance for the small base model."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+    (folder / "rex" / "masks").mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3)).astype(np.uint8)).save(folder / "rex" / f"{number}.png")
+        mask = np.zeros((40, 50), np.uint8)
+        mask[10:30, 15:35] = 255
+        Image.fromarray(mask).save(folder / "rex" / "masks" / f"{number}.png")
+    factor = rng.standard_normal((48, 48))
+    np.savez(folder / "covariance.npz", covariance=factor @ factor.T + np.eye(48))
+    return folder
+
+
+def make_config(inputs, sd1_folder):
+    config = get_config(str(sd1_folder))
+    config.update(
+        name="rex",
+        pictures=str(inputs / "rex"),
+        covariance=str(inputs / "covariance.npz"),
+        templates=("a photo of a {}", "my {}"),
+        size=32,
+        steps=STEPS,
+        batch_size=2,
+        validate_every=3,
+        validation_prompts=("a photo of a {} on the beach", "a {} in the snow"),
+        sampling_steps=2,
+        checkpoint_every=2,
+        log_every=1,
+    )
+    return config
+
+
+@pytest.fixture
+def config(inputs, sd1_folder):
+    return make_config(inputs, sd1_folder)
+
+
+def flags(config):
+    """The command line that gives `config`."""
+    keys = config.keys() - {"templates", "validation_prompts", "base"}
+    default = get_config(config.base)
+    values = [f"--config.{key}={config[key]}" for key in sorted(keys) if config[key] != default[key]]
+    values += [f"--config.{key}={tuple(config[key])!r}" for key in ("templates", "validation_prompts")]
+    return [f"--config={ROOT / 'configs' / 'dog.py'}:{config.base}", *values]
+
+
+def start(config, workdir):
+    return subprocess.Popen(
+        [sys.executable, "-m", "perfusion_jax.train", *flags(config), f"--workdir={workdir}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, sd1_folder, tmp_path_factory):
+    """The concept of an undisturbed run from the command line: (workdir, what it printed)."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    process = start(make_config(inputs, sd1_folder), workdir)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return workdir, output
+
+
+def test_a_run_leaves_what_it_promises(finished, config, sd1_base):
+    workdir, output = finished
+    concept, card = load_concept(workdir / "concepts" / "rex.safetensors", sd1_base)
+    assert (card.name, card.super_category, card.step) == ("rex", "dog", STEPS)
+    before = sd1_base.new_concept("dog", np.eye(48, dtype=np.float32))
+    assert np.abs(np.asarray(concept.embedding) - before.embedding).max() > 0.001
+    assert json.loads((workdir / "config.json").read_text())["name"] == "rex"
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    for step in (3, 6):
+        sheet = np.asarray(Image.open(workdir / "samples" / f"step_{step:06d}.png"))
+        assert sheet.shape == (2 * 128 + 4, 3 * 128 + 8, 3)  # two prompts; one own picture and two drawn
+    assert Image.open(workdir / "masks.png").size == (3 * 128 + 8, 2 * 128 + 4)
+    assert any((workdir / "tensorboard").iterdir())
+    assert f"{workdir}/concepts/rex.safetensors" in output
+    assert "python -m perfusion_jax.sample --concept" in output
+
+
+def test_a_finished_run_says_so(finished, config, capsys):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    assert train(config, epath.Path(workdir)) == workdir / "concepts" / "rex.safetensors"
+    assert "finished already, after 6 steps" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_longer_run_goes_on(finished, config, tmp_path):
+    workdir, _ = finished
+    subprocess.run(["cp", "-r", workdir, tmp_path / "run"], check=True)
+    config.steps = STEPS + 2
+    train(config, epath.Path(tmp_path / "run"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, STEPS + 3))
+
+
+def assert_same_concept(one, other):
+    ours, theirs = (load_file(folder / "concepts" / "rex.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
+
+
+def test_sigterm_saves_and_the_same_command_ends_at_the_same_concept(finished, config, tmp_path):
+    process = start(config, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "interrupted; the same command goes on where it was" in output
+    assert "Traceback" not in output
+    assert any(folder.name.isdigit() for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    process = start(config, tmp_path / "run")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert_same_concept(finished[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("moment", [0.5, *(pytest.param(m, marks=pytest.mark.slow) for m in (0.1, 0.3, 0.7, 0.9))])
+def test_killed_at_any_moment_it_resumes_to_the_same_concept(finished, config, tmp_path, moment):
+    process = start(config, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = round(moment * (STEPS + 2))
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= lines):
+        time.sleep(0.001)
+    time.sleep(random.random() * 0.5)
+    process.kill()
+    process.communicate()
+    process = start(config, tmp_path / "run")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert_same_concept(finished[0], tmp_path / "run")
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_a_loss_that_is_not_finite_ends_with_an_error_and_keeps_what_was_saved(config, tmp_path, monkeypatch):
+    workdir = epath.Path(tmp_path / "run")
+    step = training.train_step
+
+    def breaking(base, params, whitening, examples, learning, key, settings):
+        # From the fourth step on, every picture is infinite.
+        broken = examples._replace(mean=examples.mean / (learning.step < 3))
+        return step(base, params, whitening, broken, learning, key, settings)
+
+    monkeypatch.setattr(training, "train_step", breaking)
+    with pytest.raises(InputError, match="the loss was not finite at step 4"):
+        train(config, workdir)
+    assert (workdir / "checkpoints" / "2").exists()
+    assert not (workdir / "concepts").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pictures": "/nowhere"}, "/nowhere: no such folder of pictures"),
+        ({"pictures": "emoji:unicorn"}, "the examples are"),
+        ({"covariance": ""}, "config.covariance is empty, and no covariance came with"),
+        ({"size": 33}, "config.size is 33; it must be a multiple of 2"),
+        ({"masks": "segmenter"}, "config.segmenter names none"),
+        ({"super_category": "dog " * 30}, "shorten it"),
+    ],
+)
+def test_bad_configs_are_errors_that_name_the_key(config, tmp_path, change, message):
+    config.update(change)
+    with pytest.raises(InputError, match=message):
+        train(config, epath.Path(tmp_path / "run"))
+
+
+def test_masks_can_be_asked_for_and_left_out(config, tmp_path, inputs):
+    config.update(masks="files", pictures=str(tmp_path / "plain"))
+    (tmp_path / "plain").mkdir()
+    Image.open(inputs / "rex" / "0.png").save(tmp_path / "plain" / "0.png")
+    with pytest.raises(InputError, match=r"'files', but .* has no masks/ folder"):
+        train(config, epath.Path(tmp_path / "run"))
+
+
+def test_a_workdir_of_another_config_is_refused(finished, config):
+    config.bias = 0.5
+    with pytest.raises(InputError, match="this workdir is of another config"):
+        train(config, epath.Path(finished[0]))
+
+
+def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/run: cannot be written"):
+        train(config, epath.Path(tmp_path / "file" / "run"))
+
+
+def test_a_full_disk_is_an_error_that_says_so(config, inputs):
+    """/dev/full takes nothing: any write there fails with `No space left on device`."""
+    process = subprocess.run(
+        [sys.executable, "-m", "perfusion_jax.train", *flags(config), "--workdir=/dev/full"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode != 0
+    assert "/dev/full" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_an_unknown_key_on_the_command_line_is_named(config, tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-m", "perfusion_jax.train", *flags(config), "--config.stepz=3", f"--workdir={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode != 0
+    assert "stepz" in process.stderr
