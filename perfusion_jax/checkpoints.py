@@ -1,6 +1,7 @@
 """Training state on disk: Orbax checkpoints, asynchronous, the last few kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -32,11 +33,21 @@ class Checkpoints:
             raise InputError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
     def save(self, step: int, state: Any) -> None:
-        """Begins to write `state`, a tree of arrays; returns as soon as it has been copied from the devices."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        """Begins to write `state`, a tree of arrays; returns as soon as it has been copied from the devices.
+
+        Raises:
+            InputError: it, or the one before it, cannot be written.
+        """
+        with self._write_errors():
+            if not self._manager.save(step, args=ocp.args.StandardSave(state)):
+                raise ValueError(f"Orbax left step {step} out, after step {self._manager.latest_step()}")
+
+    def latest(self) -> int:
+        """The step of the newest checkpoint; -1 if there is none."""
+        return max(self._manager.all_steps(), default=-1)
 
     def restore(self, like: Any, warn: Callable[[str], None]) -> tuple[Any, int] | None:
-        """Reads the newest checkpoint that is whole, and removes newer ones that are not.
+        """Reads the newest checkpoint that is whole; newer ones that are not are renamed to `STEP.unreadable`.
 
         Args:
             like: a tree of arrays of the shapes and dtypes to expect.
@@ -59,7 +70,8 @@ class Checkpoints:
                 broken.append(step)
                 continue
             for newer in broken:
-                self._manager.delete(newer)
+                (self.folder / str(newer)).rename(self.folder / f"{newer}.unreadable")
+            self._manager.reload()
             return state, step
         if steps:
             raise InputError(
@@ -67,10 +79,18 @@ class Checkpoints:
             )
         return None
 
-    def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Waits, then lets go of the folder."""
-        self._manager.close()
+        """Waits until all that was saved is on disk, then lets go of the folder.
+
+        Raises:
+            InputError: it could not be written, now or since the last call.
+        """
+        with self._write_errors():
+            self._manager.close()
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax hands on whatever its threads and backends met
+            raise InputError(f"{self.folder}: a checkpoint cannot be written ({error}); older ones are kept") from error

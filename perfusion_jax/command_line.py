@@ -54,4 +54,10 @@ def run(main: Callable[[], None]) -> None:
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command goes on where it was")
 
-    app.run(guarded)
+    def parse(arguments: list[str]) -> list[str]:
+        try:
+            return app.parse_flags_with_usage(arguments)
+        except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:  # of a config file
+            sys.exit(f"error: {error}")
+
+    app.run(guarded, flags_parser=parse)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,11 +17,15 @@ Rule = tuple[type, Callable[[Any], bool], str]
 def _number(least: float, most: float = float("inf"), above: bool = False) -> Rule:
     """A float from `least` (or above it) to `most`."""
     words = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:g}" if most < float("inf") else "")
-    return float, lambda value: (value > least if above else value >= least) and value <= most, words
+    return (
+        float,
+        lambda value: (value > least if above else value >= least) and value <= most and isfinite(value),
+        words,
+    )
 
 
-def _whole(least: int) -> Rule:
-    return int, lambda value: value >= least, f"at least {least}"
+def _whole(least: int, most: int = 2**31) -> Rule:
+    return int, lambda value: least <= value <= most, f"at least {least}"
 
 
 def _one_of(*words: str) -> Rule:

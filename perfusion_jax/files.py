@@ -6,7 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from etils import epath
+
 from perfusion_jax.errors import InputError
+
+
+def write_bytes(file: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file whole or not at all, local or in a bucket (where a write is whole by itself).
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    path = epath.Path(file)
+    if "://" not in os.fspath(path):
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(data)
+        return
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error})") from error
 
 
 @contextmanager

@@ -6,16 +6,15 @@
 A prompt names a concept by `<name>`; without `--concept` the plain model draws. Several pictures make one grid.
 """
 
+import math
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from PIL import Image
 
 from perfusion_jax import command_line
-from perfusion_jax.base_model import load_base_model
+from perfusion_jax.base_model import load_base_model, network_dtype
 from perfusion_jax.edit import Gate
 from perfusion_jax.errors import InputError
 from perfusion_jax.files import replacing
@@ -34,6 +33,8 @@ def per_concept(name: str, given: list[str], defaults: list[float]) -> list[floa
         values = [float(value) for value in given]
     except ValueError as error:
         raise InputError(f"--{name}={','.join(given)}: not numbers") from error
+    if not all(map(math.isfinite, values)) or (name == "temperature" and min(values, default=1) <= 0):
+        raise InputError(f"--{name}={','.join(given)}: must be finite{', and above 0' * (name == 'temperature')}")
     if not values:
         return defaults
     if len(values) not in (1, len(defaults)):
@@ -49,13 +50,19 @@ def main() -> None:
     out = Path(arguments.out)
     if out.suffix.lower() != ".png":
         raise InputError(f"{out}: pictures are written as .png; name it so")
-    dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    base = load_base_model(arguments.base, dtype=dtype, revision=arguments.revision, variant=arguments.variant)
+    base = load_base_model(
+        arguments.base, dtype=network_dtype(), revision=arguments.revision, variant=arguments.variant
+    )
     loaded = [load_concept(file, base) for file in arguments.concept]
     cards = [card for _, card in loaded]
     bias = per_concept("bias", arguments.bias, [card.bias for card in cards])
     temperature = per_concept("temperature", arguments.temperature, [card.temperature for card in cards])
     strength = per_concept("strength", arguments.strength, [1.0] * len(cards))
+    names = [card.placeholder for card in cards]
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"two concepts are called {max(names, key=names.count)}: give each a name of its own, or one once"
+        )
     for card in cards:
         if card.placeholder not in arguments.prompt:
             print(f"warning: the prompt does not name {card.placeholder}")
@@ -86,7 +93,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
     flags.DEFINE_string("variant", None, "weight files to take, such as fp16")
     flags.DEFINE_integer("num_images", 4, "how many pictures", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "of the first picture; the next has the next", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "of the first picture; the next has the next", lower_bound=0, upper_bound=2**31)
     flags.DEFINE_integer("steps", 50, "DDIM steps", lower_bound=1)
     flags.DEFINE_float("guidance", 6.0, "guidance scale; 1 for none")
     flags.DEFINE_list("bias", [], "beta of the gate, one or one per concept; the concept's own if left out")

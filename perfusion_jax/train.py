@@ -6,9 +6,13 @@ The same command goes on where an interrupted one was. `--config configs/dog.py:
 """
 
 import dataclasses
+import io
 import json
-import os
+import shlex
+import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,11 +25,13 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from perfusion_jax import command_line, shipped, training
-from perfusion_jax.base_model import BaseModel, load_base_model
+from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
 from perfusion_jax.base_model.clip import Clip, load_clip
 from perfusion_jax.base_model.clipseg import load_segmenter
 from perfusion_jax.checkpoints import Checkpoints
@@ -33,16 +39,26 @@ from perfusion_jax.concept import Concept
 from perfusion_jax.config import check, check_same, settings_of, to_json
 from perfusion_jax.covariance import load_whitening
 from perfusion_jax.data import dataset
-from perfusion_jax.data.examples import encode, given_masks, make_examples, prompt_ids, with_mirrored
+from perfusion_jax.data.examples import (
+    Examples,
+    encode,
+    given_masks,
+    make_examples,
+    on_latents,
+    prompt_ids,
+    prompts_used,
+    with_mirrored,
+)
 from perfusion_jax.data.masks import attention_masks, shrink
 from perfusion_jax.data.pictures import Picture, fit, read_folder
 from perfusion_jax.edit import Gate
 from perfusion_jax.errors import InputError
+from perfusion_jax.files import write_bytes
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
 from perfusion_jax.grids import grid
 from perfusion_jax.metrics import Similarities, similarities
 from perfusion_jax.sampling import generate
-from perfusion_jax.training import Examples, Learning
+from perfusion_jax.training import Learning
 
 
 @flax.struct.dataclass
@@ -51,7 +67,7 @@ class Run:
 
     Attributes:
         learning: see `training.Learning`.
-        best: the concept with the best score; the newest one as long as nothing is scored.
+        best: the concept with the best score; the untrained one as long as nothing is scored.
         best_score: harmonic mean of image and text similarity, float32; -1 as long as nothing is scored.
         best_step: the step after which it was.
     """
@@ -63,18 +79,27 @@ class Run:
 
 
 class Data(NamedTuple):
-    """A concept's pictures as they are shown, uint8 [count, side, side, 3], and as they are learnt from."""
+    """A concept's data.
+
+    Attributes:
+        pixels: the pictures as they are shown, uint8 [count, side, side, 3].
+        prompts: those of training, each once, with {} where the concept's name goes.
+        examples: what the step draws from.
+    """
 
     pixels: np.ndarray
+    prompts: list[str]
     examples: Examples
 
 
 def load_base(config: ConfigDict) -> BaseModel:
     """Loads the frozen model that a config names."""
-    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
-        config.dtype, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return load_base_model(
+        config.base,
+        dtype=network_dtype(config.dtype),
+        revision=config.revision or None,
+        variant=config.variant or None,
     )
-    return load_base_model(config.base, dtype=dtype, revision=config.revision or None, variant=config.variant or None)
 
 
 def load_metric(config: ConfigDict, base: BaseModel) -> jax.Array:
@@ -116,7 +141,11 @@ def read_pictures(config: ConfigDict) -> list[Picture]:
 
 
 def load_data(config: ConfigDict, base: BaseModel, key: jax.Array) -> Data:
-    """Reads, fits and encodes a concept's pictures, and finds their masks."""
+    """Reads, fits and encodes a concept's pictures, and finds their masks.
+
+    Raises:
+        InputError: the pictures, masks or prompts cannot be used.
+    """
     side = config.size or base.unet.sample_size * base.vae_factor
     if side % base.vae_factor:
         raise InputError(f"config.size is {side}; it must be a multiple of {base.vae_factor}")
@@ -124,13 +153,30 @@ def load_data(config: ConfigDict, base: BaseModel, key: jax.Array) -> Data:
     pixels = np.stack([picture.pixels for picture in pictures])
     latents = encode(base, pixels)
     masks = find_masks(config, base, pictures, latents.mean, key)
-    return Data(pixels, make_examples(latents, masks, prompt_ids(base, pictures, config.templates)))
+    whole = np.ones((side, side), np.float32)
+    masks = masks * on_latents(base, [whole if picture.inside is None else picture.inside for picture in pictures])
+    ids = prompt_ids(base, pictures, config.templates)
+    return Data(pixels, prompts_used(pictures, config.templates), make_examples(latents, masks, ids))
 
 
 def find_masks(
     config: ConfigDict, base: BaseModel, pictures: list[Picture], latents: jax.Array, key: jax.Array
 ) -> np.ndarray:
-    """Masks by the first way that config.masks allows, float32 [count, 2, height, width]."""
+    """Finds masks by the first way that config.masks allows.
+
+    Args:
+        config: the run's.
+        base: the model.
+        pictures: square ones.
+        latents: means of the pictures' and their mirror images' latents, [count, 2, height, width, channels].
+        key: of the noise in which the UNet is asked.
+
+    Returns:
+        float32 [count, 2, height, width].
+
+    Raises:
+        InputError: there are no masks of the kind that the config insists on.
+    """
     if config.masks == "none":
         return np.ones(latents.shape[:-1], np.float32)
     if config.masks in ("auto", "files"):
@@ -151,8 +197,7 @@ def find_masks(
         masks = np.concatenate([segment(segmenter.params, ids, pair) for pair in pairs])
         return shrink(masks, base.vae_factor).reshape(latents.shape[:-1])
     find = jax.jit(partial(attention_masks, base, super_category=config.super_category))
-    flat = find(base.params, latents.reshape(-1, *latents.shape[2:]), key=key)
-    return np.asarray(flat).reshape(latents.shape[:-1])
+    return np.stack([find(base.params, pair, key=key) for pair in latents])
 
 
 def show_masks(file: epath.Path, data: Data) -> None:
@@ -166,9 +211,9 @@ def show_masks(file: epath.Path, data: Data) -> None:
 
 def write_picture(file: epath.Path, pixels: np.ndarray) -> None:
     """Writes a PNG."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("wb") as stream:
-        Image.fromarray(pixels).save(stream, "png")
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "png")
+    write_bytes(file, stream.getvalue())
 
 
 def concept_key(config: ConfigDict) -> jax.Array:
@@ -241,25 +286,46 @@ class Log:
         lines = self._file.read_text().splitlines() if self._file.exists() else []
         self._lines = [line for line in lines if _step_of(line) <= step]
         self._write()
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the run then waits for ever.
+        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        # Tells TensorBoard to forget what an earlier run logged after this step.
+        self._add(Event(session_log=SessionLog(status=SessionLog.START)), step)
 
     def __call__(self, step: int, **metrics: float) -> None:
         """Logs the metrics of a step."""
         self._lines.append(json.dumps({"step": step, **metrics}))
         self._write()
         for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+            self._add(Event(summary=summary.scalar(name, value)), step)
 
     def picture(self, step: int, pixels: np.ndarray) -> None:
         """Logs a picture, uint8 [height, width, 3]."""
-        self._events.add_image("samples", pixels, step, dataformats="HWC")
+        self._add(Event(summary=summary.image("samples", pixels, dataformats="HWC")), step)
 
     def close(self) -> None:
-        """Writes what is left."""
-        self._events.close()
+        """Writes what is left.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        with self._write_errors():
+            self._events.close()
+
+    def _add(self, event: Event, step: int) -> None:
+        event.step, event.wall_time = step, time.time()
+        with self._write_errors():
+            self._events.write_event(event)
+            self._events.flush()
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"{self._file.parent / 'tensorboard'}: cannot be written ({error.strerror})") from error
 
     def _write(self) -> None:
-        self._file.write_text("".join(f"{line}\n" for line in self._lines))
+        write_bytes(self._file, "".join(f"{line}\n" for line in self._lines).encode())
 
 
 def _step_of(line: str) -> float:
@@ -281,32 +347,35 @@ def train(config: ConfigDict, workdir: epath.Path) -> Path:
     check(config)
     result = workdir / "concepts" / f"{config.name}.safetensors"
     begin(config, workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    if checkpoints.latest() >= config.steps and result.exists():
+        print(f"finished already, after {checkpoints.latest()} steps: {result}")
+        return result
+    clip = load_evaluator(config)
     base = load_base(config)
     whitening = load_metric(config, base)
     key, mask_key = jax.random.split(concept_key(config))
     data = load_data(config, base, mask_key)
     show_masks(workdir / "masks.png", data)
+    validation = Validation(config, base, clip, data.pixels)
     settings = settings_of(config)
-    start = training.start(base.new_concept(config.super_category, whitening, config.templates), settings)
-    run = Run(start, start.concept, jnp.float32(-1), jnp.int32(0))
-
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    start = training.start(base.new_concept(config.super_category, whitening, data.prompts), settings)
+    # Copied, for the first step takes the state's own buffers.
+    run = Run(start, jax.tree.map(jnp.copy, start.concept), jnp.float32(-1), jnp.int32(0))
     restored = checkpoints.restore(run, logging.warning)
     if restored is not None:
         run, _ = restored
     step = int(run.learning.step)
-    if step >= config.steps and result.exists():
-        print(f"finished already, after {step} steps: {result}")
-        return result
 
     compiled = (
         jax.jit(partial(training.train_step, base, settings=settings), donate_argnames="learning")
         .lower(base.params, whitening, data.examples, run.learning, key)
         .compile()
     )
-    validation = Validation(config, base, load_evaluator(config), data.pixels)
     log = Log(workdir, step)
+    saved = step
     losses: list[jax.Array] = []
+    unread: list[tuple[int, list[jax.Array]]] = []
     with command_line.stopping() as stop, tqdm(total=config.steps, initial=step, unit="step", desc=config.name) as bar:
         while step < config.steps and not stop():
             learning, loss = compiled(base.params, whitening, data.examples, run.learning, key)
@@ -315,17 +384,21 @@ def train(config: ConfigDict, workdir: epath.Path) -> Path:
             step += 1
             bar.update()
             last = step == config.steps
-            if step % config.log_every == 0 or last:
-                mean = float(np.mean(jax.device_get(losses)))
+            logs, saves = (last or step % every == 0 for every in (config.log_every, config.checkpoint_every))
+            validates = config.validate_every and (last or step % config.validate_every == 0)
+            if logs or validates or saves:
+                unread.append((step, losses))
                 losses = []
-                if not np.isfinite(mean):
-                    raise diverged(checkpoints, int(learning.step) + 1)
-                bar.set_postfix(loss=f"{mean:.4f}")
-                log(step, loss=mean)
-            if config.validate_every and config.validation_prompts and (step % config.validate_every == 0 or last):
+                # The newest losses are read one time later: they may still be on their way while the device works on.
+                read_losses(unread, 0 if validates or saves else 1, log, bar, checkpoints)
+            if validates and config.validation_prompts:
                 run = validate(run, step, validation, log, workdir)
-            if step % config.checkpoint_every == 0 or last or stop():
+            if saves:
                 checkpoints.save(step, run)
+                saved = step
+    if step > saved:
+        read_losses([*unread, (step, losses)], 0, log, bar, checkpoints)
+        checkpoints.save(step, run)
     checkpoints.close()
     log.close()
     if step < config.steps:
@@ -340,9 +413,40 @@ def begin(config: ConfigDict, workdir: epath.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if file.exists():
             check_same(config, file.read_text(), file)
-        file.write_text(to_json(config))
     except OSError as error:
         raise InputError(f"{workdir}: cannot be written ({error.strerror})") from error
+    write_bytes(file, to_json(config).encode())
+
+
+def read_losses(
+    unread: list[tuple[int, list[jax.Array]]], left: int, log: Log, bar: tqdm, checkpoints: Checkpoints
+) -> None:
+    """Logs mean losses, oldest first.
+
+    Args:
+        unread: (step, losses of the steps up to it); what is logged is taken out.
+        left: how many entries to leave.
+        log, bar: where they are shown.
+        checkpoints: of the run, closed if it cannot go on.
+
+    Raises:
+        InputError: a loss is not finite.
+    """
+    while len(unread) > left:
+        step, losses = unread.pop(0)
+        values = np.asarray(jax.device_get(losses), np.float32)
+        if not len(values):
+            continue
+        if not np.isfinite(values).all():
+            checkpoints.close()
+            first = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
+            raise InputError(
+                f"the loss or its gradient was not finite at step {first}: in a new --workdir, lower "
+                "config.values_rate and config.embedding_rate, or try config.dtype='float32'; earlier checkpoints: "
+                f"{checkpoints.folder}"
+            )
+        bar.set_postfix(loss=f"{values.mean():.4f}")
+        log(step, loss=float(values.mean()))
 
 
 def validate(run: Run, step: int, validation: Validation, log: Log, workdir: epath.Path) -> Run:
@@ -365,15 +469,6 @@ def validate(run: Run, step: int, validation: Validation, log: Log, workdir: epa
     )
 
 
-def diverged(checkpoints: Checkpoints, step: int) -> InputError:
-    """The error for a loss that is not finite; what was saved stays."""
-    checkpoints.close()
-    return InputError(
-        f"the loss was not finite at step {step}: lower config.values_rate and config.embedding_rate, or try "
-        f"config.dtype='float32'; the checkpoints of earlier steps are in {checkpoints.folder}"
-    )
-
-
 def finish(config: ConfigDict, base: BaseModel, run: Run, result: epath.Path) -> Path:
     """Writes the concept: the best scored one, or the last."""
     scored = float(run.best_score) >= 0
@@ -390,17 +485,22 @@ def finish(config: ConfigDict, base: BaseModel, run: Run, result: epath.Path) ->
         licence=config.licence,
     )
     save_concept(result, concept, card)
-    print(f"{result}: {os.path.getsize(result) / 1000:.0f} KB, from step {step}")
-    print(
-        f"draw it:  python -m perfusion_jax.sample --concept {result} "
-        f"--prompt 'a photo of {card.placeholder} on the beach' --out {config.name}.png"
-    )
+    print(f"{result}: {result.stat().length / 1000:.0f} KB, from step {step}")
+    arguments = {
+        "concept": str(result),
+        "prompt": f"a photo of a {card.placeholder} on the beach",
+        "out": f"{config.name}.png",
+        "base": "" if config.base == "emoji" else config.base,
+        "revision": config.revision,
+        "variant": config.variant,
+        "height": config.size or "",
+        "width": config.size or "",
+        "guidance": config.guidance_scale,
+        "strength": "" if config.edit else 0,
+    }
+    words = [word for name, value in arguments.items() if value != "" for word in (f"--{name}", str(value))]
+    print(f"draw it:  python -m perfusion_jax.sample {shlex.join(words)}")
     return result
-
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "what to learn, such as configs/dog.py or configs/dog.py:sd15"
-)
 
 
 def main() -> None:
@@ -409,6 +509,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "what to learn, such as configs/dog.py or configs/dog.py:sd15")
     flags.DEFINE_string("workdir", None, "folder of the run; the same one goes on where it was", required=True)
     flags.mark_flag_as_required("config")
     command_line.run(main)

@@ -18,6 +18,7 @@ import optax
 from perfusion_jax.base_model import BaseModel, keys_values
 from perfusion_jax.base_model.text import mean_at
 from perfusion_jax.concept import Concept
+from perfusion_jax.data.examples import Examples
 from perfusion_jax.edit import Gate
 from perfusion_jax.surgery import Params, insert
 
@@ -52,26 +53,16 @@ class Settings:
     straight_through: bool = False
 
 
-class Examples(NamedTuple):
-    """What a concept is learnt from; for ragged fleets, padded with pictures that are never drawn.
+class Batch(NamedTuple):
+    """Samples of one step, or of a part of it.
 
     Attributes:
-        mean, std: of each picture's latents, as it is and mirrored: float32 [pictures, 2, height, width, channels].
-        masks: weights of the loss, float32 [pictures, 2, height, width]; each mask's largest is 1.
-        prompt_ids: each picture's prompts, int32 [pictures, prompts, tokens]. The concept's token is
-            `vocabulary_size`.
-        num_pictures: how many of the pictures are real, int32 scalar.
+        latents: float32 [batch, height, width, channels].
+        masks: weights of the loss, float32 [batch, height, width].
+        ids: int32 [batch, tokens].
+        noise: standard normal, the shape of the latents.
+        timesteps: int32 [batch].
     """
-
-    mean: jax.Array
-    std: jax.Array
-    masks: jax.Array
-    prompt_ids: jax.Array
-    num_pictures: jax.Array
-
-
-class Batch(NamedTuple):
-    """Samples of one step or of a part of it: latents, masks, token ids, noise and timesteps, `batch` first."""
 
     latents: jax.Array
     masks: jax.Array
@@ -194,7 +185,8 @@ def train_step(
         settings: how to learn.
 
     Returns:
-        (the state after, the loss before the step). Of a concept that diverges the state stays what it was.
+        (the state after, the loss before the step). Where the loss or a gradient is not finite, the state stays what it
+        was from then on, and the loss is NaN.
     """
     concept = learning.concept
     batch = draw_batch(jax.random.fold_in(key, learning.step), examples, base, settings)
@@ -217,4 +209,4 @@ def train_step(
     diverged = learning.diverged | ~jnp.isfinite(value) | ~jnp.isfinite(optax.tree.norm(gradient))
     after = Learning(moved, optimizer, learning.step + 1, diverged)
     kept = jax.tree.map(lambda old, new: jnp.where(diverged, old, new), learning, after)
-    return dataclasses.replace(kept, diverged=diverged), value
+    return dataclasses.replace(kept, diverged=diverged), jnp.where(diverged, jnp.nan, value)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WORDS = ["a", "photo", "of", "the", "dog", "cat", "teddy", "bear", "on", "beach", "in", "snow", "and", "my", ",", "."]
 PROMPT_LENGTH = 16
@@ -103,6 +103,25 @@ def save_checkpoint(folder: Path, layout: str, large: bool = False, **save_optio
     for seed, (name, module) in enumerate({"unet": unet, "vae": vae, "text_encoder": text_encoder}.items()):
         randomise(module, seed).save_pretrained(folder / name, **save_options)
     save_scheduler(folder, settings["prediction_type"])
+    return folder
+
+
+def save_clip(folder: Path) -> Path:
+    """Saves a small CLIP of random weights for pictures of 32 pixels, with its tokeniser, and returns its folder."""
+    tokenizer = save_tokenizer(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {
+        **sizes,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+    randomise(model, 0).save_pretrained(folder)
+    normalisation = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.4, 0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(normalisation))
     return folder
 
 

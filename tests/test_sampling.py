@@ -1,5 +1,6 @@
 """Sampling against PyTorch diffusers' own pipeline on the same weights, prompts and noise."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from perfusion_jax import Gate, InputError, keys_values
+from perfusion_jax import Gate, InputError, insert, keys_values, remove
 from perfusion_jax.base_model.schedule import NoiseSchedule
-from perfusion_jax.sampling import ddim_steps, generate, noise_for, sample_latents, to_pixels
+from perfusion_jax.sampling import ddim_steps, draw, generate, noise_for, sample_latents, to_pixels
 
 PROMPTS = ["a photo of a dog", "the teddy bear on the beach"]
 
@@ -72,6 +73,27 @@ def test_a_concept_still_untrained_draws_its_super_category(base):
     opened = Gate(bias=0.6, temperature=0.15, strength=1.0)
     edited = generate(base, ["a photo of a <rex>"], [0], concepts={"<rex>": concept}, gates=opened, **options)
     assert np.abs(plain.astype(int) - edited).max() > 1
+
+
+def test_the_unconditional_prompt_goes_through_the_frozen_weights(sd1_base):
+    concept = sd1_base.new_concept("dog", jnp.eye(sd1_base.context_width))
+    stacked = jax.tree.map(lambda leaf: 1.3 * leaf[None], concept)
+    params, gate = sd1_base.params, Gate(bias=-5.0, temperature=0.15)  # open for every word
+    ids, empty = sd1_base.tokenizer(["a photo of a <rex>"], ["<rex>"]), sd1_base.tokenizer([""])
+    noise = noise_for(sd1_base, [0], 32, 32)
+    drawn = draw(sd1_base, params, ids, empty, noise, 2, 6.0, stacked, gate)
+
+    def latents(unprompted_unet):
+        edited = insert(params["unet"], stacked, gate)
+        prompted = keys_values(edited, sd1_base.encode(params["text_encoder"], ids, stacked.embedding))
+        unprompted = keys_values(unprompted_unet(edited), sd1_base.encode(params["text_encoder"], empty))
+        return sample_latents(sd1_base, params["unet"], prompted, unprompted, noise, 2, 6.0)
+
+    frozen, mistaken = (
+        np.asarray(sd1_base.decode_latent(params["vae"], latents(unet))) for unet in (remove, lambda edited: edited)
+    )
+    np.testing.assert_allclose(drawn, frozen, atol=1e-4 * np.abs(frozen).max())
+    assert np.abs(drawn - mistaken).max() > 1e-2 * np.abs(frozen).max()
 
 
 def test_impossible_requests_are_refused(base):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import save_clip
 from etils import epath
 from PIL import Image
 from safetensors.numpy import load_file
@@ -21,7 +21,7 @@ from perfusion_jax.formats.concept_file import load_concept
 from perfusion_jax.train import train
 
 ROOT = Path(__file__).parents[1]
-STEPS = 6
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,7 @@ def inputs(tmp_path_factory):
         mask = np.zeros((40, 50), np.uint8)
         mask[10:30, 15:35] = 255
         Image.fromarray(mask).save(folder / "rex" / "masks" / f"{number}.png")
+    save_clip(folder / "clip")
     factor = rng.standard_normal((48, 48))
     np.savez(folder / "covariance.npz", covariance=factor @ factor.T + np.eye(48))
     return folder
@@ -46,14 +47,15 @@ def make_config(inputs, sd1_folder):
         name="rex",
         pictures=str(inputs / "rex"),
         covariance=str(inputs / "covariance.npz"),
+        evaluator=str(inputs / "clip"),
         templates=("a photo of a {}", "my {}"),
         size=32,
         steps=STEPS,
         batch_size=2,
-        validate_every=3,
+        validate_every=4,
         validation_prompts=("a photo of a {} on the beach", "a {} in the snow"),
         sampling_steps=2,
-        checkpoint_every=2,
+        checkpoint_every=3,
         log_every=1,
     )
     return config
@@ -97,14 +99,17 @@ def finished(inputs, sd1_folder, tmp_path_factory):
 def test_a_run_leaves_what_it_promises(finished, config, sd1_base):
     workdir, output = finished
     concept, card = load_concept(workdir / "concepts" / "rex.safetensors", sd1_base)
-    assert (card.name, card.super_category, card.step) == ("rex", "dog", STEPS)
+    assert (card.name, card.super_category) == ("rex", "dog")
     before = sd1_base.new_concept("dog", np.eye(48, dtype=np.float32))
     assert np.abs(np.asarray(concept.embedding) - before.embedding).max() > 0.001
     assert json.loads((workdir / "config.json").read_text())["name"] == "rex"
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
-    for step in (3, 6):
+    scores = {line["step"]: line["score"] for line in lines if "score" in line}
+    assert sorted(scores) == [4, 8, 12]
+    assert card.step == max(scores, key=scores.get)
+    for step in (4, 8, 12):
         sheet = np.asarray(Image.open(workdir / "samples" / f"step_{step:06d}.png"))
         assert sheet.shape == (2 * 128 + 4, 3 * 128 + 8, 3)  # two prompts; one own picture and two drawn
     assert Image.open(workdir / "masks.png").size == (3 * 128 + 8, 2 * 128 + 4)
@@ -117,7 +122,7 @@ def test_a_finished_run_says_so(finished, config, capsys):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_text()
     assert train(config, epath.Path(workdir)) == workdir / "concepts" / "rex.safetensors"
-    assert "finished already, after 6 steps" in capsys.readouterr().out
+    assert "finished already, after 12 steps" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
@@ -154,16 +159,17 @@ def test_sigterm_saves_and_the_same_command_ends_at_the_same_concept(finished, c
     assert_same_concept(finished[0], tmp_path / "run")
 
 
-@pytest.mark.parametrize("moment", [0.5, *(pytest.param(m, marks=pytest.mark.slow) for m in (0.1, 0.3, 0.7, 0.9))])
-def test_killed_at_any_moment_it_resumes_to_the_same_concept(finished, config, tmp_path, moment):
+@pytest.mark.parametrize("logged", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2, 7, 10))])
+def test_killed_at_any_moment_it_resumes_to_the_same_concept(finished, config, tmp_path, logged):
     process = start(config, tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    lines = round(moment * (STEPS + 2))
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= lines):
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= logged):
         time.sleep(0.001)
-    time.sleep(random.random() * 0.5)
+    time.sleep(np.random.default_rng(logged).uniform(0, 0.02))
     process.kill()
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "concepts").exists()
     process = start(config, tmp_path / "run")
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
@@ -184,7 +190,7 @@ def test_a_loss_that_is_not_finite_ends_with_an_error_and_keeps_what_was_saved(c
     monkeypatch.setattr(training, "train_step", breaking)
     with pytest.raises(InputError, match="the loss was not finite at step 4"):
         train(config, workdir)
-    assert (workdir / "checkpoints" / "2").exists()
+    assert (workdir / "checkpoints" / "3").exists()
     assert not (workdir / "concepts").exists()
 
 
@@ -225,27 +231,37 @@ def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
         train(config, epath.Path(tmp_path / "file" / "run"))
 
 
-def test_a_full_disk_is_an_error_that_says_so(config, inputs):
-    """/dev/full takes nothing: any write there fails with `No space left on device`."""
+@pytest.mark.parametrize("limit", [100, 3_000, 40_000])
+def test_a_disk_that_takes_no_more_is_an_error_that_names_the_file(config, tmp_path, limit):
+    """No file may grow beyond `limit` bytes: config, pictures, log, events or checkpoints fail to be written."""
+    program = (
+        f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "import runpy; runpy.run_module('perfusion_jax.train', run_name='__main__')"
+    )
     process = subprocess.run(
-        [sys.executable, "-m", "perfusion_jax.train", *flags(config), "--workdir=/dev/full"],
+        [sys.executable, "-c", program, *flags(config), f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert process.returncode != 0
+    assert f"error: {tmp_path / 'run'}" in process.stderr
+    assert "cannot be written" in process.stderr
+    assert "Traceback" not in process.stderr.split("error: ")[-1]
+
+
+@pytest.mark.parametrize("wrong", ["--config.stepz=3", "--config.steps=many", "--config=nowhere.py"])
+def test_wrong_words_on_the_command_line_are_named(config, tmp_path, wrong):
+    process = subprocess.run(
+        [sys.executable, "-m", "perfusion_jax.train", *flags(config), wrong, f"--workdir={tmp_path}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert process.returncode != 0
-    assert "/dev/full" in process.stderr
+    assert wrong.split("=")[wrong.startswith("--config=")].removeprefix("--config.") in process.stderr
     assert "Traceback" not in process.stderr
-
-
-def test_an_unknown_key_on_the_command_line_is_named(config, tmp_path):
-    process = subprocess.run(
-        [sys.executable, "-m", "perfusion_jax.train", *flags(config), "--config.stepz=3", f"--workdir={tmp_path}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode != 0
-    assert "stepz" in process.stderr

@@ -1,6 +1,7 @@
 """The training step against the same step written in PyTorch from the paper, and against every known mistake."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -19,8 +20,7 @@ PROMPTS = ["a photo of a <rex>", "the <rex> on the beach", "my <rex>"]
 SIDE = 8  # latents
 
 
-@pytest.fixture(scope="module")
-def metric(base):
+def make_metric(base):
     """A covariance of text encodings and its inverse root: (C, C^-1/2)."""
     rng = np.random.default_rng(0)
     factor = rng.standard_normal((base.context_width, base.context_width)) / base.context_width**0.5
@@ -29,8 +29,7 @@ def metric(base):
     return covariance, jnp.asarray(eigenvectors / np.sqrt(eigenvalues) @ eigenvectors.T, jnp.float32)
 
 
-@pytest.fixture(scope="module")
-def examples(base):
+def make_examples(base):
     rng = np.random.default_rng(1)
     shape = (3, 2, SIDE, SIDE, base.latent_channels)
     masks = rng.uniform(0, 1, shape[:-1])
@@ -43,10 +42,9 @@ def examples(base):
     )
 
 
-@pytest.fixture(scope="module")
-def concept(base, metric):
+def make_concept(base, whitening):
     """A concept in the middle of training: nothing is where it started, and s is away from 0 and 1."""
-    start = base.new_concept("dog", metric[1])
+    start = base.new_concept("dog", whitening)
     rng = np.random.default_rng(2)
 
     def nudge(leaf):
@@ -55,17 +53,33 @@ def concept(base, metric):
     moved = dataclasses.replace(
         start, embedding=nudge(start.embedding), value_outputs=jax.tree.map(nudge, start.value_outputs)
     )
-    return moved.with_target_input(nudge(start.target_input), metric[1])
+    return moved.with_target_input(nudge(start.target_input), whitening)
 
 
 @pytest.fixture(scope="module")
-def step(base, metric):
+def metric(sd1_base):
+    return make_metric(sd1_base)
+
+
+@pytest.fixture(scope="module")
+def examples(sd1_base):
+    return make_examples(sd1_base)
+
+
+@pytest.fixture(scope="module")
+def concept(sd1_base, metric):
+    return make_concept(sd1_base, metric[1])
+
+
+@pytest.fixture(scope="module")
+def step(sd1_base, metric):
     """The compiled step, by settings."""
 
+    @functools.cache
     def make(settings):
         return jax.jit(
             lambda examples, learning, key: training.train_step(
-                base, base.params, metric[1], examples, learning, key, settings
+                sd1_base, sd1_base.params, metric[1], examples, learning, key, settings
             )
         )
 
@@ -131,8 +145,9 @@ def torch_loss_and_gradients(folder, concept, batch, covariance, settings, strai
 
 
 @pytest.mark.parametrize("variant", ["perfusion", "straight_through", "textual_inversion"])
-def test_loss_and_gradients_equal_pytorch(folder, base, metric, examples, concept, variant):
-    covariance, whitening = metric
+def test_loss_and_gradients_equal_pytorch(folder, base, variant):
+    covariance, whitening = make_metric(base)
+    examples, concept = make_examples(base), make_concept(base, whitening)
     straight_through, edit = variant == "straight_through", variant != "textual_inversion"
     settings = dataclasses.replace(
         SETTINGS,
@@ -177,7 +192,7 @@ def test_a_step_moves_values_embedding_and_target_input_but_no_key(step, concept
     assert moved == pytest.approx(SETTINGS.embedding_rate, rel=0.01)
 
 
-def test_values_without_gradient_do_not_decay(base, metric, step, concept, examples):
+def test_values_without_gradient_do_not_decay(sd1_base, metric, step, concept, examples):
     """A weight decay at learning rate 0.03 would pull them to zero."""
     settings = dataclasses.replace(SETTINGS, bias=1e3)  # the gate is shut: no gradient reaches the values
     after, _ = step(settings)(examples, training.start(concept, settings), jax.random.key(0))
@@ -187,15 +202,17 @@ def test_values_without_gradient_do_not_decay(base, metric, step, concept, examp
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_the_target_input_moves_once_a_step_towards_the_mean_encoding(
-    base, metric, step, concept, examples, accumulation
+    sd1_base, metric, step, concept, examples, accumulation
 ):
     settings = dataclasses.replace(SETTINGS, accumulation=accumulation)
     key = jax.random.key(5)
     before = training.start(concept, settings)
     after, _ = step(settings)(examples, before, key)
-    batch = training.draw_batch(jax.random.fold_in(key, 0), examples, base, settings)
-    encodings = np.asarray(base.encode(base.params["text_encoder"], batch.ids, concept.embedding[None]), np.float64)
-    at_concept = encodings[np.asarray(batch.ids) == base.tokenizer.vocabulary_size]
+    batch = training.draw_batch(jax.random.fold_in(key, 0), examples, sd1_base, settings)
+    encodings = np.asarray(
+        sd1_base.encode(sd1_base.params["text_encoder"], batch.ids, concept.embedding[None]), np.float64
+    )
+    at_concept = encodings[np.asarray(batch.ids) == sd1_base.tokenizer.vocabulary_size]
     assert len(at_concept) == settings.batch_size
     expected = 0.99 * np.asarray(concept.target_input, np.float64) + 0.01 * at_concept.mean(0)
     np.testing.assert_allclose(after.concept.target_input, expected, atol=1e-5 * np.abs(expected).max())
@@ -215,34 +232,34 @@ def test_accumulation_changes_memory_and_not_the_result(step, concept, examples)
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(one).max())
 
 
-def test_the_loss_is_weighted_by_the_mask_and_not_by_its_square_or_its_scale(base, metric, examples, concept):
-    batch = training.draw_batch(jax.random.key(3), examples, base, SETTINGS)
+def test_the_loss_is_weighted_by_the_mask_and_not_by_its_square_or_its_scale(sd1_base, metric, examples, concept):
+    batch = training.draw_batch(jax.random.key(3), examples, sd1_base, SETTINGS)
     whole = jnp.ones_like(batch.masks)
     left, right = whole.at[:, :, SIDE // 2 :].set(0.0), whole.at[:, :, : SIDE // 2].set(0.0)
 
     @jax.jit
     def loss(masks: jax.Array) -> jax.Array:
         masked = batch._replace(masks=masks)
-        return training.loss(base, base.params, metric[1], concept, masked, SETTINGS)[0]
+        return training.loss(sd1_base, sd1_base.params, metric[1], concept, masked, SETTINGS)[0]
 
     np.testing.assert_allclose(loss(left) + loss(right), 2 * loss(whole), rtol=1e-5)
     np.testing.assert_allclose(loss(0.25 * left), loss(left), rtol=1e-5)
     np.testing.assert_allclose(loss(0.75 * left + 0.25 * right), 0.75 * loss(left) + 0.25 * loss(right), rtol=1e-5)
 
 
-def test_padded_pictures_are_never_drawn(base, examples):
+def test_padded_pictures_are_never_drawn(sd1_base, examples):
     padded = examples._replace(mean=examples.mean.at[2].set(jnp.nan), num_pictures=jnp.int32(2))
     settings = dataclasses.replace(SETTINGS, batch_size=256)
-    batch = training.draw_batch(jax.random.key(0), padded, base, settings)
+    batch = training.draw_batch(jax.random.key(0), padded, sd1_base, settings)
     assert jnp.isfinite(batch.latents).all()
 
 
-def test_flips_are_drawn_half_of_the_time_or_never(base, examples):
+def test_flips_are_drawn_half_of_the_time_or_never(sd1_base, examples):
     marked = examples._replace(masks=examples.masks.at[:, 0].set(0.0).at[:, 1].set(1.0))
     settings = dataclasses.replace(SETTINGS, batch_size=512)
-    masks = training.draw_batch(jax.random.key(0), marked, base, settings).masks
+    masks = training.draw_batch(jax.random.key(0), marked, sd1_base, settings).masks
     assert masks.mean() == pytest.approx(0.5, abs=0.1)
-    masks = training.draw_batch(jax.random.key(0), marked, base, dataclasses.replace(settings, flip=False)).masks
+    masks = training.draw_batch(jax.random.key(0), marked, sd1_base, dataclasses.replace(settings, flip=False)).masks
     assert masks.max() == 0
 
 
@@ -258,6 +275,33 @@ def test_a_concept_that_diverges_is_frozen(step, concept, examples):
         for old, new in zip(*map(jax.tree.leaves, (before.concept, state.concept)), strict=True):
             np.testing.assert_array_equal(old, new)
         assert state.step == 0
+
+
+def test_a_gradient_that_is_not_finite_is_told_by_the_loss(sd1_base, metric, concept, examples, monkeypatch):
+    @jax.custom_vjp
+    def poisoned(value):
+        return value
+
+    poisoned.defvjp(lambda value: (value, None), lambda _, gradient: (gradient * jnp.inf,))
+    true_loss = training.loss
+    monkeypatch.setattr(training, "loss", lambda *args: (poisoned(true_loss(*args)[0]), true_loss(*args)[1]))
+    before = training.start(concept, SETTINGS)
+    after, value = jax.jit(functools.partial(training.train_step, sd1_base, settings=SETTINGS))(
+        sd1_base.params, metric[1], examples, before, jax.random.key(0)
+    )
+    assert jnp.isnan(value)
+    assert bool(after.diverged)
+
+
+def test_training_in_bfloat16_keeps_the_concept_in_float32(sd1_base, metric, concept, examples):
+    losses = []
+    for model in (sd1_base, sd1_base.astype(jnp.bfloat16)):
+        after, value = jax.jit(functools.partial(training.train_step, model, settings=SETTINGS))(
+            model.params, metric[1], examples, training.start(concept, SETTINGS), jax.random.key(0)
+        )
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.concept))
+        losses.append(value)
+    assert losses[1] == pytest.approx(float(losses[0]), rel=0.05)
 
 
 def test_ablations_train_what_they_say(step, concept, examples):
@@ -288,10 +332,10 @@ def test_a_step_depends_on_its_number_and_not_on_what_ran_before(step, concept, 
         np.testing.assert_array_equal(one, other)
 
 
-def test_batches_have_the_shapes_they_say(base, examples):
-    batch = training.draw_batch(jax.random.key(0), examples, base, SETTINGS)
+def test_batches_have_the_shapes_they_say(sd1_base, examples):
+    batch = training.draw_batch(jax.random.key(0), examples, sd1_base, SETTINGS)
     assert isinstance(batch, Batch)
-    assert batch.latents.shape == (4, SIDE, SIDE, base.latent_channels)
+    assert batch.latents.shape == (4, SIDE, SIDE, sd1_base.latent_channels)
     assert batch.masks.shape == (4, SIDE, SIDE)
-    assert batch.ids.shape == (4, base.tokenizer.length)
-    assert (batch.ids == base.tokenizer.vocabulary_size).sum() == 4
+    assert batch.ids.shape == (4, sd1_base.tokenizer.length)
+    assert (batch.ids == sd1_base.tokenizer.vocabulary_size).sum() == 4

@@ -12,7 +12,7 @@ import numpy as np
 
 from perfusion_jax.base_model import text
 from perfusion_jax.base_model.flax_classes import CLIPConfig, FlaxCLIPModule
-from perfusion_jax.base_model.source import read_config
+from perfusion_jax.base_model.source import read_config, read_preprocessor
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
 from perfusion_jax.surgery import Params
 
@@ -96,7 +96,7 @@ def load_clip(folder: str | Path) -> Clip:
     folder = Path(folder)
     config = CLIPConfig.from_dict(read_config(folder / "config.json", "CLIPModel"))
     module = FlaxCLIPModule(config)
-    preprocessor = read_config(folder / "preprocessor_config.json")
+    preprocessor = read_preprocessor(folder)
     side = config.vision_config.image_size
 
     def initialise(key: jax.Array) -> Any:
@@ -109,6 +109,6 @@ def load_clip(folder: str | Path) -> Clip:
         params=read_tree(find_checkpoint(folder, None), shapes, jnp.dtype(jnp.float32), str(folder)),
         tokenizer=text.load_tokenizer(folder, config.text_config),
         module=module,
-        mean=tuple(preprocessor["image_mean"]),
-        deviation=tuple(preprocessor["image_std"]),
+        mean=preprocessor.mean,
+        deviation=preprocessor.deviation,
     )

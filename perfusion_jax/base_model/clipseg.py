@@ -3,7 +3,6 @@
 The Flax twin of transformers' CLIPSegForImageSegmentation, reading the same checkpoints.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from perfusion_jax.base_model.flax_classes import (
     FlaxCLIPTextTransformer,
     FlaxCLIPVisionTransformer,
 )
-from perfusion_jax.base_model.source import find_transformers_folder, read_config
+from perfusion_jax.base_model.source import find_transformers_folder, read_config, read_preprocessor
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
 from perfusion_jax.surgery import Params
 
@@ -108,7 +107,7 @@ class _Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, states: Sequence[jax.Array], condition: jax.Array) -> jax.Array:
-        config, vision = self.config, copy.deepcopy(self.config.vision_config)
+        config, vision = self.config, self.config.vision_config
         layer_config = CLIPVisionConfig.from_dict(
             {
                 **vision.to_dict(),
@@ -225,7 +224,7 @@ def load_segmenter(source: str | Path) -> Segmenter:
     """
     folder = find_transformers_folder(str(source))
     config = CLIPSegConfig.from_dict(read_config(folder / "config.json", "CLIPSegForImageSegmentation"))
-    preprocessor = read_config(folder / "preprocessor_config.json")
+    preprocessor = read_preprocessor(folder)
     module = _ClipSeg(config)
     native = config.vision_config.image_size
 
@@ -233,7 +232,6 @@ def load_segmenter(source: str | Path) -> Segmenter:
         ids = jnp.zeros((1, config.text_config.max_position_embeddings), jnp.int32)
         return module.init(key, ids, jnp.zeros((1, native, native, 3)))["params"]
 
-    size = preprocessor["size"]
     return Segmenter(
         params=read_tree(
             find_checkpoint(folder, None),
@@ -243,7 +241,7 @@ def load_segmenter(source: str | Path) -> Segmenter:
         ),
         tokenizer=text.load_tokenizer(folder, config.text_config),
         module=module,
-        side=size["height"] if isinstance(size, dict) else size,
-        mean=tuple(preprocessor["image_mean"]),
-        deviation=tuple(preprocessor["image_std"]),
+        side=preprocessor.side or native,
+        mean=preprocessor.mean,
+        deviation=preprocessor.deviation,
     )

@@ -221,6 +221,13 @@ class BaseModel:
         )
 
 
+def network_dtype(name: str = "auto") -> jnp.dtype:
+    """The dtype for a network: `float32`, `bfloat16`, or with `auto` float32 on a CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
 def _probe(kernel: jax.Array) -> jax.Array:
     exact = kernel.astype(jnp.float32)
     x, y = (np.cos(np.arange(size) * np.sqrt(2)) for size in exact.shape)

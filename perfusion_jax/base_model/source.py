@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -116,3 +116,32 @@ def read_config(file: Path, *classes: str) -> dict[str, Any]:
     if classes and not set(named) & set(classes):
         raise InputError(f"{file}: of class {named[0]}, which is not supported; supported: {', '.join(classes)}")
     return config
+
+
+class Preprocessor(NamedTuple):
+    """How pictures go into a model of transformers.
+
+    Attributes:
+        mean, deviation: by which the channels of pictures in [0, 1] are normalised, three numbers each.
+        side: of the pictures in pixels, or None if the file does not say.
+    """
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    side: int | None
+
+
+def read_preprocessor(folder: Path) -> Preprocessor:
+    """Reads a model's preprocessor_config.json.
+
+    Raises:
+        InputError: it is missing, not JSON, or lacks the normalisation.
+    """
+    file = folder / "preprocessor_config.json"
+    config = read_config(file)
+    missing = [key for key in ("image_mean", "image_std") if len(config.get(key) or ()) != 3]
+    if missing:
+        raise InputError(f"{file}: {missing[0]} is missing, or not three numbers")
+    size = config.get("size")
+    side = size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
+    return Preprocessor(tuple(config["image_mean"]), tuple(config["image_std"]), side)

@@ -17,7 +17,6 @@ from absl import flags
 from etils import epath
 from PIL import Image
 
-from perfusion_jax import command_line
 from perfusion_jax.data.pictures import Picture, read_folder
 from perfusion_jax.errors import InputError
 
@@ -139,6 +138,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from perfusion_jax import command_line
+
     flags.DEFINE_string("folders", None, "folder of concept folders", required=True)
     flags.DEFINE_string("out", None, "folder to write the dataset to, local or in a bucket", required=True)
     command_line.run(main)

@@ -1,6 +1,7 @@
 """From a concept's pictures to what the training step draws from: latents encoded once, masks, token ids."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,26 @@ from perfusion_jax.base_model.vae import LatentDistribution
 from perfusion_jax.data.masks import normalise, shrink
 from perfusion_jax.data.pictures import Picture
 from perfusion_jax.errors import InputError
-from perfusion_jax.training import Examples
 
 PLACEHOLDER = "<concept>"  # the concept's own name matters to people alone: in training there is one concept
+
+
+class Examples(NamedTuple):
+    """What a concept is learnt from; for ragged fleets, padded with pictures that are never drawn.
+
+    Attributes:
+        mean, std: of each picture's latents, as it is and mirrored: float32 [pictures, 2, height, width, channels].
+        masks: weights of the loss, float32 [pictures, 2, height, width]; each mask's largest is 1.
+        prompt_ids: each picture's prompts, int32 [pictures, prompts, tokens]. The concept's token is
+            `vocabulary_size`.
+        num_pictures: how many of the pictures are real, int32 scalar.
+    """
+
+    mean: jax.Array
+    std: jax.Array
+    masks: jax.Array
+    prompt_ids: jax.Array
+    num_pictures: jax.Array
 
 
 def with_mirrored(pictures: np.ndarray) -> np.ndarray:
@@ -47,21 +65,35 @@ def prompt_ids(base: BaseModel, pictures: Sequence[Picture], templates: Sequence
     return np.stack([base.tokenizer([t.replace("{}", PLACEHOLDER) for t in row], [PLACEHOLDER]) for row in rows])
 
 
-def given_masks(base: BaseModel, pictures: Sequence[Picture]) -> np.ndarray | None:
-    """The masks that came with the pictures, on the grid of latents: float32 [count, 2, height, width].
+def prompts_used(pictures: Sequence[Picture], templates: Sequence[str]) -> list[str]:
+    """The prompts of training, each once: the captions, and the templates if a picture has no caption."""
+    captions = [picture.caption for picture in pictures if picture.caption]
+    return list(dict.fromkeys([*captions, *(templates if len(captions) < len(pictures) else ())]))
 
-    None if no picture has one.
+
+def on_latents(base: BaseModel, masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Masks of pictures, float32 [height, width] each, on the grid of latents with their mirror images.
+
+    Returns:
+        float32 [count, 2, height / f, width / f].
+    """
+    return with_mirrored(shrink(np.stack(masks), base.vae_factor))
+
+
+def given_masks(base: BaseModel, pictures: Sequence[Picture]) -> np.ndarray | None:
+    """The masks that came with the pictures: float32 [count, 2, height / f, width / f], or None if there are none.
 
     Raises:
-        InputError: some pictures have a mask and some none, or one is empty.
+        InputError: some pictures have a mask and some none.
     """
-    without = [picture.name for picture in pictures if picture.mask is None]
-    if len(without) == len(pictures):
+    masks = {picture.name: picture.mask for picture in pictures}
+    given = [mask for mask in masks.values() if mask is not None]
+    if not given:
         return None
-    if without:
-        raise InputError(f"{without[0]}: has no mask, but other pictures have: give one for each, or none")
-    masks = shrink(np.stack([picture.mask for picture in pictures if picture.mask is not None]), base.vae_factor)
-    return with_mirrored(masks)
+    if len(given) < len(pictures):
+        without = next(name for name, mask in masks.items() if mask is None)
+        raise InputError(f"{without}: has no mask, but other pictures have: give one for each, or none")
+    return on_latents(base, given)
 
 
 def make_examples(latents: LatentDistribution, masks: np.ndarray, ids: np.ndarray) -> Examples:

@@ -35,7 +35,7 @@ def attention_masks(
         params: its weights.
         latents: of the pictures, [count, height, width, channels].
         super_category: the word or words for this kind of thing.
-        key: of the noise.
+        key: of the noise, which is the same for all of them.
 
     Returns:
         float32 [count, height, width], each from 0 at its least to 1 at its most attentive latent.
@@ -48,7 +48,7 @@ def attention_masks(
 
     def at(level: jax.Array, noise_key: jax.Array) -> jax.Array:
         timesteps = jnp.full(count, (level * base.schedule.num_train_timesteps).astype(jnp.int32))
-        noisy = base.schedule.add_noise(latents, jax.random.normal(noise_key, latents.shape), timesteps)
+        noisy = base.schedule.add_noise(latents, jax.random.normal(noise_key, latents.shape[1:]), timesteps)
         _, maps = base.attention_maps(params["unet"], noisy.astype(base.unet.dtype), timesteps, fed)
         return jnp.einsum("bhwt,t->bhw", maps, is_word.astype(np.float32))
 

@@ -32,12 +32,15 @@ class Picture:
         mask: how much of each pixel is the thing, float32 [height, width] in [0, 1]: from a mask file, else from the
             picture's transparency, else None.
         caption: with one `{}`, or None.
+        inside: how much of each pixel is the picture and not what `fit` put around it, float32 [height, width], or None
+            if all of it is.
     """
 
     name: str
     pixels: np.ndarray
     mask: np.ndarray | None
     caption: str | None
+    inside: np.ndarray | None = None
 
 
 def read_folder(folder: str | os.PathLike[str]) -> list[Picture]:
@@ -131,27 +134,25 @@ def fit(picture: Picture, side: int, crop: bool) -> Picture:
     Args:
         picture: as read.
         side: in pixels.
-        crop: cut the longer side to its middle; otherwise the whole picture is kept and white fills the square, which
-            the mask leaves out.
+        crop: cut the longer side to its middle; otherwise the whole picture is kept and white fills the square.
 
     Raises:
         InputError: the crop cuts away all of the mask.
     """
-    height, width = picture.pixels.shape[:2]
-    image, mask = Image.fromarray(picture.pixels), picture.mask
-    if not crop and height != width and mask is None:
-        mask = np.ones((height, width), np.float32)
     method = Image.Resampling.LANCZOS
 
-    def square(source: Image.Image, fill: str | int) -> Image.Image:
-        if crop:
-            return ImageOps.fit(source, (side, side), method)
-        return ImageOps.pad(source, (side, side), method, color=fill)
+    def square(array: np.ndarray, fill: str | int) -> np.ndarray:
+        image = Image.fromarray(array)
+        fitted = ImageOps.fit(image, (side, side), method) if crop else ImageOps.pad(image, (side, side), method, fill)
+        return np.asarray(fitted)
 
-    pixels = np.asarray(square(image, "white"))
-    if mask is not None:
-        # Lanczos overshoots a little.
-        mask = np.clip(np.asarray(square(Image.fromarray(mask), 0)), 0, 1)
-        if mask.max() == 0:
-            raise InputError(f"{picture.name}: cropping to a square cuts the thing away: set config.crop=False")
-    return replace(picture, pixels=pixels, mask=mask)
+    def square_mask(mask: np.ndarray) -> np.ndarray:
+        return np.clip(square(mask, 0), 0, 1)  # Lanczos overshoots a little
+
+    height, width = picture.pixels.shape[:2]
+    mask = None if picture.mask is None else square_mask(picture.mask)
+    if mask is not None and mask.max() == 0:
+        raise InputError(f"{picture.name}: cropping to a square cuts the thing away: set config.crop=False")
+    padded = not crop and height != width
+    inside = square_mask(np.ones((height, width), np.float32)) if padded else None
+    return replace(picture, pixels=square(picture.pixels, "white"), mask=mask, inside=inside)

@@ -19,7 +19,7 @@ from perfusion_jax.emoji_world import diffusion_training as training
 from perfusion_jax.emoji_world import drawings, latent_shards, model_folder, tokenizer, torch_training
 from perfusion_jax.emoji_world.fetch import cache_directory
 
-SAMPLES = flags.DEFINE_integer("samples", 2_500_000, "Samples to train on in the constant phase.")
+SAMPLES = flags.DEFINE_integer("samples", 256_000, "Samples to train on in the constant phase.")
 DECAY_SAMPLES = flags.DEFINE_integer("decay_samples", 0, "If set: samples of the decay phase to run now.")
 THREADS = flags.DEFINE_integer("threads", 0, "CPU threads; 0: as many as other processes leave free.")
 RUN = flags.DEFINE_string("run", "diffusion_training", "Folder of this run under the cache.")

@@ -18,7 +18,7 @@ from perfusion_jax.emoji_world.muon import MuonAndAdam
 STAGE = flags.DEFINE_enum(
     "stage", "all", ["all", "decoder"], "Train all, or go on with the decoder alone (latents stay what they are)."
 )
-SAMPLES = flags.DEFINE_integer("samples", 48_000, "Pictures to train on in this stage.")
+SAMPLES = flags.DEFINE_integer("samples", 36_000, "Pictures to train on in this stage.")
 THREADS = flags.DEFINE_integer("threads", 1, "CPU threads.")
 
 SEED = {"all": 1_000, "decoder": 1_001}

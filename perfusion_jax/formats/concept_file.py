@@ -14,12 +14,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.concept import Concept
 from perfusion_jax.errors import InputError
-from perfusion_jax.files import replacing
+from perfusion_jax.files import write_bytes
 
 FORMAT = "perfusion_jax concept 1"
 
@@ -67,8 +67,7 @@ def save_concept(file: str | Path, concept: Concept, card: ConceptCard) -> None:
         for layer, output in getattr(concept, kind).items():
             tensors[f"{kind}.{_dotted(layer)}"] = output
     metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in dataclasses.asdict(card).items()}}
-    with replacing(Path(file)) as temporary:
-        save_file({name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}, temporary, metadata)
+    write_bytes(file, save({name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}, metadata))
 
 
 def load_concept(file: str | Path, base: BaseModel) -> tuple[Concept, ConceptCard]:

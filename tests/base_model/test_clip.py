@@ -1,13 +1,11 @@
 """The evaluator CLIP against transformers' PyTorch CLIP on the same random weights."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from checkpoints import randomise, save_tokenizer
+from checkpoints import save_clip
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
 from perfusion_jax import InputError
 from perfusion_jax.base_model.clip import load_clip
@@ -17,22 +15,7 @@ TEXTS = ["a photo of a dog", "the teddy bear on the beach", ""]
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip") / "clip"
-    tokenizer = save_tokenizer(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {
-        **sizes,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    vision = {**sizes, "image_size": 32, "patch_size": 8}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
-    randomise(model, 0).save_pretrained(folder)
-    normalisation = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.4, 0.5]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(normalisation))
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 def test_embeddings_equal_pytorch(clip_folder):
@@ -56,8 +39,12 @@ def test_pictures_of_any_size_and_number(clip_folder):
     np.testing.assert_allclose(embeddings[-1:], clip.images(large[-1:]), atol=1e-5)
 
 
-def test_a_folder_that_is_no_clip_is_refused(tmp_path, folder):
+def test_a_folder_that_is_no_clip_is_refused(tmp_path, folder, tmp_path_factory):
     with pytest.raises(InputError, match=r"config.json: missing"):
         load_clip(tmp_path)
+    clip_folder = save_clip(tmp_path_factory.mktemp("clip") / "clip")
+    (clip_folder / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}')
+    with pytest.raises(InputError, match=r"preprocessor_config.json: image_std is missing"):
+        load_clip(clip_folder)
     with pytest.raises(InputError, match="CLIPTextModel, which is not supported"):
         load_clip(folder / "text_encoder")

@@ -149,12 +149,13 @@ def test_cropping_takes_the_middle_without_distortion(tmp_path):
     assert (fitted.pixels[:, 2:-2] == (0, 0, 255)).all()
 
 
-def test_padding_keeps_all_and_masks_what_it_adds(tmp_path):
+def test_padding_keeps_all_and_tells_what_it_adds(tmp_path):
     two_halves(64, 32).save(tmp_path / "a.png")
     fitted = fit(read_folder(tmp_path)[0], 32, crop=False)
     np.testing.assert_array_equal(fitted.pixels[:8], 255)
-    np.testing.assert_array_equal(fitted.mask[:7], 0)
-    np.testing.assert_allclose(fitted.mask[9:23], 1, atol=1e-3)
+    assert fitted.mask is None
+    np.testing.assert_array_equal(fitted.inside[:7], 0)
+    np.testing.assert_allclose(fitted.inside[9:23], 1, atol=1e-3)
     assert fitted.pixels[16, 4, 0] > 250
     assert fitted.pixels[16, 28, 1] > 250
 
