@@ -287,7 +287,9 @@ class Log:
         self._lines = [line for line in lines if _step_of(line) <= step]
         self._write()
         # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the run then waits for ever.
-        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        with self._write_errors():
+            (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
         # Tells TensorBoard to forget what an earlier run logged after this step.
         self._add(Event(session_log=SessionLog(status=SessionLog.START)), step)
 

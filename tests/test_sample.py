@@ -40,14 +40,16 @@ def test_draws_a_concept_into_one_grid(sd1_folder, concept_file, tmp_path):
     done = run(sd1_folder, f"--concept={concept_file}", "--prompt=a photo of a <rex>", f"--out={out}", "--num_images=3")
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stdout
-    assert np.asarray(Image.open(out)).shape == (2 * 128 + 4, 2 * 128 + 4, 3)
+    with Image.open(out) as picture:
+        assert np.asarray(picture).shape == (2 * 128 + 4, 2 * 128 + 4, 3)
 
 
 def test_a_prompt_without_the_concept_is_a_warning_and_bad_input_one_line(sd1_folder, concept_file, tmp_path):
     out = tmp_path / "rex.png"
     done = run(sd1_folder, f"--concept={concept_file}", "--prompt=a dog", f"--out={out}", "--num_images=1")
     assert "warning: the prompt does not name <rex>" in done.stdout
-    assert Image.open(out).size == (32, 32)
+    with Image.open(out) as picture:
+        assert picture.size == (32, 32)
     done = run(sd1_folder, f"--concept={concept_file}", "--prompt=a <rex>", f"--out={out}", "--bias=0.5,0.6")
     assert done.returncode != 0
     assert (

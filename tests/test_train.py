@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,9 +111,14 @@ def test_a_run_leaves_what_it_promises(finished, config, sd1_base):
     assert sorted(scores) == [4, 8, 12]
     assert card.step == max(scores, key=scores.get)
     for step in (4, 8, 12):
-        sheet = np.asarray(Image.open(workdir / "samples" / f"step_{step:06d}.png"))
-        assert sheet.shape == (2 * 128 + 4, 3 * 128 + 8, 3)  # two prompts; one own picture and two drawn
-    assert Image.open(workdir / "masks.png").size == (3 * 128 + 8, 2 * 128 + 4)
+        with Image.open(workdir / "samples" / f"step_{step:06d}.png") as sheet:
+            assert np.asarray(sheet).shape == (
+                2 * 128 + 4,
+                3 * 128 + 8,
+                3,
+            )  # two prompts; one own picture and two drawn
+    with Image.open(workdir / "masks.png") as masks:
+        assert masks.size == (3 * 128 + 8, 2 * 128 + 4)
     assert any((workdir / "tensorboard").iterdir())
     assert f"{workdir}/concepts/rex.safetensors" in output
     assert "python -m perfusion_jax.sample --concept" in output
@@ -214,7 +220,7 @@ def test_bad_configs_are_errors_that_name_the_key(config, tmp_path, change, mess
 def test_masks_can_be_asked_for_and_left_out(config, tmp_path, inputs):
     config.update(masks="files", pictures=str(tmp_path / "plain"))
     (tmp_path / "plain").mkdir()
-    Image.open(inputs / "rex" / "0.png").save(tmp_path / "plain" / "0.png")
+    shutil.copy(inputs / "rex" / "0.png", tmp_path / "plain" / "0.png")
     with pytest.raises(InputError, match=r"'files', but .* has no masks/ folder"):
         train(config, epath.Path(tmp_path / "run"))
 
