@@ -69,7 +69,7 @@ def config(inputs, sd1_folder):
 
 def flags(config):
     """The command line that gives `config`."""
-    keys = config.keys() - {"templates", "validation_prompts", "base"}
+    keys = set(config.keys()) - {"templates", "validation_prompts", "base"}
     default = get_config(config.base)
     values = [f"--config.{key}={config[key]}" for key in sorted(keys) if config[key] != default[key]]
     values += [f"--config.{key}={tuple(config[key])!r}" for key in ("templates", "validation_prompts")]
