@@ -40,6 +40,7 @@ TEST = [
     "opt_einsum",
     "hypothesis>=6.150",
     "pytest>=9.0",
+    "pytest-xdist>=3.8",
     *PRETRAIN,
 ]
 DEVELOP = ["mypy>=2.0", "ruff>=0.17", "types-tqdm"]

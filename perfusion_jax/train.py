@@ -12,7 +12,7 @@ import shlex
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -349,12 +349,24 @@ def train(config: ConfigDict, workdir: epath.Path) -> Path:
     check(config)
     result = workdir / "concepts" / f"{config.name}.safetensors"
     begin(config, workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    if checkpoints.latest() >= config.steps and result.exists():
-        print(f"finished already, after {checkpoints.latest()} steps: {result}")
-        return result
+    with closing(Checkpoints(workdir / "checkpoints", config.keep_checkpoints)) as checkpoints:
+        if checkpoints.latest() >= config.steps and result.exists():
+            print(f"finished already, after {checkpoints.latest()} steps: {result}")
+            return result
+        base = load_base(config)
+        run = learn(config, base, workdir, checkpoints)
+    if int(run.learning.step) < config.steps:
+        raise KeyboardInterrupt
+    return finish(config, base, run, result)
+
+
+def learn(config: ConfigDict, base: BaseModel, workdir: epath.Path, checkpoints: Checkpoints) -> Run:
+    """Takes the steps that are left, or those until it is told to stop; all of it is saved when it returns.
+
+    Raises:
+        InputError: as for `train`.
+    """
     clip = load_evaluator(config)
-    base = load_base(config)
     whitening = load_metric(config, base)
     key, mask_key = jax.random.split(concept_key(config))
     data = load_data(config, base, mask_key)
@@ -374,11 +386,14 @@ def train(config: ConfigDict, workdir: epath.Path) -> Path:
         .lower(base.params, whitening, data.examples, run.learning, key)
         .compile()
     )
-    log = Log(workdir, step)
     saved = step
     losses: list[jax.Array] = []
     unread: list[tuple[int, list[jax.Array]]] = []
-    with command_line.stopping() as stop, tqdm(total=config.steps, initial=step, unit="step", desc=config.name) as bar:
+    with (
+        closing(Log(workdir, step)) as log,
+        command_line.stopping() as stop,
+        tqdm(total=config.steps, initial=step, unit="step", desc=config.name) as bar,
+    ):
         while step < config.steps and not stop():
             learning, loss = compiled(base.params, whitening, data.examples, run.learning, key)
             run = dataclasses.replace(run, learning=learning)
@@ -398,14 +413,10 @@ def train(config: ConfigDict, workdir: epath.Path) -> Path:
             if saves:
                 checkpoints.save(step, run)
                 saved = step
-    if step > saved:
-        read_losses([*unread, (step, losses)], 0, log, bar, checkpoints)
-        checkpoints.save(step, run)
-    checkpoints.close()
-    log.close()
-    if step < config.steps:
-        raise KeyboardInterrupt
-    return finish(config, base, run, result)
+        if step > saved:
+            read_losses([*unread, (step, losses)], 0, log, bar, checkpoints)
+            checkpoints.save(step, run)
+    return run
 
 
 def begin(config: ConfigDict, workdir: epath.Path) -> None:
@@ -429,7 +440,7 @@ def read_losses(
         unread: (step, losses of the steps up to it); what is logged is taken out.
         left: how many entries to leave.
         log, bar: where they are shown.
-        checkpoints: of the run, closed if it cannot go on.
+        checkpoints: of the run, named if it cannot go on.
 
     Raises:
         InputError: a loss is not finite.
@@ -440,7 +451,6 @@ def read_losses(
         if not len(values):
             continue
         if not np.isfinite(values).all():
-            checkpoints.close()
             first = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
             raise InputError(
                 f"the loss or its gradient was not finite at step {first}: in a new --workdir, lower "

@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_ends_with_an_error_and_keeps_what_was_saved(c
         return step(base, params, whitening, broken, learning, key, settings)
 
     monkeypatch.setattr(training, "train_step", breaking)
-    with pytest.raises(InputError, match="the loss was not finite at step 4"):
+    with pytest.raises(InputError, match="the loss or its gradient was not finite at step 4"):
         train(config, workdir)
     assert (workdir / "checkpoints" / "3").exists()
     assert not (workdir / "concepts").exists()
