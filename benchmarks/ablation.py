@@ -24,7 +24,8 @@ from perfusion_jax.formats.concept_file import load_concept
 from perfusion_jax.grids import grid
 from perfusion_jax.metrics import similarities
 from perfusion_jax.sampling import generate
-from perfusion_jax.train import train, write_picture
+from perfusion_jax.train import train
+from perfusion_jax.workdir import write_picture
 
 OUT = flags.DEFINE_string("out", "ablation", "Folder of the runs and pictures.")
 CONCEPTS = flags.DEFINE_list("concepts", ["dog", "teddy", "jeep", "camera"], "Examples to learn.")

@@ -6,16 +6,10 @@ The same command goes on where an interrupted one was. `--config configs/dog.py:
 """
 
 import dataclasses
-import io
-import json
 import shlex
-import time
-import zlib
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -24,41 +18,18 @@ import numpy as np
 from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
-from PIL import Image
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
-from perfusion_jax import command_line, shipped, training
-from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
-from perfusion_jax.base_model.clip import Clip, load_clip
-from perfusion_jax.base_model.clipseg import load_segmenter
+from perfusion_jax import command_line, training
+from perfusion_jax.base_model import BaseModel
 from perfusion_jax.checkpoints import Checkpoints
 from perfusion_jax.concept import Concept
-from perfusion_jax.config import check, check_same, settings_of, to_json
-from perfusion_jax.covariance import load_whitening
-from perfusion_jax.data import dataset
-from perfusion_jax.data.examples import (
-    Examples,
-    encode,
-    given_masks,
-    make_examples,
-    on_latents,
-    prompt_ids,
-    prompts_used,
-    with_mirrored,
-)
-from perfusion_jax.data.masks import attention_masks, shrink
-from perfusion_jax.data.pictures import Picture, fit, read_folder
-from perfusion_jax.edit import Gate
+from perfusion_jax.config import check, settings_of
 from perfusion_jax.errors import InputError
-from perfusion_jax.files import write_bytes
-from perfusion_jax.formats.concept_file import ConceptCard, save_concept
-from perfusion_jax.grids import grid
-from perfusion_jax.metrics import Similarities, similarities
-from perfusion_jax.sampling import generate
+from perfusion_jax.preparation import concept_key, load_base, load_data, load_evaluator, load_metric
 from perfusion_jax.training import Learning
+from perfusion_jax.validation import Validation, show_masks
+from perfusion_jax.workdir import Log, begin, write_concept, write_picture
 
 
 @flax.struct.dataclass
@@ -76,265 +47,6 @@ class Run:
     best: Concept
     best_score: jax.Array
     best_step: jax.Array
-
-
-class Data(NamedTuple):
-    """A concept's data.
-
-    Attributes:
-        pixels: the pictures as they are shown, uint8 [count, side, side, 3].
-        prompts: those of training, each once, with {} where the concept's name goes.
-        examples: what the step draws from.
-    """
-
-    pixels: np.ndarray
-    prompts: list[str]
-    examples: Examples
-
-
-def load_base(config: ConfigDict) -> BaseModel:
-    """Loads the frozen model that a config names."""
-    return load_base_model(
-        config.base,
-        dtype=network_dtype(config.dtype),
-        revision=config.revision or None,
-        variant=config.variant or None,
-    )
-
-
-def load_metric(config: ConfigDict, base: BaseModel) -> jax.Array:
-    """C^-1/2 of the base model's text encoder.
-
-    Raises:
-        InputError: the config names no file of C and none came with the model.
-    """
-    file = config.covariance or base.covariance
-    if not file:
-        raise InputError(
-            f"config.covariance is empty, and no covariance came with {config.base}: measure it once with "
-            f"`python -m perfusion_jax.covariance --base {config.base} --captions captions.txt --out covariance.npz`"
-        )
-    return load_whitening(file, base.context_width)
-
-
-def load_evaluator(config: ConfigDict) -> Clip | None:
-    """The CLIP that scores validation pictures, or None if there is none."""
-    folder = config.evaluator or (shipped.EVALUATOR if config.base == "emoji" else None)
-    return load_clip(folder) if folder else None
-
-
-def read_pictures(config: ConfigDict) -> list[Picture]:
-    """Reads the pictures that a config names.
-
-    Raises:
-        InputError: they cannot be read, or the package has no such example.
-    """
-    if config.pictures.startswith(dataset.PREFIX):
-        return dataset.read_split(config.pictures)
-    if not config.pictures.startswith("emoji:"):
-        return read_folder(config.pictures)
-    name = config.pictures.removeprefix("emoji:")
-    examples = sorted(folder.name for folder in shipped.EXAMPLES.iterdir() if folder.is_dir())
-    if name not in examples:
-        raise InputError(f"config.pictures is {config.pictures!r}; the examples are {', '.join(examples)}")
-    return read_folder(shipped.EXAMPLES / name)
-
-
-def load_data(config: ConfigDict, base: BaseModel, key: jax.Array) -> Data:
-    """Reads, fits and encodes a concept's pictures, and finds their masks.
-
-    Raises:
-        InputError: the pictures, masks or prompts cannot be used.
-    """
-    side = config.size or base.unet.sample_size * base.vae_factor
-    if side % base.vae_factor:
-        raise InputError(f"config.size is {side}; it must be a multiple of {base.vae_factor}")
-    pictures = [fit(picture, side, config.crop) for picture in read_pictures(config)]
-    pixels = np.stack([picture.pixels for picture in pictures])
-    latents = encode(base, pixels)
-    masks = find_masks(config, base, pictures, latents.mean, key)
-    whole = np.ones((side, side), np.float32)
-    masks = masks * on_latents(base, [whole if picture.inside is None else picture.inside for picture in pictures])
-    ids = prompt_ids(base, pictures, config.templates)
-    return Data(pixels, prompts_used(pictures, config.templates), make_examples(latents, masks, ids))
-
-
-def find_masks(
-    config: ConfigDict, base: BaseModel, pictures: list[Picture], latents: jax.Array, key: jax.Array
-) -> np.ndarray:
-    """Finds masks by the first way that config.masks allows.
-
-    Args:
-        config: the run's.
-        base: the model.
-        pictures: square ones.
-        latents: means of the pictures' and their mirror images' latents, [count, 2, height, width, channels].
-        key: of the noise in which the UNet is asked.
-
-    Returns:
-        float32 [count, 2, height, width].
-
-    Raises:
-        InputError: there are no masks of the kind that the config insists on.
-    """
-    if config.masks == "none":
-        return np.ones(latents.shape[:-1], np.float32)
-    if config.masks in ("auto", "files"):
-        masks = given_masks(base, pictures)
-        if masks is not None:
-            return masks
-        if config.masks == "files":
-            raise InputError(
-                f"config.masks is 'files', but {config.pictures} has no masks/ folder and no picture with transparency"
-            )
-    if config.masks == "segmenter" and not config.segmenter:
-        raise InputError("config.masks is 'segmenter', but config.segmenter names none")
-    if config.segmenter and config.masks != "attention":
-        segmenter = load_segmenter(config.segmenter)
-        ids = segmenter.tokenizer([config.super_category] * 2)
-        pairs = with_mirrored(np.stack([picture.pixels for picture in pictures])).astype(np.float32) / 127.5 - 1
-        segment = jax.jit(segmenter.masks)
-        masks = np.concatenate([segment(segmenter.params, ids, pair) for pair in pairs])
-        return shrink(masks, base.vae_factor).reshape(latents.shape[:-1])
-    find = jax.jit(partial(attention_masks, base, super_category=config.super_category))
-    return np.stack([find(base.params, pair, key=key) for pair in latents])
-
-
-def show_masks(file: epath.Path, data: Data) -> None:
-    """Writes the pictures, and under each how much the loss looks at each part of it."""
-    masks = np.asarray(data.examples.masks[:, 0])
-    side = data.pixels.shape[1]
-    grown = masks.repeat(side // masks.shape[1], axis=1).repeat(side // masks.shape[2], axis=2)[..., None]
-    shaded = (data.pixels * (0.15 + 0.85 * grown)).astype(np.uint8)
-    write_picture(file, grid([data.pixels, shaded]))
-
-
-def write_picture(file: epath.Path, pixels: np.ndarray) -> None:
-    """Writes a PNG."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "png")
-    write_bytes(file, stream.getvalue())
-
-
-def concept_key(config: ConfigDict) -> jax.Array:
-    """The random key of a concept: it depends on its seed and its name alone."""
-    return jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(config.name.encode()))
-
-
-class Validation:
-    """Sample grids and scores.
-
-    Args:
-        config: the run's.
-        base: the model.
-        clip: the evaluator, or None.
-        own: the concept's pictures, uint8 [count, side, side, 3].
-    """
-
-    def __init__(self, config: ConfigDict, base: BaseModel, clip: Clip | None, own: np.ndarray):
-        self._config, self._base, self._clip, self._own = config, base, clip, own
-
-    def draw(self, concept: Concept) -> tuple[np.ndarray, np.ndarray]:
-        """Draws the validation prompts with fixed seeds.
-
-        Returns:
-            (pictures, uint8 [prompts, pictures_per_prompt, side, side, 3]; a grid of them with one row per prompt
-            and the
-            concept's own pictures on the left, uint8 [height, width, 3]).
-        """
-        config = self._config
-        count = config.pictures_per_prompt
-        prompts = [p.replace("{}", f"<{config.name}>") for p in config.validation_prompts for _ in range(count)]
-        side = self._own.shape[1]
-        drawn = generate(
-            self._base,
-            prompts,
-            range(len(prompts)),
-            concepts={f"<{config.name}>": concept},
-            gates=Gate(config.sampling_bias, config.sampling_temperature, float(config.edit)),
-            steps=config.sampling_steps,
-            guidance_scale=config.guidance_scale,
-            height=side,
-            width=side,
-            batch_size=min(8, len(prompts)),
-        ).reshape(-1, count, side, side, 3)
-        rows = [np.concatenate([self._own[[row % len(self._own)]], pictures]) for row, pictures in enumerate(drawn)]
-        return drawn, grid(rows)
-
-    def score(self, drawn: np.ndarray) -> Similarities | None:
-        """Scores what `draw` drew, or None without an evaluator."""
-        if self._clip is None:
-            return None
-        texts = [
-            prompt.replace("{}", self._config.super_category)
-            for prompt in self._config.validation_prompts
-            for _ in range(drawn.shape[1])
-        ]
-        return similarities(self._clip, drawn.reshape(-1, *drawn.shape[2:]), texts, self._own)
-
-
-class Log:
-    """metrics.jsonl and TensorBoard events of a run.
-
-    Args:
-        workdir: where.
-        step: the step that the run goes on from: what was logged after it is dropped, and will be logged again.
-    """
-
-    def __init__(self, workdir: epath.Path, step: int):
-        self._file = workdir / "metrics.jsonl"
-        lines = self._file.read_text().splitlines() if self._file.exists() else []
-        self._lines = [line for line in lines if _step_of(line) <= step]
-        self._write()
-        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the run then waits for ever.
-        with self._write_errors():
-            (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
-            self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
-        # Tells TensorBoard to forget what an earlier run logged after this step.
-        self._add(Event(session_log=SessionLog(status=SessionLog.START)), step)
-
-    def __call__(self, step: int, **metrics: float) -> None:
-        """Logs the metrics of a step."""
-        self._lines.append(json.dumps({"step": step, **metrics}))
-        self._write()
-        for name, value in metrics.items():
-            self._add(Event(summary=summary.scalar(name, value)), step)
-
-    def picture(self, step: int, pixels: np.ndarray) -> None:
-        """Logs a picture, uint8 [height, width, 3]."""
-        self._add(Event(summary=summary.image("samples", pixels, dataformats="HWC")), step)
-
-    def close(self) -> None:
-        """Writes what is left.
-
-        Raises:
-            InputError: it cannot be written.
-        """
-        with self._write_errors():
-            self._events.close()
-
-    def _add(self, event: Event, step: int) -> None:
-        event.step, event.wall_time = step, time.time()
-        with self._write_errors():
-            self._events.write_event(event)
-            self._events.flush()
-
-    @contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(f"{self._file.parent / 'tensorboard'}: cannot be written ({error.strerror})") from error
-
-    def _write(self) -> None:
-        write_bytes(self._file, "".join(f"{line}\n" for line in self._lines).encode())
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # cut off by a kill
 
 
 def train(config: ConfigDict, workdir: epath.Path) -> Path:
@@ -419,18 +131,6 @@ def learn(config: ConfigDict, base: BaseModel, workdir: epath.Path, checkpoints:
     return run
 
 
-def begin(config: ConfigDict, workdir: epath.Path) -> None:
-    """Makes the workdir and saves the config in it, or sees that it is the same config."""
-    file = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            check_same(config, file.read_text(), file)
-    except OSError as error:
-        raise InputError(f"{workdir}: cannot be written ({error.strerror})") from error
-    write_bytes(file, to_json(config).encode())
-
-
 def read_losses(
     unread: list[tuple[int, list[jax.Array]]], left: int, log: Log, bar: tqdm, checkpoints: Checkpoints
 ) -> None:
@@ -486,17 +186,7 @@ def finish(config: ConfigDict, base: BaseModel, run: Run, result: epath.Path) ->
     scored = float(run.best_score) >= 0
     concept = run.best if scored else run.learning.concept
     step = int(run.best_step if scored else run.learning.step)
-    card = ConceptCard(
-        name=config.name,
-        super_category=config.super_category,
-        base_model=config.base,
-        fingerprint=base.fingerprint,
-        bias=config.sampling_bias,
-        temperature=config.sampling_temperature,
-        step=step,
-        licence=config.licence,
-    )
-    save_concept(result, concept, card)
+    card = write_concept(result, config, base, concept, step)
     print(f"{result}: {result.stat().length / 1000:.0f} KB, from step {step}")
     arguments = {
         "concept": str(result),

@@ -1,0 +1,76 @@
+"""Pictures to look at while a concept is learnt, and their scores."""
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from perfusion_jax.base_model import BaseModel
+from perfusion_jax.base_model.clip import Clip
+from perfusion_jax.concept import Concept
+from perfusion_jax.edit import Gate
+from perfusion_jax.grids import grid
+from perfusion_jax.metrics import Similarities, similarities
+from perfusion_jax.preparation import Data
+from perfusion_jax.sampling import generate
+from perfusion_jax.workdir import write_picture
+
+
+class Validation:
+    """Sample grids and scores.
+
+    Args:
+        config: the run's.
+        base: the model.
+        clip: the evaluator, or None.
+        own: the concept's pictures, uint8 [count, side, side, 3].
+    """
+
+    def __init__(self, config: ConfigDict, base: BaseModel, clip: Clip | None, own: np.ndarray):
+        self._config, self._base, self._clip, self._own = config, base, clip, own
+
+    def draw(self, concept: Concept) -> tuple[np.ndarray, np.ndarray]:
+        """Draws the validation prompts with fixed seeds.
+
+        Returns:
+            (pictures, uint8 [prompts, pictures_per_prompt, side, side, 3]; a grid of them with one row per prompt
+            and the
+            concept's own pictures on the left, uint8 [height, width, 3]).
+        """
+        config = self._config
+        count = config.pictures_per_prompt
+        prompts = [p.replace("{}", f"<{config.name}>") for p in config.validation_prompts for _ in range(count)]
+        side = self._own.shape[1]
+        drawn = generate(
+            self._base,
+            prompts,
+            range(len(prompts)),
+            concepts={f"<{config.name}>": concept},
+            gates=Gate(config.sampling_bias, config.sampling_temperature, float(config.edit)),
+            steps=config.sampling_steps,
+            guidance_scale=config.guidance_scale,
+            height=side,
+            width=side,
+            batch_size=min(8, len(prompts)),
+        ).reshape(-1, count, side, side, 3)
+        rows = [np.concatenate([self._own[[row % len(self._own)]], pictures]) for row, pictures in enumerate(drawn)]
+        return drawn, grid(rows)
+
+    def score(self, drawn: np.ndarray) -> Similarities | None:
+        """Scores what `draw` drew, or None without an evaluator."""
+        if self._clip is None:
+            return None
+        texts = [
+            prompt.replace("{}", self._config.super_category)
+            for prompt in self._config.validation_prompts
+            for _ in range(drawn.shape[1])
+        ]
+        return similarities(self._clip, drawn.reshape(-1, *drawn.shape[2:]), texts, self._own)
+
+
+def show_masks(file: epath.Path, data: Data) -> None:
+    """Writes the pictures, and under each how much the loss looks at each part of it."""
+    masks = np.asarray(data.examples.masks[:, 0])
+    side = data.pixels.shape[1]
+    grown = masks.repeat(side // masks.shape[1], axis=1).repeat(side // masks.shape[2], axis=2)[..., None]
+    shaded = (data.pixels * (0.15 + 0.85 * grown)).astype(np.uint8)
+    write_picture(file, grid([data.pixels, shaded]))

@@ -1,0 +1,132 @@
+"""What a run keeps in its workdir, checkpoints apart: its config, logs, pictures and concepts."""
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from perfusion_jax.base_model import BaseModel
+from perfusion_jax.concept import Concept
+from perfusion_jax.config import check_same, to_json
+from perfusion_jax.errors import InputError
+from perfusion_jax.files import write_bytes
+from perfusion_jax.formats.concept_file import ConceptCard, save_concept
+
+
+def begin(config: ConfigDict, workdir: epath.Path) -> None:
+    """Makes the workdir and saves the config in it, or sees that it is the same config."""
+    file = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            check_same(config, file.read_text(), file)
+    except OSError as error:
+        raise InputError(f"{workdir}: cannot be written ({error.strerror})") from error
+    write_bytes(file, to_json(config).encode())
+
+
+class Log:
+    """metrics.jsonl and TensorBoard events of a run.
+
+    Args:
+        workdir: where.
+        step: the step that the run goes on from: what was logged after it is dropped, and will be logged again.
+    """
+
+    def __init__(self, workdir: epath.Path, step: int):
+        self._file = workdir / "metrics.jsonl"
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        self._lines = [line for line in lines if _step_of(line) <= step]
+        self._write()
+        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the run then waits for ever.
+        with self._write_errors():
+            (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        # Tells TensorBoard to forget what an earlier run logged after this step.
+        self._add(Event(session_log=SessionLog(status=SessionLog.START)), step)
+
+    def __call__(self, step: int, **metrics: float) -> None:
+        """Logs the metrics of a step."""
+        self._lines.append(json.dumps({"step": step, **metrics}))
+        self._write()
+        for name, value in metrics.items():
+            self._add(Event(summary=summary.scalar(name, value)), step)
+
+    def picture(self, step: int, pixels: np.ndarray) -> None:
+        """Logs a picture, uint8 [height, width, 3]."""
+        self._add(Event(summary=summary.image("samples", pixels, dataformats="HWC")), step)
+
+    def close(self) -> None:
+        """Writes what is left.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        with self._write_errors():
+            self._events.close()
+
+    def _add(self, event: Event, step: int) -> None:
+        event.step, event.wall_time = step, time.time()
+        with self._write_errors():
+            self._events.write_event(event)
+            self._events.flush()
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"{self._file.parent / 'tensorboard'}: cannot be written ({error.strerror})") from error
+
+    def _write(self) -> None:
+        write_bytes(self._file, "".join(f"{line}\n" for line in self._lines).encode())
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")  # cut off by a kill
+
+
+def write_picture(file: epath.Path, pixels: np.ndarray) -> None:
+    """Writes a PNG."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "png")
+    write_bytes(file, stream.getvalue())
+
+
+def write_concept(file: epath.Path, config: ConfigDict, base: BaseModel, concept: Concept, step: int) -> ConceptCard:
+    """Writes a learnt concept, all at once or not at all, and returns what its file says of it.
+
+    Args:
+        file: where.
+        config: the run's.
+        base: the model it was learnt on.
+        concept: what was learnt.
+        step: optimiser steps it took.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    card = ConceptCard(
+        name=config.name,
+        super_category=config.super_category,
+        base_model=config.base,
+        fingerprint=base.fingerprint,
+        bias=config.sampling_bias,
+        temperature=config.sampling_temperature,
+        step=step,
+        licence=config.licence,
+    )
+    save_concept(file, concept, card)
+    return card
