@@ -17,15 +17,15 @@ from etils import epath
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import default
-from perfusion_jax import Gate, load_base_model, shipped
+from perfusion_jax import load_base_model, shipped
 from perfusion_jax.base_model.clip import load_clip
 from perfusion_jax.data.pictures import read_folder
 from perfusion_jax.formats.concept_file import load_concept
+from perfusion_jax.formats.picture_file import write_picture
+from perfusion_jax.generation import generate
 from perfusion_jax.grids import grid
 from perfusion_jax.metrics import similarities
-from perfusion_jax.sampling import generate
 from perfusion_jax.train import train
-from perfusion_jax.workdir import write_picture
 
 OUT = flags.DEFINE_string("out", "ablation", "Folder of the runs and pictures.")
 CONCEPTS = flags.DEFINE_list("concepts", ["dog", "teddy", "jeep", "camera"], "Examples to learn.")
@@ -45,7 +45,7 @@ PLACES = ("on the beach", "in the snow", "at night", "under water", "in the city
 def main(_: list[str]) -> None:
     out = epath.Path(OUT.value)
     base, clip = load_base_model("emoji"), load_clip(shipped.EVALUATOR)
-    print("| variant | image similarity | text similarity | harmonic mean |\n| --- | --- | --- | --- |")
+    print("| variant | image similarity | text similarity | prompt precision |\n| --- | --- | --- | --- |")
     for variant, changes in VARIANTS.items():
         scores, rows = [], []
         for name in CONCEPTS.value:
@@ -56,24 +56,21 @@ def main(_: list[str]) -> None:
             config.validate_every = 0
             with contextlib.redirect_stdout(io.StringIO()):
                 file = train(config, out / variant.replace(" ", "_").replace("*", "") / name)
-            concept, card = load_concept(file, base)
+            trained = load_concept(file, base)
             prompts = [f"a photo of a {{}} {place}" for place in PLACES for _ in range(SEEDS.value)]
             drawn = generate(
                 base,
-                [prompt.replace("{}", card.placeholder) for prompt in prompts],
+                [prompt.replace("{}", trained.card.placeholder) for prompt in prompts],
                 range(len(prompts)),
-                concepts={card.placeholder: concept},
-                gates=Gate(card.bias, card.temperature, float(config.edit)),
-                guidance_scale=config.guidance_scale,
+                [trained],
+                strength=float(config.edit),
             )
             own = np.stack([picture.pixels for picture in read_folder(shipped.EXAMPLES / name)])
-            texts = [prompt.replace("{}", card.super_category) for prompt in prompts]
+            texts = [prompt.replace("{}", trained.card.super_category) for prompt in prompts]
             scores.append(similarities(clip, drawn, texts, own))
             rows.append(np.concatenate([own[:1], drawn[:: SEEDS.value]]))
         write_picture(out / f"{variant.replace(' ', '_').replace('*', '')}.png", grid(rows))
-        image, text = np.mean(scores, axis=0)
-        mean = np.mean([score.harmonic_mean for score in scores])
-        print(f"| {variant} | {image:.3f} | {text:.3f} | {mean:.3f} |", flush=True)
+        print(f"| {variant} | {' | '.join(f'{mean:.3f}' for mean in np.mean(scores, axis=0))} |", flush=True)
 
 
 if __name__ == "__main__":

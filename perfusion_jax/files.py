@@ -28,6 +28,20 @@ def write_bytes(file: str | os.PathLike[str], data: bytes) -> None:
         raise InputError(f"{path}: cannot be written ({error})") from error
 
 
+def check_writable(folder: Path) -> None:
+    """Makes a folder and sees that a file can be written in it, before work is done whose result goes there.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """Gives a temporary path beside `file`, and renames it to `file` when the context ends without an error.

@@ -1,4 +1,4 @@
-"""How well pictures show a concept and follow their prompts, by an evaluator CLIP (CLIP-I and CLIP-T)."""
+"""How well pictures show a concept and follow their prompts, by an evaluator CLIP."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,15 +9,30 @@ from perfusion_jax.base_model.clip import Clip
 
 
 class Similarities(NamedTuple):
-    """Mean cosines: of pictures with the concept's own pictures, and of pictures with their prompts."""
+    """Means over pictures.
+
+    Attributes:
+        image: cosine with the concept's own pictures (CLIP-I).
+        text: cosine with the prompt, with the super-category's word in place of the concept (CLIP-T).
+        precision: how surely the picture goes with its own prompt and not with another of those that were drawn: the
+            softmax probability at the evaluator's own scale (a soft R-precision: Park et al. 2021, "Benchmark for
+            compositional text-to-image synthesis").
+    """
 
     image: float
     text: float
+    precision: float
 
     @property
-    def harmonic_mean(self) -> float:
-        """High only if both are: what chooses the step that is kept. 0 if either is not positive."""
-        return 0.0 if min(self) <= 0 else 2 * self.image * self.text / (self.image + self.text)
+    def score(self) -> float:
+        """Harmonic mean of `image` and `precision`: what chooses the step that is kept. 0 if either is not positive.
+
+        Not of `text`: it falls as the concept becomes itself and less of a common thing of its kind (a teddy bear's own
+        pictures have less in common with "a photo of a bear" than with most captions), so that it would choose a step
+        at which the concept has hardly been learnt. All prompts have the super-category's word in common, so it plays
+        no part in telling them apart.
+        """
+        return 0.0 if min(self.image, self.precision) <= 0 else 2 / (1 / self.image + 1 / self.precision)
 
 
 def similarities(clip: Clip, pictures: np.ndarray, prompts: Sequence[str], own: np.ndarray) -> Similarities:
@@ -31,5 +46,9 @@ def similarities(clip: Clip, pictures: np.ndarray, prompts: Sequence[str], own: 
     """
     drawn = clip.images(pictures)
     image = (drawn @ clip.images(own).T).mean()
-    text = (drawn * clip.texts(prompts)).sum(axis=1).mean()
-    return Similarities(float(image), float(text))
+    distinct = list(dict.fromkeys(prompts))
+    cosines = (drawn @ clip.texts(distinct).T).astype(np.float64)
+    asked = np.arange(len(prompts)), np.array([distinct.index(prompt) for prompt in prompts])
+    odds = np.exp(clip.logit_scale * (cosines - cosines.max(axis=1, keepdims=True)))
+    precision = (odds / odds.sum(axis=1, keepdims=True))[asked].mean()
+    return Similarities(float(image), float(cosines[asked].mean()), float(precision))

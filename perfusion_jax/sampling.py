@@ -1,83 +1,88 @@
-"""Drawing pictures: prompts and noise to latents, all steps in one `lax.scan`, and latents to pictures.
+"""Drawing, as pure functions: prompts and noise to latents, all steps in one `lax.scan`, and latents to pictures.
 
-The sampler is DDIM (Song et al., arXiv 2010.02502) without added noise, with classifier-free guidance (Ho and Salimans,
-arXiv 2207.12598).
+Guidance is classifier-free (Ho and Salimans, arXiv 2207.12598), its rescaling that of Lin et al. (arXiv 2305.08891,
+section 3.4).
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perfusion_jax import concept as concept_lib
 from perfusion_jax.base_model import BaseModel, KeysValues, keys_values
-from perfusion_jax.base_model.schedule import NoiseSchedule
 from perfusion_jax.concept import Concept
 from perfusion_jax.edit import Gate
-from perfusion_jax.errors import InputError
+from perfusion_jax.samplers import Plan
 from perfusion_jax.surgery import Params, insert
 
 
-class DdimSteps(NamedTuple):
-    """The steps of a DDIM sampler, from noise to picture.
+class Guidance(NamedTuple):
+    """How far pictures follow their prompts; float32 scalars.
 
     Attributes:
-        timesteps: int32 [steps].
-        kept: a_t, the signal's share of the variance before each step, float32 [steps].
-        kept_after: the same after it, float32 [steps].
+        scale: of the step away from the empty prompt's prediction; 1 for none.
+        rescale: how much of the contrast that guidance adds is taken back, 0 to 1.
     """
 
-    timesteps: np.ndarray
-    kept: np.ndarray
-    kept_after: np.ndarray
+    scale: jax.Array | float = 6.0
+    rescale: jax.Array | float = 0.0
 
 
-def ddim_steps(schedule: NoiseSchedule, steps: int) -> DdimSteps:
-    """Chooses timesteps as diffusers' DDIMScheduler does from the checkpoint's scheduler config.
+class Concepts(NamedTuple):
+    """The concepts that a batch of prompts may name, in slots; an empty slot is all zeros.
 
-    Raises:
-        InputError: more steps than the schedule has, none at all, or an unknown spacing.
+    Attributes:
+        stacked: [slots, ...].
+        gates: [slots] each.
+        present: which concepts act on each prompt, float32 [batch, slots].
+        phases: how strongly each acts in each phase of the sampling, float32 [phases, slots].
+        phase_of_step: int32 [steps].
+        super_embeddings: the super-categories' word embeddings, float32 [slots, token_width], if all keys are to come
+            from the prompt with these words (global key locking); None for local key locking.
     """
-    total = schedule.num_train_timesteps
-    if not 1 <= steps <= total:
-        raise InputError(f"{steps} sampling steps: this model's schedule allows 1 to {total}")
-    spacing = schedule.config.get("timestep_spacing", "leading")
-    if spacing == "leading":
-        timesteps = np.arange(steps)[::-1] * (total // steps) + schedule.config.get("steps_offset", 0)
-    elif spacing == "trailing":
-        timesteps = np.round(np.arange(total, 0, -total / steps)) - 1
-    elif spacing == "linspace":
-        timesteps = np.round(np.linspace(0, total - 1, steps))[::-1]
-    else:
-        raise InputError(f"timestep_spacing {spacing!r} of the scheduler is not one of leading, trailing, linspace")
-    timesteps = np.clip(timesteps, 0, total - 1).astype(np.int32)
-    after = timesteps - total // steps
-    last = 1.0 if schedule.config.get("set_alpha_to_one", True) else schedule.alphas_cumprod[0]
-    kept = schedule.alphas_cumprod
-    return DdimSteps(timesteps, kept[timesteps], np.where(after < 0, last, kept[after]).astype(np.float32))
+
+    stacked: Concept
+    gates: Gate
+    present: jax.Array
+    phases: jax.Array
+    phase_of_step: jax.Array
+    super_embeddings: jax.Array | None
 
 
-def noise_for(base: BaseModel, seeds: Sequence[int], height: int, width: int) -> jax.Array:
-    """Returns the noise each picture starts from, float32 [len(seeds), height / f, width / f, channels].
-
-    It depends on the picture's own seed alone, not on its place in the batch.
+def prompt_keys_values(base: BaseModel, params: dict[str, Params], ids: jax.Array, concepts: Concepts) -> KeysValues:
+    """Computes the keys and values of prompts under the edits of the concepts that each of them names.
 
     Args:
         base: the model.
-        seeds: one per picture.
-        height, width: of the pictures in pixels, multiples of the autoencoder's factor f.
+        params: its weights, without edits.
+        ids: int32 [batch, tokens].
+        concepts: see `Concepts`.
 
-    Raises:
-        InputError: a height or width that is no multiple of f.
+    Returns:
+        By layer, [phases, batch, tokens, out_width] each.
     """
-    factor = base.vae_factor
-    if height % factor or width % factor or not height > 0 < width:
-        raise InputError(f"pictures of {width} x {height} pixels: width and height must be multiples of {factor}")
-    shape = (height // factor, width // factor, base.latent_channels)
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    stacked, gates = concepts.stacked, concepts.gates
+    encodings = base.encode(params["text_encoder"], ids, stacked.embedding)
+    super_encodings = None
+    if concepts.super_embeddings is not None:
+        super_encodings = base.encode(params["text_encoder"], ids, concepts.super_embeddings)
+
+    def of_prompt(
+        strengths: jax.Array, present: jax.Array, encoding: jax.Array, super_encoding: jax.Array | None
+    ) -> KeysValues:
+        here = dataclasses.replace(
+            stacked, target_input=present[:, None] * stacked.target_input, dual=present[:, None] * stacked.dual
+        )
+        edited = insert(params["unet"], here, gates._replace(strength=gates.strength * strengths))
+        return keys_values(edited, encoding, super_encoding)
+
+    of_batch = jax.vmap(of_prompt, in_axes=(None, 0, 0, 0))
+    return jax.vmap(of_batch, in_axes=(0, None, None, None))(
+        concepts.phases, concepts.present, encodings, super_encodings
+    )
 
 
 def sample_latents(
@@ -85,46 +90,69 @@ def sample_latents(
     unet_params: Params,
     prompted: KeysValues,
     unprompted: KeysValues,
-    noise: jax.Array,
-    steps: int,
-    guidance_scale: jax.Array | float,
-) -> jax.Array:
-    """Draws latents: pure, and meant to be jitted with `base` and `steps` static.
+    phase_of_step: jax.Array,
+    noisy: jax.Array,
+    plan: Plan,
+    guidance: Guidance,
+    attention: bool = False,
+    on_step: Callable[[], None] | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Walks the plan of a sampler.
 
     Args:
         base: the model.
         unet_params: its UNet's weights; edits act through `prompted` alone.
-        prompted: keys and values of the prompts, of a batch.
-        unprompted: keys and values of the empty prompt through the unedited weights, of the same batch size.
-        noise: from `noise_for`, [batch, height / f, width / f, channels].
-        steps: DDIM steps.
-        guidance_scale: 1 for none.
+        prompted: keys and values of the prompts, [phases, batch, ...].
+        unprompted: those of the empty prompt through the unedited weights, [batch, ...].
+        phase_of_step: which of the phases each step reads, int32 [steps].
+        noisy: what to start from, float32 [batch, height / f, width / f, channels].
+        plan: the sampler's.
+        guidance: see `Guidance`.
+        attention: whether to tell where the UNet looked.
+        on_step: called on the host after every step, for progress.
 
     Returns:
-        Latents, float32, the shape of the noise.
+        (latents, float32, the shape of `noisy`; the attention that each latent paid to each token of its prompt, the
+        mean over heads, layers and steps, float32 [batch, height / f, width / f, tokens], or None if not asked for).
     """
-    plan = ddim_steps(base.schedule, steps)
-    both = jax.tree.map(lambda one, other: jnp.concatenate([one, other]), prompted, unprompted)
+    batch, height, width, _ = noisy.shape
+    tokens = next(iter(prompted.values())).key.shape[2]
     dtype = base.unet.dtype
 
-    def step(latents: jax.Array, now: DdimSteps) -> tuple[jax.Array, None]:
+    def step(
+        carried: tuple[jax.Array, jax.Array, jax.Array | None], now: tuple[Plan, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], None]:
+        latents, picture_before, seen = carried
+        at, phase = now
+        both = jax.tree.map(lambda one, other: jnp.concatenate([one[phase], other]), prompted, unprompted)
         twice = jnp.concatenate([latents, latents]).astype(dtype)
-        timesteps = jnp.full(len(twice), now.timesteps)
-        prediction = base.denoise(unet_params, twice, timesteps, both).astype(jnp.float32)
-        with_prompt, without = jnp.split(prediction, 2)
-        guided = without + guidance_scale * (with_prompt - without)
-        signal, noisiness = jnp.sqrt(now.kept), jnp.sqrt(1 - now.kept)
-        if base.schedule.prediction_type == "epsilon":
-            epsilon = guided
-            picture = (latents - noisiness * epsilon) / signal
+        timesteps = jnp.full(2 * batch, at.timesteps)
+        if seen is None:
+            prediction = base.denoise(unet_params, twice, timesteps, both)
         else:
-            epsilon = signal * guided + noisiness * latents
-            picture = signal * latents - noisiness * guided
-        return jnp.sqrt(now.kept_after) * picture + jnp.sqrt(1 - now.kept_after) * epsilon, None
+            prediction, maps = base.attention_maps(unet_params, twice, timesteps, both)
+            seen = seen + maps[:batch]
+        with_prompt, without = jnp.split(prediction.astype(jnp.float32), 2)
+        guided = guide(with_prompt, without, guidance)
+        if base.schedule.prediction_type == "epsilon":
+            picture = (latents - at.noise * guided) / at.signal
+        else:
+            picture = at.signal * latents - at.noise * guided
+        if on_step is not None:
+            jax.debug.callback(on_step)
+        return (at.carry * latents + at.current * picture + at.previous * picture_before, picture, seen), None
 
-    # init_noise_sigma of DDIM is 1.
-    latents, _ = jax.lax.scan(step, noise, jax.tree.map(jnp.asarray, plan))
-    return latents
+    steps = plan._replace(start=jnp.zeros_like(plan.timesteps))  # of all steps, so that the scan runs over all fields
+    seen = jnp.zeros((batch, height, width, tokens), jnp.float32) if attention else None
+    (latents, _, seen), _ = jax.lax.scan(step, (noisy, jnp.zeros_like(noisy), seen), (steps, phase_of_step))
+    return latents, None if seen is None else seen / len(phase_of_step)
+
+
+def guide(prompted: jax.Array, unprompted: jax.Array, guidance: Guidance) -> jax.Array:
+    """Classifier-free guidance of predictions, [batch, height, width, channels] each."""
+    guided = unprompted + guidance.scale * (prompted - unprompted)
+    spread, spread_guided = (jnp.std(array, axis=(1, 2, 3), keepdims=True) for array in (prompted, guided))
+    return guided * (1 + guidance.rescale * (spread / spread_guided - 1))
 
 
 def draw(
@@ -133,12 +161,14 @@ def draw(
     ids: jax.Array,
     unprompted_ids: jax.Array,
     noise: jax.Array,
-    steps: int,
-    guidance_scale: jax.Array | float,
-    concepts: Concept | None = None,
-    gates: Gate | Sequence[Gate] | None = None,
-) -> jax.Array:
-    """Draws tokenised prompts: pure, and meant to be jitted with `base` and `steps` static.
+    plan: Plan,
+    guidance: Guidance,
+    concepts: Concepts | None = None,
+    init_latents: jax.Array | None = None,
+    attention: bool = False,
+    on_step: Callable[[], None] | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Draws tokenised prompts: pure, and meant to be jitted with `base`, `attention` and `on_step` static.
 
     Args:
         base: the model.
@@ -146,76 +176,44 @@ def draw(
         ids: int32 [batch, tokens].
         unprompted_ids: the empty prompt, or a negative one, int32 [batch, tokens].
         noise: from `noise_for`, [batch, height / f, width / f, channels].
-        steps: DDIM steps.
-        guidance_scale: 1 for none.
-        concepts: stacked concepts that the prompts may name.
-        gates: one for all of them, or one for each.
+        plan: of the sampler; with `init_latents`, of the steps that are left.
+        guidance: see `Guidance`.
+        concepts: what the prompts may name.
+        init_latents: of a picture to start from, the shape of the noise.
+        attention, on_step: as for `sample_latents`.
 
     Returns:
-        Pictures in about [-1, 1], float32 [batch, height, width, 3].
+        (pictures in about [-1, 1], float32 [batch, height, width, 3]; attention as from `sample_latents`).
     """
-    unet = params["unet"]
-    embeddings = None
-    if concepts is not None:
-        assert gates is not None
-        unet, embeddings = insert(unet, concepts, gates), concepts.embedding
-    prompted = keys_values(unet, base.encode(params["text_encoder"], ids, embeddings))
+    if concepts is None:
+        alone = keys_values(params["unet"], base.encode(params["text_encoder"], ids))
+        prompted = jax.tree.map(lambda array: array[None], alone)
+        phase_of_step = jnp.zeros(len(plan.timesteps), jnp.int32)
+    else:
+        prompted = prompt_keys_values(base, params, ids, concepts)
+        phase_of_step = concepts.phase_of_step
     # The unconditional prompt goes through the frozen weights: guidance is away from what the model itself would draw.
     unprompted = keys_values(params["unet"], base.encode(params["text_encoder"], unprompted_ids))
-    latents = sample_latents(base, params["unet"], prompted, unprompted, noise, steps, guidance_scale)
-    return base.decode_latent(params["vae"], latents.astype(base.vae.dtype))
+    noisy = plan.start * noise if init_latents is None else plan.signal[0] * init_latents + plan.noise[0] * noise
+    latents, seen = sample_latents(
+        base, params["unet"], prompted, unprompted, phase_of_step, noisy, plan, guidance, attention, on_step
+    )
+    return base.decode_latent(params["vae"], latents.astype(base.vae.dtype)), seen
 
 
-_draw = jax.jit(draw, static_argnames=("base", "steps"))
+def noise_for(base: BaseModel, seeds: jax.Array | Sequence[int], height: int, width: int) -> jax.Array:
+    """Returns the noise each picture starts from, float32 [len(seeds), height / f, width / f, channels].
 
-
-def generate(
-    base: BaseModel,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    concepts: Mapping[str, Concept] | None = None,
-    gates: Gate | Sequence[Gate] | None = None,
-    steps: int = 50,
-    guidance_scale: float = 6.0,
-    height: int | None = None,
-    width: int | None = None,
-    batch_size: int = 16,
-) -> np.ndarray:
-    """Draws prompts.
+    It depends on the picture's own seed alone, not on its place in the batch.
 
     Args:
         base: the model.
-        prompts: one per picture; they may name concepts.
-        seeds: one per picture. A picture depends on its own prompt and seed alone.
-        concepts: by placeholder, such as `<dog>`.
-        gates: one for all concepts, or one for each.
-        steps: DDIM steps.
-        guidance_scale: 1 for none.
-        height, width: in pixels; the model's own size if left out.
-        batch_size: pictures drawn at once.
-
-    Returns:
-        uint8 [len(prompts), height, width, 3].
-
-    Raises:
-        InputError: a prompt names a concept that is not given, or a size or number of steps is impossible.
+        seeds: uint32, one per picture.
+        height, width: of the pictures in pixels, multiples of the autoencoder's factor f.
     """
-    native = base.unet.sample_size * base.vae_factor
-    placeholders = list(concepts or ())
-    ids = base.tokenizer(prompts, placeholders)
-    empty = base.tokenizer([""] * batch_size)
-    noise = noise_for(base, seeds, height or native, width or native)
-    stacked = concept_lib.stack([*concepts.values()]) if concepts else None
-    if concepts and gates is None:
-        raise InputError("concepts are given without gates")
-    pictures = []
-    for start in range(0, len(prompts), batch_size):
-        count = len(ids[start : start + batch_size])
-        rows = np.minimum(np.arange(start, start + batch_size), start + count - 1)  # one batch size is compiled
-        drawn = _draw(base, base.params, ids[rows], empty, noise[rows], steps, guidance_scale, stacked, gates)
-        pictures.append(to_pixels(drawn[:count]))
-    return np.concatenate(pictures)
+    shape = (height // base.vae_factor, width // base.vae_factor, base.latent_channels)
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def to_pixels(images: jax.Array) -> np.ndarray:

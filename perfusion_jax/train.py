@@ -26,10 +26,11 @@ from perfusion_jax.checkpoints import Checkpoints
 from perfusion_jax.concept import Concept
 from perfusion_jax.config import check, settings_of
 from perfusion_jax.errors import InputError
+from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.preparation import concept_key, load_base, load_data, load_evaluator, load_metric
 from perfusion_jax.training import Learning
 from perfusion_jax.validation import Validation, show_masks
-from perfusion_jax.workdir import Log, begin, write_concept, write_picture
+from perfusion_jax.workdir import Log, begin, write_concept
 
 
 @flax.struct.dataclass
@@ -39,7 +40,7 @@ class Run:
     Attributes:
         learning: see `training.Learning`.
         best: the concept with the best score; the untrained one as long as nothing is scored.
-        best_score: harmonic mean of image and text similarity, float32; -1 as long as nothing is scored.
+        best_score: `Similarities.score`, float32; -1 as long as nothing is scored.
         best_step: the step after which it was.
     """
 
@@ -169,14 +170,20 @@ def validate(run: Run, step: int, validation: Validation, log: Log, workdir: epa
     scores = validation.score(drawn)
     if scores is None:
         return run
-    log(step, image_similarity=scores.image, text_similarity=scores.text, score=scores.harmonic_mean)
-    if scores.harmonic_mean <= run.best_score:
+    log(
+        step,
+        image_similarity=scores.image,
+        text_similarity=scores.text,
+        prompt_precision=scores.precision,
+        score=scores.score,
+    )
+    if scores.score <= run.best_score:
         return run
     return dataclasses.replace(
         run,
         # The step's buffers are donated to the next step: the best one needs its own.
         best=jax.tree.map(jnp.copy, run.learning.concept),
-        best_score=jnp.float32(scores.harmonic_mean),
+        best_score=jnp.float32(scores.score),
         best_step=jnp.int32(step),
     )
 
@@ -197,7 +204,6 @@ def finish(config: ConfigDict, base: BaseModel, run: Run, result: epath.Path) ->
         "variant": config.variant,
         "height": config.size or "",
         "width": config.size or "",
-        "guidance": config.guidance_scale,
         "strength": "" if config.edit else 0,
     }
     words = [word for name, value in arguments.items() if value != "" for word in (f"--{name}", str(value))]

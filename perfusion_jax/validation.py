@@ -7,12 +7,13 @@ from ml_collections import ConfigDict
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.clip import Clip
 from perfusion_jax.concept import Concept
-from perfusion_jax.edit import Gate
+from perfusion_jax.formats.concept_file import TrainedConcept
+from perfusion_jax.formats.picture_file import write_picture
+from perfusion_jax.generation import generate
 from perfusion_jax.grids import grid
 from perfusion_jax.metrics import Similarities, similarities
 from perfusion_jax.preparation import Data
-from perfusion_jax.sampling import generate
-from perfusion_jax.workdir import write_picture
+from perfusion_jax.workdir import make_card
 
 
 class Validation:
@@ -33,8 +34,7 @@ class Validation:
 
         Returns:
             (pictures, uint8 [prompts, pictures_per_prompt, side, side, 3]; a grid of them with one row per prompt
-            and the
-            concept's own pictures on the left, uint8 [height, width, 3]).
+            and the concept's own pictures on the left, uint8 [height, width, 3]).
         """
         config = self._config
         count = config.pictures_per_prompt
@@ -44,10 +44,9 @@ class Validation:
             self._base,
             prompts,
             range(len(prompts)),
-            concepts={f"<{config.name}>": concept},
-            gates=Gate(config.sampling_bias, config.sampling_temperature, float(config.edit)),
+            [TrainedConcept(concept, make_card(config, self._base, step=0))],
+            strength=float(config.edit),
             steps=config.sampling_steps,
-            guidance_scale=config.guidance_scale,
             height=side,
             width=side,
             batch_size=min(8, len(prompts)),

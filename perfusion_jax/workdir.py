@@ -1,6 +1,5 @@
 """What a run keeps in its workdir, checkpoints apart: its config, logs, pictures and concepts."""
 
-import io
 import json
 import time
 from collections.abc import Iterator
@@ -9,7 +8,6 @@ from contextlib import contextmanager
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -98,11 +96,19 @@ def _step_of(line: str) -> float:
         return float("inf")  # cut off by a kill
 
 
-def write_picture(file: epath.Path, pixels: np.ndarray) -> None:
-    """Writes a PNG."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "png")
-    write_bytes(file, stream.getvalue())
+def make_card(config: ConfigDict, base: BaseModel, step: int) -> ConceptCard:
+    """What a concept's file says of it, learnt for a number of optimiser steps."""
+    return ConceptCard(
+        name=config.name,
+        super_category=config.super_category,
+        base_model=config.base,
+        fingerprint=base.fingerprint,
+        bias=config.sampling_bias,
+        temperature=config.sampling_temperature,
+        guidance_scale=config.guidance_scale,
+        step=step,
+        licence=config.licence,
+    )
 
 
 def write_concept(file: epath.Path, config: ConfigDict, base: BaseModel, concept: Concept, step: int) -> ConceptCard:
@@ -118,15 +124,6 @@ def write_concept(file: epath.Path, config: ConfigDict, base: BaseModel, concept
     Raises:
         InputError: it cannot be written.
     """
-    card = ConceptCard(
-        name=config.name,
-        super_category=config.super_category,
-        base_model=config.base,
-        fingerprint=base.fingerprint,
-        bias=config.sampling_bias,
-        temperature=config.sampling_temperature,
-        step=step,
-        licence=config.licence,
-    )
+    card = make_card(config, base, step)
     save_concept(file, concept, card)
     return card

@@ -11,6 +11,8 @@ COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
 class Evaluator:
     """Embeds a picture by its first pixel's colour, and a text by the colour it names."""
 
+    logit_scale = np.log(3)
+
     def images(self, pixels):
         colours = pixels[:, 0, 0].astype(float)
         return colours / np.linalg.norm(colours, axis=1, keepdims=True)
@@ -27,10 +29,12 @@ def test_cosines_with_the_own_pictures_and_with_the_prompts():
     drawn = plain((255, 0, 0), (0, 200, 0))
     own = plain((255, 0, 0), (0, 0, 9))
     scores = similarities(Evaluator(), drawn, ["red", "blue"], own)
-    assert scores == pytest.approx((0.25, 0.5))
-    assert scores.harmonic_mean == pytest.approx(1 / 3)
+    # Red is three times as likely as blue for the first picture; the second is as much the one as the other.
+    assert scores == pytest.approx((0.25, 0.5, (0.75 + 0.5) / 2))
+    assert similarities(Evaluator(), drawn, ["red", "red"], own).precision == 1
 
 
-def test_the_harmonic_mean_wants_both():
-    assert Similarities(0.9, -0.1).harmonic_mean == 0
-    assert Similarities(0.5, 0.5).harmonic_mean == 0.5
+def test_the_score_wants_both_the_concept_and_the_prompt():
+    assert Similarities(-0.1, 0.9, 0.9).score == 0
+    assert Similarities(0.5, -0.9, 0.5).score == pytest.approx(0.5)
+    assert Similarities(0.25, 0.0, 0.75).score == pytest.approx(0.375)

@@ -1,5 +1,8 @@
 """The command line that draws."""
 
+import json
+import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,58 +12,192 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perfusion_jax import InputError
+from perfusion_jax import InputError, sample
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
-from perfusion_jax.sample import per_concept
+from perfusion_jax.formats.picture_file import load_recipe, write_picture
+
+ROOT = Path(__file__).parents[1]
+
+
+def save(base, file, name, word="dog"):
+    concept = base.new_concept(word, jnp.eye(base.context_width))
+    card = ConceptCard(name, word, "small", base.fingerprint, 0.6, 0.15, guidance_scale=6.0, step=1)
+    save_concept(file, concept, card)
+    return file
 
 
 @pytest.fixture
-def concept_file(sd1_base, tmp_path):
-    card = ConceptCard("rex", "dog", "small", sd1_base.fingerprint, bias=0.6, temperature=0.15, step=1)
-    save_concept(tmp_path / "rex.safetensors", sd1_base.new_concept("dog", jnp.eye(sd1_base.context_width)), card)
-    return tmp_path / "rex.safetensors"
+def rex(sd1_base, tmp_path):
+    return save(sd1_base, tmp_path / "rex.safetensors", "rex")
 
 
-def run(folder, *arguments):
-    command = [
-        sys.executable,
-        "-m",
-        "perfusion_jax.sample",
-        f"--base={folder}",
-        "--steps=2",
-        "--height=32",
-        "--width=32",
-    ]
-    root = Path(__file__).parents[1]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=root, check=False)
-
-
-def test_draws_a_concept_into_one_grid(sd1_folder, concept_file, tmp_path):
-    out = tmp_path / "new" / "rex.png"
-    done = run(sd1_folder, f"--concept={concept_file}", "--prompt=a photo of a <rex>", f"--out={out}", "--num_images=3")
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stdout
-    with Image.open(out) as picture:
-        assert np.asarray(picture).shape == (2 * 128 + 4, 2 * 128 + 4, 3)
-
-
-def test_a_prompt_without_the_concept_is_a_warning_and_bad_input_one_line(sd1_folder, concept_file, tmp_path):
-    out = tmp_path / "rex.png"
-    done = run(sd1_folder, f"--concept={concept_file}", "--prompt=a dog", f"--out={out}", "--num_images=1")
-    assert "warning: the prompt does not name <rex>" in done.stdout
-    with Image.open(out) as picture:
-        assert picture.size == (32, 32)
-    done = run(sd1_folder, f"--concept={concept_file}", "--prompt=a <rex>", f"--out={out}", "--bias=0.5,0.6")
-    assert done.returncode != 0
-    assert (
-        done.stderr.strip().splitlines()[-1]
-        == "error: --bias has 2 values: give one, or one for each of the 1 concepts"
+@pytest.fixture
+def recipe(sd1_folder, rex):
+    """What `--concept rex --prompt "a <rex>" --num_images 2` asks for, small."""
+    options = dict.fromkeys(sample.OPTIONS)
+    options |= {"sampler": "ddim", "steps": 2, "guidance_rescale": 0.0, "negative_prompt": "", "lock": "local"}
+    options |= {"height": 32, "width": 32, "init_strength": 0.8, "batch_size": 2}
+    return sample.Recipe(
+        base={"source": str(sd1_folder), "revision": None, "variant": None},
+        concepts=sample.read_concepts([str(rex)]),
+        prompts=["a <rex>", "a <rex>"],
+        seeds=[0, 1],
+        columns=2,
+        options=options,
+        init_image=None,
+        sweep=None,
+        versions={"perfusion_jax": "0"},
     )
 
 
-def test_values_of_a_gate():
-    assert per_concept("bias", [], [0.6, 0.7]) == [0.6, 0.7]
-    assert per_concept("bias", ["0.5"], [0.6, 0.7]) == [0.5, 0.5]
-    assert per_concept("bias", ["0.5", "0.4"], [0.6, 0.7]) == [0.5, 0.4]
-    with pytest.raises(InputError, match="--bias=high: not numbers"):
-        per_concept("bias", ["high"], [0.6])
+@pytest.fixture
+def base(sd1_base, monkeypatch):
+    """Lets `draw` take the model that is loaded already, for which most is compiled already."""
+    monkeypatch.setattr(sample, "load_base_model", lambda **_: sd1_base)
+    return sd1_base
+
+
+def pixels(file):
+    with Image.open(file) as picture:
+        return np.asarray(picture)
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "perfusion_jax.sample", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_draws_pictures_tells_how_and_draws_them_again(sd1_folder, rex, tmp_path):
+    out = tmp_path / "new" / "rex.png"
+    small = (f"--base={sd1_folder}", "--steps=2", "--height=32", "--width=32")
+    done = run(
+        *small, f"--concept={rex}", "--prompt=a photo of a <rex>", f"--out={out}", "--num_images=3", "--bias=0.5"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stdout
+    assert "4/4" not in done.stderr  # two steps of one batch
+    assert "2/2" in done.stderr
+    sheet = pixels(out)
+    assert sheet.shape == (2 * 128 + 4, 2 * 128 + 4, 3)
+    singles = [pixels(out.with_name(f"rex_{number}.png")) for number in range(3)]
+    np.testing.assert_array_equal(sheet[132:, :128], singles[2].repeat(4, axis=0).repeat(4, axis=1))
+
+    done = run("--again", out.with_name("rex_2.png"), f"--base={sd1_folder}")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["prompts"], said["seeds"]) == (["a photo of a <rex>"], [2])
+    assert said["options"]["bias"] == [0.5]
+    assert said["concepts"][0]["file"] == str(rex)
+    assert set(said["versions"]) == {"perfusion_jax", "jax", "flax", "diffusers"}
+    done = run("--again", out.with_name("rex_2.png"), f"--base={sd1_folder}", "--out", tmp_path / "again.png")
+    assert done.returncode == 0, done.stderr
+    assert np.abs(pixels(tmp_path / "again.png").astype(int) - singles[2]).max() <= 1
+
+
+def test_bad_words_are_one_line_and_nothing_is_drawn(sd1_folder, rex, tmp_path):
+    done = run(f"--base={sd1_folder}", f"--concept={rex}", "--prompt=a <rex>", f"--out={tmp_path}/x.png", "--bias=1,2")
+    assert done.returncode != 0
+    assert (
+        done.stderr.strip().splitlines()[-1] == "error: bias has 2 values: give one, or one for each of the 1 concepts"
+    )
+    (tmp_path / "file").write_text("")
+    done = run("--prompt=a dog", f"--out={tmp_path}/file/x.png")
+    assert "file: cannot be written" in done.stderr.strip().splitlines()[-1]
+    done = run("--prompt=a dog")
+    assert done.stderr.strip().splitlines()[-1] == "error: give --out, the .png file to write"
+
+
+def test_a_sweep_is_a_labelled_grid(recipe, base, tmp_path):
+    swept = recipe._replace(sweep=("bias", [0.4, 0.6, 0.8]))
+    sample.write(swept, sample.draw(swept), tmp_path / "sweep.png")
+    sheet = pixels(tmp_path / "sweep.png")
+    assert sheet.shape == (20 + 2 * (20 + 128) + 4, 3 * 128 + 2 * 4, 3)
+    assert (sheet[:20] < 128).any()  # words
+    assert load_recipe(tmp_path / "sweep.png")["sweep"] == ["bias", [0.4, 0.6, 0.8]]
+    assert sample.parse_sweep("bias=0.4:0.8:5") == ("bias", [0.4, 0.5, 0.6, 0.7, 0.8])
+    for wrong in ("bias", "bias=1:2", "height=1:2:3", "bias=a:b:2", "bias=0:1:0"):
+        with pytest.raises(InputError, match="--sweep="):
+            sample.parse_sweep(wrong)
+
+
+def test_prompts_of_a_file_have_a_row_each(recipe, base, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a <rex>\n\nthe <rex> on the beach\n")
+    prompts = sample.read_prompts(None, str(tmp_path / "prompts.txt"))
+    assert prompts == ["a <rex>", "the <rex> on the beach"]
+    both = recipe._replace(prompts=[prompt for prompt in prompts for _ in range(2)], seeds=[0, 1, 0, 1])
+    sample.write(both, sample.draw(both), tmp_path / "both.png")
+    assert pixels(tmp_path / "both.png").shape == (2 * (20 + 128) + 4, 2 * 128 + 4, 3)
+    for prompt, file in ((None, None), ("a dog", "prompts.txt"), (None, str(tmp_path / "none.txt"))):
+        with pytest.raises(InputError, match=r"give --prompt or --prompts|none.txt: cannot be read"):
+            sample.read_prompts(prompt, file)
+
+
+def test_attention_shows_every_word(recipe, base, tmp_path):
+    drawn = sample.draw(recipe, attention=True)
+    sample.write_attention(recipe, drawn[0], base.tokenizer, tmp_path / "maps")
+    for number in range(2):
+        assert pixels(tmp_path / "maps" / f"{number}.png").shape == (20 + 128, 3 * 128 + 2 * 4, 3)  # picture, a, <rex>
+
+
+def test_from_a_picture(recipe, base, tmp_path):
+    write_picture(tmp_path / "init.png", np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8))
+    start = recipe._replace(init_image=str(tmp_path / "init.png"))
+    drawn = sample.draw(start)[0][0].pixels
+    assert np.abs(drawn.astype(int) - sample.draw(recipe)[0][0].pixels).max() > 5
+    with pytest.raises(InputError, match=r"none.png: no such picture"):
+        sample.draw(recipe._replace(init_image=str(tmp_path / "none.png")))
+
+
+def test_concepts_by_name_twice_and_not_named(recipe, base, rex, tmp_path, capsys):
+    assert len(sample.read_concepts([str(rex), str(rex)])) == 1
+    other = save(base, tmp_path / "other.safetensors", "rex", "cat")
+    with pytest.raises(
+        InputError, match="two concepts are called rex: give one another name, as in --concept other_rex="
+    ):
+        sample.draw(recipe._replace(concepts=sample.read_concepts([str(rex), str(other)])))
+    both = recipe._replace(concepts=sample.read_concepts([str(rex), f"tom={other}"]), prompts=["<rex> and <tom>"] * 2)
+    sample.draw(both)
+    assert "warning" not in capsys.readouterr().out
+    sample.draw(recipe._replace(concepts=both.concepts))
+    assert "warning: no prompt names <tom>: the concept tom has no effect" in capsys.readouterr().out
+
+
+def test_concept_files_that_cannot_be_used(recipe, base, rex, tmp_path, monkeypatch):
+    broken = {
+        "cut.safetensors": rex.read_bytes()[:500],
+        "edited.safetensors": rex.read_bytes().replace(b'"target_input"', b'"target_imput"'),
+        "pickle.safetensors": pickle.dumps({"embedding": [1.0]}),
+        "foreign.safetensors": re.sub(rb'("fingerprint":"\[).', rb"\g<1>9", rex.read_bytes()),
+    }
+    messages = ["not a complete safetensors file", "target_imput is not known", "not a complete safetensors file"]
+    messages += ["trained on the base model small, which .* is not"]
+    monkeypatch.setattr(pickle, "loads", None)
+    for (name, data), message in zip(broken.items(), messages, strict=True):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=rf"{name}: .*{message}"):
+            sample.draw(recipe._replace(concepts=sample.read_concepts([str(tmp_path / name)])))
+    with pytest.raises(InputError, match="nowhere: no such concept file"):
+        sample.read_concepts([str(tmp_path / "nowhere")])
+
+
+def test_a_picture_is_not_believed_blindly(recipe, rex, tmp_path, capsys):
+    file = tmp_path / "picture.png"
+    source = recipe.base["source"]
+    write_picture(file, np.zeros((8, 8, 3), np.uint8), recipe._asdict())
+    with pytest.raises(InputError, match=r"drawn on the base model .*; give --base"):
+        sample.recipe_of_picture(file, False, "emoji")
+    assert sample.recipe_of_picture(file, True, source).prompts == recipe.prompts
+    assert "warning: drawn with perfusion_jax 0" in capsys.readouterr().out
+    rex.write_bytes(rex.read_bytes() + b" ")
+    with pytest.raises(InputError, match=r"rex.safetensors: the concept has changed since"):
+        sample.recipe_of_picture(file, True, source)
+    write_picture(file, np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(InputError, match="does not say how it was drawn"):
+        load_recipe(file)
+    write_picture(file, np.zeros((8, 8, 3), np.uint8), {"format": "another"})
+    with pytest.raises(InputError, match="another version of perfusion_jax"):
+        sample.recipe_of_picture(file, False, "emoji")
+    (tmp_path / "text.png").write_text("a picture")
+    for name, message in (("text.png", "not a picture"), ("nowhere.png", "no such picture")):
+        with pytest.raises(InputError, match=message):
+            load_recipe(tmp_path / name)

@@ -67,6 +67,11 @@ class Clip:
     def _compiled(self) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
         return jax.jit(self.embed_images), jax.jit(self.embed_texts)
 
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied by to become the logits that this CLIP was trained with."""
+        return float(jnp.exp(self.params["logit_scale"]))
+
     def images(self, pixels: np.ndarray) -> np.ndarray:
         """Embeds pictures, uint8 [count, height, width, 3]: unit vectors, float32 [count, width]."""
         return self._batched(self._compiled[0], pixels.astype(np.float32) / 127.5 - 1)

@@ -26,6 +26,7 @@ for _module in (
     logging.getLogger(_module).addFilter(_is_not_flax_deprecation)
 
 from diffusers.models.attention_flax import FlaxAttention, FlaxGEGLU, FlaxTransformer2DModel  # noqa: E402
+from diffusers.models.resnet_flax import FlaxUpsample2D  # noqa: E402
 from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel  # noqa: E402
 from diffusers.models.vae_flax import FlaxAutoencoderKL  # noqa: E402
 from transformers import (  # noqa: E402
@@ -61,4 +62,5 @@ __all__ = [
     "FlaxGEGLU",
     "FlaxTransformer2DModel",
     "FlaxUNet2DConditionModel",
+    "FlaxUpsample2D",
 ]

@@ -99,6 +99,20 @@ class PromptTokenizer:
         mask[first : first + len(words)] = True
         return np.asarray(ids, np.int32), mask
 
+    def pieces(self, prompt: str, placeholders: Sequence[str] = ()) -> list[tuple[int, str]]:
+        """Returns the tokens of a prompt as people read them, each with its position in the encoded prompt.
+
+        Raises:
+            InputError: as for a call.
+        """
+        ids = self._words(prompt, placeholders)
+        known = self._tokenizer.convert_ids_to_tokens([min(i, self.vocabulary_size - 1) for i in ids])
+        concept = [i - self.vocabulary_size for i in ids]
+        words = [
+            placeholders[j] if j >= 0 else word.removesuffix("</w>") for j, word in zip(concept, known, strict=True)
+        ]
+        return list(enumerate(words, start=1))  # after the start token
+
     def _check_placeholders(self, placeholders: Sequence[str]) -> None:
         for placeholder in placeholders:
             if not PLACEHOLDER.fullmatch(placeholder):

@@ -20,6 +20,7 @@ from perfusion_jax.base_model.flax_classes import (
     FlaxGEGLU,
     FlaxTransformer2DModel,
     FlaxUNet2DConditionModel,
+    FlaxUpsample2D,
 )
 from perfusion_jax.errors import InputError
 from perfusion_jax.surgery import EDIT, TARGET_OUTPUTS, Params, cross_attention_layers
@@ -107,6 +108,7 @@ def denoise(
         InputError: a cross-attention layer has no keys and values, or they or the latents do not fit.
     """
     _check_inputs(module, unet_params, latents, keys_values)
+    halvings = len(module.block_out_channels) - 1
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         block = context.module
@@ -129,6 +131,12 @@ def denoise(
             # PyTorch diffusers has 1e-6 here and 1e-5 elsewhere; the Flax class has 1e-5 in both places.
             exact = nn.GroupNorm(block.num_groups, epsilon=1e-6, dtype=block.dtype, parent=None)
             return exact.apply({"params": block.variables["params"]}, args[0])
+        if isinstance(block, FlaxUpsample2D):
+            # Grids of an odd size were rounded up when they were halved; the Flax class can only double them.
+            level = halvings - 1 - int(block.path[0].removeprefix("up_blocks_"))
+            size = [-(-side // 2**level) for side in latents.shape[1:3]]
+            if size != [2 * side for side in args[0].shape[1:3]]:
+                return block.conv(_enlarge(args[0], *size))
         if isinstance(block, nn.Conv):
             kernel, bias = (block.variables["params"][name].astype(block.dtype) for name in ("kernel", "bias"))
             # diffusers always spells out pairs, or "VALID" for no padding.
@@ -142,6 +150,15 @@ def denoise(
     with nn.intercept_methods(intercept):
         prediction = module.apply({"params": unet_params}, jnp.moveaxis(latents, -1, 1), timesteps, no_text).sample
     return jnp.moveaxis(prediction, 1, -1)
+
+
+def _enlarge(hidden: jax.Array, height: int, width: int) -> jax.Array:
+    """Nearest-neighbour enlargement of [batch, ..., ..., channels] to a size, as PyTorch rounds it."""
+    rows, columns = (
+        jnp.asarray([position * before // after for position in range(after)])
+        for before, after in zip(hidden.shape[1:3], (height, width), strict=True)
+    )
+    return hidden[:, rows][:, :, columns]
 
 
 def attention_maps(
@@ -158,12 +175,13 @@ def attention_maps(
         tokens], averaged over heads and layers; it sums to 1 over the tokens).
     """
     height, width = latents.shape[1:3]
+    levels = len(module.block_out_channels)
     maps = []
 
     def observe(query: jax.Array, key: jax.Array, heads: int) -> None:
         # Layers work on grids that are 1, 2, 4, ... times coarser than the latents.
-        coarser = round((height * width / query.shape[1]) ** 0.5)
-        grid = (-(-height // coarser), -(-width // coarser))
+        grids = ((-(-height // coarser), -(-width // coarser)) for coarser in (2**level for level in range(levels)))
+        grid = next(grid for grid in grids if grid[0] * grid[1] == query.shape[1])
         query, key = (x.reshape(*x.shape[:2], heads, -1).astype(jnp.float32) for x in (query, key))
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
         attention = jax.nn.softmax(scores).mean(axis=1).reshape(query.shape[0], *grid, -1)
@@ -179,9 +197,6 @@ def _check_inputs(
     missing = set(cross_attention_layers(unet_params)) - set(keys_values)
     if missing:
         raise InputError(f"no keys and values for the cross-attention layers {sorted(missing)}")
-    halvings = len(module.block_out_channels) - 1
-    if any(side % 2**halvings for side in latents.shape[1:3]):
-        raise InputError(f"latents of {latents.shape[1:3]}: height and width must be divisible by {2**halvings}")
     for layer, fed in keys_values.items():
         if fed.key.shape[0] != latents.shape[0]:
             raise InputError(f"{latents.shape[0]} latents, but keys and values of {fed.key.shape[0]} prompts ({layer})")

@@ -79,7 +79,7 @@ def _mask_files(folder: epath.Path, stems: Sequence[str]) -> dict[str, epath.Pat
 
 
 def _read(file: epath.Path, mask_file: epath.Path | None) -> Picture:
-    image = _open(file)
+    image = open_picture(file)
     if min(image.size) < SMALLEST:
         raise InputError(f"{file}: {image.width} x {image.height} pixels; at least {SMALLEST} x {SMALLEST} are needed")
     transparent = image.has_transparency_data
@@ -92,7 +92,7 @@ def _read(file: epath.Path, mask_file: epath.Path | None) -> Picture:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     pixels = np.asarray(image.convert("RGB"))
     if mask_file is not None:
-        mask_image = _open(mask_file).convert("L")
+        mask_image = open_picture(mask_file).convert("L")
         if mask_image.size != image.size:
             sizes = [f"{one.width} x {one.height}" for one in (mask_image, image)]
             raise InputError(f"{mask_file}: {sizes[0]} pixels; its picture has {sizes[1]}")
@@ -102,13 +102,19 @@ def _read(file: epath.Path, mask_file: epath.Path | None) -> Picture:
     return Picture(file.name, pixels, mask, _caption(file.with_suffix(".txt")))
 
 
-def _open(file: epath.Path) -> Image.Image:
-    """Reads a picture, turned upright as its EXIF data says, with 8 bits a channel."""
+def open_picture(file: epath.Path) -> Image.Image:
+    """Reads a picture, turned upright as its EXIF data says, with 8 bits a channel.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(file.read_bytes())))
         if image.mode.startswith("I"):  # PIL cuts 16-bit greys off at 255 instead of scaling them
             image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
         image.load()
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: no such picture") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{file}: not a picture") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

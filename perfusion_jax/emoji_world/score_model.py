@@ -28,7 +28,8 @@ from perfusion_jax.emoji_world import (
     scenes,
     torch_training,
 )
-from perfusion_jax.sampling import generate, noise_for
+from perfusion_jax.generation import generate
+from perfusion_jax.sampling import noise_for
 
 MODEL = flags.DEFINE_string("model", str(shipped.MODEL), "Stable Diffusion folder.")
 EVALUATOR = flags.DEFINE_string("evaluator", str(shipped.EVALUATOR), "CLIP folder.")
@@ -127,7 +128,7 @@ def time_sampling(
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         start = time.perf_counter()
-        generate(base, prompts, range(4), steps=30, guidance_scale=guidance_scale, batch_size=4)
+        generate(base, prompts, range(4), steps=30, guidance=guidance_scale, batch_size=4)
         middle = time.perf_counter()
         draw_in_pytorch(pipeline, noise, prompts, guidance_scale, 30)
         if number:  # the first round compiles
@@ -152,9 +153,7 @@ def main(_: list[str]) -> None:
 
     def drawn(requests: list[Request], first_seed: int, guidance_scale: float) -> np.ndarray:
         seeds = range(first_seed, first_seed + len(requests))
-        return generate(
-            base, [prompt_of(request) for request in requests], seeds, steps=STEPS, guidance_scale=guidance_scale
-        )
+        return generate(base, [prompt_of(request) for request in requests], seeds, steps=STEPS, guidance=guidance_scale)
 
     sweep: dict[float, dict[str, float]] = {}
     singles, pairs = single_requests(1), pair_requests(seed=1)
@@ -178,7 +177,7 @@ def main(_: list[str]) -> None:
 
     prompts = gallery_prompts(SEEDS["gallery"])
     gallery_seeds = range(SEEDS["gallery"], SEEDS["gallery"] + len(prompts))
-    gallery = generate(base, prompts, gallery_seeds, steps=STEPS, guidance_scale=guidance_scale)
+    gallery = generate(base, prompts, gallery_seeds, steps=STEPS, guidance=guidance_scale)
     torch_training.save_grid(out / "gallery.png", gallery, columns=12)
     (out / "gallery.txt").write_text("\n".join(prompts) + "\n")
     torch_training.save_grid(out / "singles.png", ours[: len(singles)], columns=16)

@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,7 @@ class ConceptCard:
         fingerprint: of that model's cross-attention weights (`BaseModel.fingerprint`), for checking.
         bias: beta that suits the concept at generation.
         temperature: tau that suits it.
+        guidance_scale: that suits it and its base model.
         step: training steps taken.
         licence: of the pictures it was learnt from, or empty.
     """
@@ -45,6 +47,7 @@ class ConceptCard:
     fingerprint: tuple[float, ...]
     bias: float
     temperature: float
+    guidance_scale: float
     step: int
     licence: str = ""
 
@@ -52,6 +55,13 @@ class ConceptCard:
     def placeholder(self) -> str:
         """The token that stands for the concept in a prompt, `<name>`."""
         return f"<{self.name}>"
+
+
+class TrainedConcept(NamedTuple):
+    """A concept and what its file says of it."""
+
+    concept: Concept
+    card: ConceptCard
 
 
 def save_concept(file: str | Path, concept: Concept, card: ConceptCard) -> None:
@@ -70,13 +80,30 @@ def save_concept(file: str | Path, concept: Concept, card: ConceptCard) -> None:
     write_bytes(file, save({name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}, metadata))
 
 
-def load_concept(file: str | Path, base: BaseModel) -> tuple[Concept, ConceptCard]:
+def read_card(file: str | Path) -> ConceptCard:
+    """Reads what a concept file says of its concept.
+
+    Raises:
+        InputError: no such file, not a concept, or damaged.
+    """
+    return _read(Path(file))[0]
+
+
+def load_concept(file: str | Path, base: BaseModel) -> TrainedConcept:
     """Reads a concept that was trained on `base`.
 
     Raises:
         InputError: no such file, not a concept, damaged, or trained on another base model.
     """
-    file = Path(file)
+    card, tensors = _read(Path(file))
+    if not base.has_fingerprint(card.fingerprint):
+        raise InputError(
+            f"{file}: trained on the base model {card.base_model}, which {base.name} is not: load that one"
+        )
+    return TrainedConcept(_concept(Path(file), tensors, base), card)
+
+
+def _read(file: Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
     try:
         with safe_open(file, framework="numpy") as opened:
             metadata = opened.metadata() or {}
@@ -89,18 +116,13 @@ def load_concept(file: str | Path, base: BaseModel) -> tuple[Concept, ConceptCar
         raise InputError(
             f"{file}: not a concept of perfusion_jax: its format is {metadata.get('format')!r}, not {FORMAT!r}"
         )
-    card = _card(file, metadata)
-    if not base.has_fingerprint(card.fingerprint):
-        raise InputError(
-            f"{file}: trained on the base model {card.base_model}, which {base.name} is not: load that one"
-        )
-    return _concept(file, tensors, base), card
+    return _card(file, metadata), tensors
 
 
 def _card(file: Path, metadata: dict[str, str]) -> ConceptCard:
     try:
         fields = {field.name: json.loads(metadata[field.name]) for field in dataclasses.fields(ConceptCard)}
-        numbers = {key: float(fields[key]) for key in ("bias", "temperature")}
+        numbers = {key: float(fields[key]) for key in ("bias", "temperature", "guidance_scale")}
         fingerprint = tuple(float(number) for number in fields["fingerprint"])
         return ConceptCard(**{**fields, **numbers, "fingerprint": fingerprint, "step": int(fields["step"])})
     except KeyError as error:

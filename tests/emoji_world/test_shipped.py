@@ -12,7 +12,8 @@ from perfusion_jax.base_model.clip import load_clip
 from perfusion_jax.covariance import load_covariance
 from perfusion_jax.data.pictures import read_folder
 from perfusion_jax.emoji_world import captions, catalogue, evaluator, make_examples
-from perfusion_jax.sampling import generate, noise_for
+from perfusion_jax.generation import generate
+from perfusion_jax.sampling import noise_for
 
 GUIDANCE = 4.0
 
@@ -47,7 +48,7 @@ def test_draws_what_it_is_asked_for(emoji, judge):
         ("car", "city"),
     ]
     prompts = [f"a photo of {captions.noun_phrase(thing)} {captions.place_phrase(place)}" for thing, place in asked]
-    pictures = generate(emoji, prompts, range(6), steps=20, guidance_scale=GUIDANCE, batch_size=6)
+    pictures = generate(emoji, prompts, range(6), steps=20, guidance=GUIDANCE, batch_size=6)
     right = evaluator.share_right(judge.find_categories(pictures), [{thing} for thing, _ in asked])
     assert right >= 4 / 6
     assert evaluator.share_right(judge.find_places(pictures), [place for _, place in asked]) >= 5 / 6
@@ -65,7 +66,7 @@ def test_pytorch_diffusers_draws_the_same(emoji):
         guidance_scale=GUIDANCE,
         output_type="np",
     ).images
-    ours = generate(emoji, prompts, [0, 1], steps=10, guidance_scale=GUIDANCE, batch_size=2)
+    ours = generate(emoji, prompts, [0, 1], steps=10, guidance=GUIDANCE, batch_size=2)
     assert np.abs(ours - 255 * theirs).max() <= 1.5
 
 

@@ -30,6 +30,7 @@ def card(sd1_base):
         fingerprint=sd1_base.fingerprint,
         bias=0.7,
         temperature=0.15,
+        guidance_scale=5.0,
         step=400,
         licence="CC-BY-4.0",
     )
