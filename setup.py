@@ -69,7 +69,7 @@ setup(
     },
     install_requires=DEPENDENCIES,
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.10"],  # the second reads and writes gs:// paths
         "pretrain": PRETRAIN,
         "test": [*TEST, *DEVELOP],
         "dev": DEVELOP,
