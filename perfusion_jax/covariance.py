@@ -6,6 +6,7 @@ Captions stand one on a line; the paper used 100,000. Only real tokens count, no
 """
 
 import hashlib
+import io
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from etils import epath
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 from tqdm import tqdm
 
 from perfusion_jax import command_line
@@ -170,7 +172,8 @@ def load_covariance(file: str | Path, width: int) -> np.ndarray:
     """Reads C from a file written here or elsewhere.
 
     Args:
-        file: `.npz` or `.safetensors` with an array called `covariance` or with one array in all, or `.npy`.
+        file: local or in a bucket; `.npz` or `.safetensors` with an array called `covariance` or with one array in
+            all, or `.npy`.
         width: d_ctx, the width of the text encoder's output.
 
     Returns:
@@ -179,7 +182,7 @@ def load_covariance(file: str | Path, width: int) -> np.ndarray:
     Raises:
         InputError: it cannot be read, is of another shape, or is no covariance that can be inverted.
     """
-    file = Path(file)
+    file = epath.Path(file)
     try:
         matrix = np.asarray(_read_matrix(file), np.float64)
     except (TypeError, ValueError) as error:
@@ -189,7 +192,7 @@ def load_covariance(file: str | Path, width: int) -> np.ndarray:
     return _checked(matrix, file)
 
 
-def _checked(matrix: np.ndarray, file: Path) -> np.ndarray:
+def _checked(matrix: np.ndarray, file: Path | epath.Path) -> np.ndarray:
     """Returns a covariance, made exactly symmetric; `file` is where it came from, for errors."""
     if not np.isfinite(matrix).all():
         raise InputError(f"{file}: has values that are not finite")
@@ -219,16 +222,14 @@ def whitening_of(covariance: np.ndarray) -> jax.Array:
     return jnp.asarray((eigenvectors / np.sqrt(eigenvalues)) @ eigenvectors.T, jnp.float32)
 
 
-def _read_matrix(file: Path) -> np.ndarray:
+def _read_matrix(file: epath.Path) -> np.ndarray:
+    if file.suffix not in (".npz", ".npy", ".safetensors"):
+        raise InputError(f"{file}: a covariance is a .npz, .npy or .safetensors file")
     try:
+        data = file.read_bytes()
         if file.suffix == ".npy":
-            return np.load(file, allow_pickle=False)
-        if file.suffix == ".npz":
-            arrays = _read_archive(file)
-        elif file.suffix == ".safetensors":
-            arrays = load_file(file)
-        else:
-            raise InputError(f"{file}: a covariance is a .npz, .npy or .safetensors file")
+            return np.load(io.BytesIO(data), allow_pickle=False)
+        arrays = load(data) if file.suffix == ".safetensors" else _read_archive(data)
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such file") from error
     except (OSError, ValueError, TypeError, EOFError, BadZipFile, SafetensorError) as error:
@@ -240,9 +241,8 @@ def _read_matrix(file: Path) -> np.ndarray:
     raise InputError(f"{file}: no array called 'covariance' among {sorted(arrays)}")
 
 
-def _read_archive(file: Path) -> dict[str, np.ndarray]:
-    # Opened here, because np.load leaves a file open that turns out not to be an archive.
-    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+def _read_archive(data: bytes) -> dict[str, np.ndarray]:
+    with io.BytesIO(data) as stream, np.load(stream, allow_pickle=False) as archive:
         return dict(archive)
 
 
@@ -257,7 +257,7 @@ def resume(out: Path, captions: Path, base: BaseModel) -> Progress | None:
     if not file.is_file():
         return None
     try:
-        arrays = _read_archive(file)
+        arrays = _read_archive(file.read_bytes())
         left = Progress(arrays["total"], *(arrays[field].item() for field in Progress._fields[1:]))
         with captions.open("rb") as stream:
             same_captions = _prefix_digest(stream, left.offset).hexdigest() == left.digest
