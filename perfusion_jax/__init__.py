@@ -4,6 +4,8 @@ from perfusion_jax.base_model import BaseModel, keys_values, load_base_model
 from perfusion_jax.concept import Concept
 from perfusion_jax.edit import Gate
 from perfusion_jax.errors import InputError
+from perfusion_jax.formats.concept_file import load_concept
+from perfusion_jax.generation import generate
 from perfusion_jax.surgery import bake, insert, remove
 
 __version__ = "0.1.0.dev0"
@@ -14,8 +16,10 @@ __all__ = [
     "Gate",
     "InputError",
     "bake",
+    "generate",
     "insert",
     "keys_values",
     "load_base_model",
+    "load_concept",
     "remove",
 ]
