@@ -200,7 +200,7 @@ def recipe_of_picture(file: Path, base_given: bool, base: str) -> Recipe:
     return recipe
 
 
-def draw(recipe: Recipe, attention: bool = False) -> list[list[Drawn]]:
+def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[Drawn]]:
     """Draws what a recipe asks for.
 
     Returns:
@@ -209,7 +209,6 @@ def draw(recipe: Recipe, attention: bool = False) -> list[list[Drawn]]:
     Raises:
         InputError: it cannot be drawn.
     """
-    base = load_base_model(dtype=network_dtype(), **recipe.base)  # type: ignore[arg-type]
     concepts = load_concepts(recipe, base)
     for _, card in concepts:
         if not any(card.placeholder in prompt for prompt in recipe.prompts):
@@ -343,8 +342,11 @@ def main() -> None:
         if recipe.sweep:
             raise InputError("--attention shows the pictures of one setting: leave out --sweep")
         check_writable(folder)
-    drawn = draw(recipe, attention=folder is not None)
+    base = load_base_model(dtype=network_dtype(), **recipe.base)  # type: ignore[arg-type]
+    drawn = draw(recipe, base, attention=folder is not None)
     write(recipe, drawn, out)
+    if folder:
+        write_attention(recipe, drawn[0], base.tokenizer, folder)
     print(out)
 
 

@@ -50,13 +50,6 @@ def recipe(sd1_folder, rex):
     )
 
 
-@pytest.fixture
-def base(sd1_base, monkeypatch):
-    """Lets `draw` take the model that is loaded already, for which most is compiled already."""
-    monkeypatch.setattr(sample, "load_base_model", lambda **_: sd1_base)
-    return sd1_base
-
-
 def pixels(file):
     with Image.open(file) as picture:
         return np.asarray(picture)
@@ -81,6 +74,8 @@ def test_draws_pictures_tells_how_and_draws_them_again(sd1_folder, rex, tmp_path
     assert sheet.shape == (2 * 128 + 4, 2 * 128 + 4, 3)
     singles = [pixels(out.with_name(f"rex_{number}.png")) for number in range(3)]
     np.testing.assert_array_equal(sheet[132:, :128], singles[2].repeat(4, axis=0).repeat(4, axis=1))
+
+    assert sorted(file.name for file in (tmp_path / "maps").iterdir()) == ["0.png", "1.png", "2.png"]
 
     done = run("--again", out.with_name("rex_2.png"), f"--base={sd1_folder}")
     assert done.returncode == 0, done.stderr
@@ -107,9 +102,9 @@ def test_bad_words_are_one_line_and_nothing_is_drawn(sd1_folder, rex, tmp_path):
     assert done.stderr.strip().splitlines()[-1] == "error: give --out, the .png file to write"
 
 
-def test_a_sweep_is_a_labelled_grid(recipe, base, tmp_path):
+def test_a_sweep_is_a_labelled_grid(recipe, sd1_base, tmp_path):
     swept = recipe._replace(sweep=("bias", [0.4, 0.6, 0.8]))
-    sample.write(swept, sample.draw(swept), tmp_path / "sweep.png")
+    sample.write(swept, sample.draw(swept, sd1_base), tmp_path / "sweep.png")
     sheet = pixels(tmp_path / "sweep.png")
     assert sheet.shape == (20 + 2 * (20 + 128) + 4, 3 * 128 + 2 * 4, 3)
     assert (sheet[:20] < 128).any()  # words
@@ -120,49 +115,49 @@ def test_a_sweep_is_a_labelled_grid(recipe, base, tmp_path):
             sample.parse_sweep(wrong)
 
 
-def test_prompts_of_a_file_have_a_row_each(recipe, base, tmp_path):
+def test_prompts_of_a_file_have_a_row_each(recipe, sd1_base, tmp_path):
     (tmp_path / "prompts.txt").write_text("a <rex>\n\nthe <rex> on the beach\n")
     prompts = sample.read_prompts(None, str(tmp_path / "prompts.txt"))
     assert prompts == ["a <rex>", "the <rex> on the beach"]
     both = recipe._replace(prompts=[prompt for prompt in prompts for _ in range(2)], seeds=[0, 1, 0, 1])
-    sample.write(both, sample.draw(both), tmp_path / "both.png")
+    sample.write(both, sample.draw(both, sd1_base), tmp_path / "both.png")
     assert pixels(tmp_path / "both.png").shape == (2 * (20 + 128) + 4, 2 * 128 + 4, 3)
     for prompt, file in ((None, None), ("a dog", "prompts.txt"), (None, str(tmp_path / "none.txt"))):
         with pytest.raises(InputError, match=r"give --prompt or --prompts|none.txt: cannot be read"):
             sample.read_prompts(prompt, file)
 
 
-def test_attention_shows_every_word(recipe, base, tmp_path):
-    drawn = sample.draw(recipe, attention=True)
-    sample.write_attention(recipe, drawn[0], base.tokenizer, tmp_path / "maps")
+def test_attention_shows_every_word(recipe, sd1_base, tmp_path):
+    drawn = sample.draw(recipe, sd1_base, attention=True)
+    sample.write_attention(recipe, drawn[0], sd1_base.tokenizer, tmp_path / "maps")
     for number in range(2):
         assert pixels(tmp_path / "maps" / f"{number}.png").shape == (20 + 128, 3 * 128 + 2 * 4, 3)  # picture, a, <rex>
 
 
-def test_from_a_picture(recipe, base, tmp_path):
+def test_from_a_picture(recipe, sd1_base, tmp_path):
     write_picture(tmp_path / "init.png", np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8))
     start = recipe._replace(init_image=str(tmp_path / "init.png"))
-    drawn = sample.draw(start)[0][0].pixels
-    assert np.abs(drawn.astype(int) - sample.draw(recipe)[0][0].pixels).max() > 5
+    drawn = sample.draw(start, sd1_base)[0][0].pixels
+    assert np.abs(drawn.astype(int) - sample.draw(recipe, sd1_base)[0][0].pixels).max() > 5
     with pytest.raises(InputError, match=r"none.png: no such picture"):
-        sample.draw(recipe._replace(init_image=str(tmp_path / "none.png")))
+        sample.draw(recipe._replace(init_image=str(tmp_path / "none.png")), sd1_base)
 
 
-def test_concepts_by_name_twice_and_not_named(recipe, base, rex, tmp_path, capsys):
+def test_concepts_by_name_twice_and_not_named(recipe, sd1_base, rex, tmp_path, capsys):
     assert len(sample.read_concepts([str(rex), str(rex)])) == 1
-    other = save(base, tmp_path / "other.safetensors", "rex", "cat")
+    other = save(sd1_base, tmp_path / "other.safetensors", "rex", "cat")
     with pytest.raises(
         InputError, match="two concepts are called rex: give one another name, as in --concept other_rex="
     ):
-        sample.draw(recipe._replace(concepts=sample.read_concepts([str(rex), str(other)])))
+        sample.draw(recipe._replace(concepts=sample.read_concepts([str(rex), str(other)])), sd1_base)
     both = recipe._replace(concepts=sample.read_concepts([str(rex), f"tom={other}"]), prompts=["<rex> and <tom>"] * 2)
-    sample.draw(both)
+    sample.draw(both, sd1_base)
     assert "warning" not in capsys.readouterr().out
-    sample.draw(recipe._replace(concepts=both.concepts))
+    sample.draw(recipe._replace(concepts=both.concepts), sd1_base)
     assert "warning: no prompt names <tom>: the concept tom has no effect" in capsys.readouterr().out
 
 
-def test_concept_files_that_cannot_be_used(recipe, base, rex, tmp_path, monkeypatch):
+def test_concept_files_that_cannot_be_used(recipe, sd1_base, rex, tmp_path, monkeypatch):
     broken = {
         "cut.safetensors": rex.read_bytes()[:500],
         "edited.safetensors": rex.read_bytes().replace(b'"target_input"', b'"target_imput"'),
@@ -175,7 +170,7 @@ def test_concept_files_that_cannot_be_used(recipe, base, rex, tmp_path, monkeypa
     for (name, data), message in zip(broken.items(), messages, strict=True):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=rf"{name}: .*{message}"):
-            sample.draw(recipe._replace(concepts=sample.read_concepts([str(tmp_path / name)])))
+            sample.draw(recipe._replace(concepts=sample.read_concepts([str(tmp_path / name)])), sd1_base)
     with pytest.raises(InputError, match="nowhere: no such concept file"):
         sample.read_concepts([str(tmp_path / "nowhere")])
 
