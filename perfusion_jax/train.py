@@ -27,7 +27,7 @@ from perfusion_jax.concept import Concept
 from perfusion_jax.config import check, settings_of
 from perfusion_jax.errors import InputError
 from perfusion_jax.formats.picture_file import write_picture
-from perfusion_jax.preparation import concept_key, load_base, load_data, load_evaluator, load_metric
+from perfusion_jax.preparation import concept_key, load_base, load_evaluator, load_metric, prepare_data, read_pictures
 from perfusion_jax.training import Learning
 from perfusion_jax.validation import Validation, show_masks
 from perfusion_jax.workdir import Log, begin, write_concept
@@ -82,7 +82,7 @@ def learn(config: ConfigDict, base: BaseModel, workdir: epath.Path, checkpoints:
     clip = load_evaluator(config)
     whitening = load_metric(config, base)
     key, mask_key = jax.random.split(concept_key(config))
-    data = load_data(config, base, mask_key)
+    data = prepare_data(config, base, read_pictures(config.pictures), mask_key)
     show_masks(workdir / "masks.png", data)
     validation = Validation(config, base, clip, data.pixels)
     settings = settings_of(config)
