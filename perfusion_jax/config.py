@@ -1,13 +1,14 @@
 """What a run's config may say: each key's meaning stands in `configs/default.py`, what is possible here."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from perfusion_jax.base_model.text import PLACEHOLDER
+from perfusion_jax.data.table import Row
 from perfusion_jax.errors import InputError
 from perfusion_jax.training import Settings
 
@@ -46,7 +47,7 @@ def _prompts(least: int) -> Rule:
 
 _SWITCH: Rule = (bool, lambda value: True, "True or False")
 
-RULES: Mapping[str, Rule] = {
+RULES: dict[str, Rule] = {
     "name": (str, lambda value: PLACEHOLDER.fullmatch(f"<{value}>") is not None, "letters, digits, '-' and '_'"),
     "super_category": _text("the word for this kind of thing, such as 'dog'", needed=True),
     "pictures": _text("a folder", needed=True),
@@ -89,8 +90,29 @@ RULES: Mapping[str, Rule] = {
     "keep_checkpoints": _whole(1),
 }
 
-# What may change between two runs in one workdir: neither touches what was computed already.
+# What a table says of each concept of a fleet, and what the config of a fleet says instead.
+PER_CONCEPT = ("name", "super_category", "pictures")
+FLEET_RULES: dict[str, Rule] = {
+    "concepts": _text("a table of concepts or a folder of concept folders", needed=True),
+    "members": _whole(0),
+    "mesh": (
+        tuple,
+        lambda value: len(value) == 3 and all(type(size) is int and (size > 0 or size == -1) for size in value),
+        "three numbers of devices: along concept, data and fsdp; one of them may be -1",
+    ),
+    "validate_every": (int, lambda value: value == 0, "0: a fleet looks at a concept once, when it is finished"),
+}
+
+# What a table may override for a concept: what members of one round may differ in, and what needs a round of its own.
+OVERRIDES = (
+    *("licence", "crop", "flip", "seed", "steps"),
+    *("size", "batch_size", "accumulation", "values_rate", "embedding_rate"),
+    *("bias", "temperature", "target_input_decay"),
+)
+
+# What may change between two runs in one workdir: none of it touches what was computed already.
 FREE = ("keep_checkpoints", "log_every", "steps")
+FLEET_FREE = ("keep_checkpoints", "log_every", "checkpoint_every", "members", "mesh")
 
 
 def check(config: ConfigDict) -> None:
@@ -99,12 +121,15 @@ def check(config: ConfigDict) -> None:
     Raises:
         InputError: a key is unknown or missing, or its value is of another type or impossible; the key is named.
     """
-    unknown = sorted(set(config) - set(RULES))
-    missing = sorted(set(RULES) - set(config))
+    rules = dict(RULES)
+    if is_fleet(config):
+        rules = {key: rule for key, rule in (RULES | FLEET_RULES).items() if key not in PER_CONCEPT}
+    unknown = sorted(set(config) - set(rules))
+    missing = sorted(set(rules) - set(config))
     if unknown or missing:
         problems = [f"{key} is not a key" for key in unknown] + [f"{key} is missing" for key in missing]
         raise InputError(f"config: {'; '.join(problems)}; see configs/default.py")
-    for key, (kind, possible, wanted) in RULES.items():
+    for key, (kind, possible, wanted) in rules.items():
         value = config[key]
         right_type = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
         if not right_type and not (kind is float and type(value) is int):
@@ -117,6 +142,26 @@ def check(config: ConfigDict) -> None:
         )
     if not (config.train_embedding or (config.edit and (config.train_values or not config.lock_keys))):
         raise InputError("config.train_embedding and config.train_values are False: nothing is left to train")
+
+
+def is_fleet(config: ConfigDict) -> bool:
+    """Whether a config is of many concepts."""
+    return "concepts" in config
+
+
+def member_config(fleet: ConfigDict, row: Row) -> ConfigDict:
+    """The config of one concept of a fleet, as if it were learnt alone.
+
+    Raises:
+        InputError: the row gives an impossible value; file, line and key are named.
+    """
+    values = {key: value for key, value in fleet.items() if key not in FLEET_RULES or key in RULES}
+    config = ConfigDict({**values, **{key: getattr(row, key) for key in PER_CONCEPT}, **row.overrides})
+    try:
+        check(config)
+    except InputError as error:
+        raise InputError(f"{row.where}: {error}") from error
+    return config
 
 
 def settings_of(config: ConfigDict) -> Settings:
@@ -150,7 +195,8 @@ def check_same(config: ConfigDict, saved: str, file: object) -> None:
     """Checks that a run goes on as it began.
 
     Raises:
-        InputError: the config differs from the one saved in the workdir, in more than FREE; all keys are named.
+        InputError: the config differs from the one saved in the workdir, in more than FREE (of a fleet FLEET_FREE); all
+            keys are named.
     """
     try:
         before = json.loads(saved)
@@ -158,6 +204,7 @@ def check_same(config: ConfigDict, saved: str, file: object) -> None:
         raise InputError(f"{file}: not JSON ({error}); delete the workdir, or take another one") from error
     now = json.loads(to_json(config))
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    changes = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differing if key not in FREE]
+    free = FLEET_FREE if is_fleet(config) else FREE
+    changes = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differing if key not in free]
     if changes:
         raise InputError(f"{file}: this workdir is of another config ({'; '.join(changes)}); take another --workdir")

@@ -1,9 +1,10 @@
 """Writing files so that a kill at any moment leaves the old file or the new one, never a part."""
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from etils import epath
@@ -66,3 +67,32 @@ def replacing(file: Path) -> Iterator[Path]:
         raise InputError(f"{file}: cannot be written ({error.strerror})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(file: epath.Path, advice: str) -> Iterator[None]:
+    """Holds a lock that no other process can take; the system lets go of it when this process ends, however it ends.
+
+    A bucket has no locks: there nothing is held, and whatever starts the jobs must not start two of them. (If it does,
+    both compute the same concepts, and write the same files whole.)
+
+    Args:
+        file: is made, and stays.
+        advice: what to do if another process holds it, for the message.
+
+    Raises:
+        InputError: another process holds it, or the folder cannot be written to.
+    """
+    if "://" in os.fspath(file):
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            handle = stack.enter_context(Path(file).open("a"))
+        except OSError as error:
+            raise InputError(f"{file}: cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{file}: another job is at work here; wait for it, or {advice}") from error
+        yield

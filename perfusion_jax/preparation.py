@@ -1,7 +1,8 @@
 """From a config to what a concept is learnt with: the frozen model, metric, evaluator and the concept's data."""
 
 import zlib
-from functools import partial
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 from perfusion_jax import shipped
 from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
 from perfusion_jax.base_model.clip import Clip, load_clip
-from perfusion_jax.base_model.clipseg import load_segmenter
+from perfusion_jax.base_model.clipseg import Segmenter, load_segmenter
 from perfusion_jax.covariance import load_whitening
 from perfusion_jax.data import dataset
 from perfusion_jax.data.examples import (
@@ -74,25 +75,37 @@ def load_evaluator(config: ConfigDict) -> Clip | None:
     return load_clip(folder) if folder else None
 
 
-def read_pictures(config: ConfigDict) -> list[Picture]:
-    """Reads the pictures that a config names.
+def read_pictures(source: str, masks: str = "", captions: str = "") -> list[Picture]:
+    """Reads a concept's pictures.
+
+    Args:
+        source: as `config.pictures`.
+        masks, captions: folders of them, if they are not where the pictures are.
 
     Raises:
         InputError: they cannot be read, or the package has no such example.
     """
-    if config.pictures.startswith(dataset.PREFIX):
-        return dataset.read_split(config.pictures)
-    if not config.pictures.startswith("emoji:"):
-        return read_folder(config.pictures)
-    name = config.pictures.removeprefix("emoji:")
+    if source.startswith(dataset.PREFIX):
+        if masks or captions:
+            raise InputError(f"{source}: a dataset holds its masks and captions; none can be given beside it")
+        return dataset.read_split(source)
+    if not source.startswith("emoji:"):
+        return read_folder(source, masks or None, captions or None)
+    name = source.removeprefix("emoji:")
     examples = sorted(folder.name for folder in shipped.EXAMPLES.iterdir() if folder.is_dir())
     if name not in examples:
-        raise InputError(f"config.pictures is {config.pictures!r}; the examples are {', '.join(examples)}")
-    return read_folder(shipped.EXAMPLES / name)
+        raise InputError(f"config.pictures is {source!r}; the examples are {', '.join(examples)}")
+    return read_folder(shipped.EXAMPLES / name, masks or None, captions or None)
 
 
-def load_data(config: ConfigDict, base: BaseModel, key: jax.Array) -> Data:
-    """Reads, fits and encodes a concept's pictures, and finds their masks.
+def prepare_data(config: ConfigDict, base: BaseModel, pictures: Sequence[Picture], key: jax.Array) -> Data:
+    """Fits and encodes a concept's pictures, and finds their masks.
+
+    Args:
+        config: the concept's.
+        base: the model.
+        pictures: as read.
+        key: of the noise in which masks are looked for.
 
     Raises:
         InputError: the pictures, masks or prompts cannot be used.
@@ -100,7 +113,7 @@ def load_data(config: ConfigDict, base: BaseModel, key: jax.Array) -> Data:
     side = config.size or base.unet.sample_size * base.vae_factor
     if side % base.vae_factor:
         raise InputError(f"config.size is {side}; it must be a multiple of {base.vae_factor}")
-    pictures = [fit(picture, side, config.crop) for picture in read_pictures(config)]
+    pictures = [fit(picture, side, config.crop) for picture in pictures]
     pixels = np.stack([picture.pixels for picture in pictures])
     latents = encode(base, pixels)
     masks = find_masks(config, base, pictures, latents.mean, key)
@@ -110,8 +123,13 @@ def load_data(config: ConfigDict, base: BaseModel, key: jax.Array) -> Data:
     return Data(pixels, prompts_used(pictures, config.templates), make_examples(latents, masks, ids))
 
 
+# Loaded and compiled once for all concepts.
+_segmenter = lru_cache(maxsize=1)(load_segmenter)
+_segment = jax.jit(Segmenter.masks, static_argnums=0)
+
+
 def find_masks(
-    config: ConfigDict, base: BaseModel, pictures: list[Picture], latents: jax.Array, key: jax.Array
+    config: ConfigDict, base: BaseModel, pictures: Sequence[Picture], latents: jax.Array, key: jax.Array
 ) -> np.ndarray:
     """Finds masks by the first way that config.masks allows.
 
@@ -141,14 +159,12 @@ def find_masks(
     if config.masks == "segmenter" and not config.segmenter:
         raise InputError("config.masks is 'segmenter', but config.segmenter names none")
     if config.segmenter and config.masks != "attention":
-        segmenter = load_segmenter(config.segmenter)
+        segmenter = _segmenter(config.segmenter)
         ids = segmenter.tokenizer([config.super_category] * 2)
         pairs = with_mirrored(np.stack([picture.pixels for picture in pictures])).astype(np.float32) / 127.5 - 1
-        segment = jax.jit(segmenter.masks)
-        masks = np.concatenate([segment(segmenter.params, ids, pair) for pair in pairs])
+        masks = np.concatenate([_segment(segmenter, segmenter.params, ids, pair) for pair in pairs])
         return shrink(masks, base.vae_factor).reshape(latents.shape[:-1])
-    find = jax.jit(partial(attention_masks, base, super_category=config.super_category))
-    return np.stack([find(base.params, pair, key=key) for pair in latents])
+    return np.stack([attention_masks(base, base.params, pair, config.super_category, key) for pair in latents])
 
 
 def concept_key(config: ConfigDict) -> jax.Array:

@@ -20,14 +20,16 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from perfusion_jax import command_line, training
+from perfusion_jax import command_line, distributed, training
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.checkpoints import Checkpoints
 from perfusion_jax.concept import Concept
-from perfusion_jax.config import check, settings_of
+from perfusion_jax.config import check, is_fleet, settings_of
+from perfusion_jax.data.table import parse_shard
 from perfusion_jax.errors import InputError
+from perfusion_jax.fleet import train_fleet
 from perfusion_jax.formats.picture_file import write_picture
-from perfusion_jax.preparation import concept_key, load_base, load_data, load_evaluator, load_metric
+from perfusion_jax.preparation import concept_key, load_base, load_evaluator, load_metric, prepare_data, read_pictures
 from perfusion_jax.training import Learning
 from perfusion_jax.validation import Validation, show_masks
 from perfusion_jax.workdir import Log, begin, write_concept
@@ -82,7 +84,7 @@ def learn(config: ConfigDict, base: BaseModel, workdir: epath.Path, checkpoints:
     clip = load_evaluator(config)
     whitening = load_metric(config, base)
     key, mask_key = jax.random.split(concept_key(config))
-    data = load_data(config, base, mask_key)
+    data = prepare_data(config, base, read_pictures(config.pictures), mask_key)
     show_masks(workdir / "masks.png", data)
     validation = Validation(config, base, clip, data.pixels)
     settings = settings_of(config)
@@ -212,12 +214,30 @@ def finish(config: ConfigDict, base: BaseModel, run: Run, result: epath.Path) ->
 
 
 def main() -> None:
-    """Learns the concept of --config in --workdir."""
-    train(flags.FLAGS.config, epath.Path(flags.FLAGS.workdir))
+    """Learns the concept of --config in --workdir, or the concepts if it names a table of them.
+
+    Raises:
+        InputError: --shard or --distributed is given for one concept, or as for `train` and `train_fleet`.
+    """
+    given = flags.FLAGS
+    config, workdir = given.config, epath.Path(given.workdir)
+    if given.distributed:
+        distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
+    if is_fleet(config):
+        train_fleet(config, workdir, parse_shard(given.shard) if given.shard else (0, 1))
+    elif given.shard or given.distributed:
+        raise InputError("--shard and --distributed are for fleets: config.concepts names none")
+    else:
+        train(config, workdir)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "what to learn, such as configs/dog.py or configs/dog.py:sd15")
     flags.DEFINE_string("workdir", None, "folder of the run; the same one goes on where it was", required=True)
+    flags.DEFINE_string("shard", None, "I/N: take only the concepts I, I + N, I + 2 N, ... of a fleet's table")
+    flags.DEFINE_bool("distributed", False, "be one of the processes of a fleet that runs on several hosts")
+    flags.DEFINE_string("coordinator_address", None, "with --distributed, HOST:PORT of process 0, if JAX cannot tell")
+    flags.DEFINE_integer("num_processes", None, "likewise")
+    flags.DEFINE_integer("process_id", None, "likewise")
     flags.mark_flag_as_required("config")
     command_line.run(main)

@@ -8,6 +8,7 @@ Everything here is written for one concept and is a pure function of its argumen
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -172,6 +173,7 @@ def train_step(
     learning: Learning,
     key: jax.Array,
     settings: Settings,
+    place: Callable[[Batch], Batch] = lambda parts: parts,
 ) -> tuple[Learning, jax.Array]:
     """Takes one optimiser step.
 
@@ -183,6 +185,8 @@ def train_step(
         learning: the state before.
         key: the concept's own; the step's is folded from it, so that a step depends on its number alone.
         settings: how to learn.
+        place: puts a batch, each field [accumulation, samples, ...], on the devices that compute it; by default it
+            stays where it is.
 
     Returns:
         (the state after, the loss before the step). Where the loss or a gradient is not finite, the state stays what it
@@ -190,7 +194,7 @@ def train_step(
     """
     concept = learning.concept
     batch = draw_batch(jax.random.fold_in(key, learning.step), examples, base, settings)
-    parts = jax.tree.map(lambda array: array.reshape(settings.accumulation, -1, *array.shape[1:]), batch)
+    parts = place(jax.tree.map(lambda array: array.reshape(settings.accumulation, -1, *array.shape[1:]), batch))
     parameters = concept.trainable(settings.trained)
 
     def gradient_of(part: Batch) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:

@@ -39,6 +39,10 @@ def with_mirrored(pictures: np.ndarray) -> np.ndarray:
     return np.stack([pictures, pictures[:, :, ::-1]], axis=1)
 
 
+# Compiled once for all concepts.
+_encode_image = jax.jit(BaseModel.encode_image, static_argnums=0)
+
+
 def encode(base: BaseModel, pixels: np.ndarray) -> LatentDistribution:
     """Encodes pictures and their mirror images, one at a time.
 
@@ -49,9 +53,8 @@ def encode(base: BaseModel, pixels: np.ndarray) -> LatentDistribution:
     Returns:
         Mean and standard deviation of the latents, float32 [count, 2, height / f, width / f, channels].
     """
-    compiled = jax.jit(base.encode_image)
     both = with_mirrored(pixels).astype(np.float32) / 127.5 - 1
-    each = [compiled(base.params["vae"], jnp.asarray(pair, base.vae.dtype)) for pair in both]
+    each = [_encode_image(base, base.params["vae"], jnp.asarray(pair, base.vae.dtype)) for pair in both]
     return LatentDistribution(*(jnp.stack(arrays) for arrays in zip(*each, strict=True)))
 
 

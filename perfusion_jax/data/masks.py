@@ -1,5 +1,7 @@
 """Soft masks of where a thing is: from its folder, or zero-shot from the frozen UNet's own attention."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,8 +43,20 @@ def attention_masks(
         float32 [count, height, width], each from 0 at its least to 1 at its most attentive latent.
     """
     ids, is_word = base.tokenizer.locate("a photo of a {}", super_category)
+    return _attention_masks(base, params, latents, ids, is_word.astype(np.float32), key)
+
+
+@partial(jax.jit, static_argnames="base")  # the word is an argument: one compilation serves all concepts
+def _attention_masks(
+    base: BaseModel,
+    params: dict[str, Params],
+    latents: jax.Array,
+    ids: jax.Array,
+    is_word: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
     count = len(latents)
-    encodings = base.encode(params["text_encoder"], np.tile(ids, (count, 1)))
+    encodings = base.encode(params["text_encoder"], jnp.tile(ids, (count, 1)))
     fed = keys_values(params["unet"], encodings)
     levels = np.array(NOISE_LEVELS * DRAWS)
 
@@ -50,7 +64,7 @@ def attention_masks(
         timesteps = jnp.full(count, (level * base.schedule.num_train_timesteps).astype(jnp.int32))
         noisy = base.schedule.add_noise(latents, jax.random.normal(noise_key, latents.shape[1:]), timesteps)
         _, maps = base.attention_maps(params["unet"], noisy.astype(base.unet.dtype), timesteps, fed)
-        return jnp.einsum("bhwt,t->bhw", maps, is_word.astype(np.float32))
+        return jnp.einsum("bhwt,t->bhw", maps, is_word)
 
     attention = jax.lax.map(lambda pair: at(*pair), (jnp.asarray(levels), jax.random.split(key, len(levels)))).mean(0)
     attention -= attention.min(axis=(1, 2), keepdims=True)

@@ -43,8 +43,17 @@ class Picture:
     inside: np.ndarray | None = None
 
 
-def read_folder(folder: str | os.PathLike[str]) -> list[Picture]:
+def read_folder(
+    folder: str | os.PathLike[str],
+    masks: str | os.PathLike[str] | None = None,
+    captions: str | os.PathLike[str] | None = None,
+) -> list[Picture]:
     """Reads all pictures of a folder, in the order of their names.
+
+    Args:
+        folder: of the pictures.
+        masks: folder of the masks; left out, they are those in FOLDER/masks, if it exists.
+        captions: folder of the captions; left out, they are beside the pictures.
 
     Raises:
         InputError: no such folder, no picture in it, or a file that cannot be used; the message names it.
@@ -61,8 +70,12 @@ def read_folder(folder: str | os.PathLike[str]) -> list[Picture]:
         raise InputError(
             f"{root}: two pictures are called {twice[0]!r}: masks and captions go by that name; rename one"
         )
-    masks = _mask_files(root / "masks", stems)
-    return [_read(file, masks.get(file.stem)) for file in files]
+    for given in (masks, captions):
+        if given is not None and not epath.Path(given).is_dir():
+            raise InputError(f"{given}: no such folder")
+    mask_files = _mask_files(epath.Path(masks) if masks is not None else root / "masks", stems)
+    caption_root = epath.Path(captions) if captions is not None else root
+    return [_read(file, mask_files.get(file.stem), caption_root / f"{file.stem}.txt") for file in files]
 
 
 def _mask_files(folder: epath.Path, stems: Sequence[str]) -> dict[str, epath.Path]:
@@ -78,7 +91,7 @@ def _mask_files(folder: epath.Path, stems: Sequence[str]) -> dict[str, epath.Pat
     return files
 
 
-def _read(file: epath.Path, mask_file: epath.Path | None) -> Picture:
+def _read(file: epath.Path, mask_file: epath.Path | None, caption_file: epath.Path) -> Picture:
     image = open_picture(file)
     if min(image.size) < SMALLEST:
         raise InputError(f"{file}: {image.width} x {image.height} pixels; at least {SMALLEST} x {SMALLEST} are needed")
@@ -99,7 +112,7 @@ def _read(file: epath.Path, mask_file: epath.Path | None) -> Picture:
         mask = np.asarray(mask_image, np.float32) / 255
     if mask is not None and mask.max() == 0:
         raise InputError(f"{mask_file or file}: all of it is masked out: nothing is left to learn from")
-    return Picture(file.name, pixels, mask, _caption(file.with_suffix(".txt")))
+    return Picture(file.name, pixels, mask, _caption(caption_file))
 
 
 def open_picture(file: epath.Path) -> Image.Image:

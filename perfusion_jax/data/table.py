@@ -1,0 +1,176 @@
+"""Reads a table of concepts: a `.csv` or `.jsonl` file, or a folder of concept folders; local or in a bucket.
+
+    name,super_category,pictures,masks,captions,steps,flip
+    rex,dog,rex/,,,600,
+    my-cup,cup,gs://bucket/cup/,cup_masks/,cup_captions/,,false
+
+`name`, `super_category` and `pictures` (what `config.pictures` takes) are needed. `masks` and `captions` are folders of
+files that carry the pictures' names (`data.pictures`); left out, they are looked for in the folder of pictures. Every
+other column is a key of the config, which it overrides for that concept; an empty cell overrides nothing. A line of
+`.jsonl` is an object of the same keys. Paths are relative to the table.
+
+A folder of folders has one concept in each, called as its folder is, with a `concept.json` that has at least
+`{"super_category": "dog"}` (and perhaps `licence`) beside the pictures.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from perfusion_jax import shipped
+from perfusion_jax.base_model.text import PLACEHOLDER
+from perfusion_jax.errors import InputError
+
+NEEDED = ("name", "super_category", "pictures")
+FOLDERS = ("masks", "captions")
+EMOJI = "emoji"  # the examples that ship with the package
+
+_SCHEME = re.compile(r"[a-z0-9]+:")  # emoji:dog, tfds:..., gs://...: not relative to anything
+
+
+class Row(NamedTuple):
+    """A concept of a table.
+
+    Attributes:
+        name: of the concept; it names its file, too.
+        super_category: the word or words for this kind of thing.
+        pictures: as `config.pictures`.
+        masks, captions: folders, or empty.
+        overrides: values of keys of the config.
+        where: the line that says so, for messages.
+    """
+
+    name: str
+    super_category: str
+    pictures: str
+    masks: str
+    captions: str
+    overrides: dict[str, Any]
+    where: str
+
+
+def read_table(source: str, overridable: Collection[str]) -> list[Row]:
+    """Reads all concepts, in the order in which they stand there; folders in the order of their names.
+
+    Args:
+        source: a `.csv` or `.jsonl` file, a folder of concept folders, or `emoji` for the examples that ship.
+        overridable: keys of the config that a line may give.
+
+    Raises:
+        InputError: it cannot be read, or a line cannot be used; the message names file, line and key.
+    """
+    path = epath.Path(shipped.EXAMPLES if source == EMOJI else source)
+    try:
+        if path.is_dir():
+            rows = list(_folders(path))
+        elif path.suffix in (".csv", ".jsonl"):
+            text = path.read_bytes().decode("utf-8-sig")  # Excel begins its files with a mark
+            lines = _csv_lines(path, text) if path.suffix == ".csv" else _json_lines(path, text)
+            rows = [_row(line, where, path.parent, overridable) for where, line in lines]
+        else:
+            raise InputError(f"{path}: config.concepts must be a .csv or .jsonl file, or a folder of concept folders")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if not rows:
+        raise InputError(f"{path}: no concepts in it")
+    _check_names(rows)
+    return rows
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Reads `I/N`, the I-th (from 0) of N jobs: it takes every N-th concept from the I-th on.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise InputError(f"--shard is {text!r}; it must be I/N, with I from 0 to N - 1")
+    return int(match[1]), int(match[2])
+
+
+def _folders(path: epath.Path) -> Iterator[Row]:
+    for folder in sorted(path.iterdir()):
+        if not folder.is_dir():
+            continue
+        file = folder / "concept.json"
+        if not file.exists():
+            raise InputError(f'{file}: missing; it must say {{"super_category": "..."}}')
+        try:
+            facts = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file}: not JSON ({error})") from error
+        # What else it says of the concept is for people.
+        known = {key: facts[key] for key in ("super_category", "licence") if isinstance(facts, dict) and key in facts}
+        yield _row({"name": folder.name, "pictures": folder.name, **known}, str(file), path, ("licence",))
+
+
+def _csv_lines(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    missing = [column for column in NEEDED if column not in (reader.fieldnames or ())]
+    if missing:
+        raise InputError(f"{path}:1: no column {missing[0]!r}; a table needs {', '.join(NEEDED)}")
+    for cells in reader:
+        where = f"{path}:{reader.line_num}"
+        if None in cells:
+            raise InputError(f"{where}: more cells than columns")
+        yield where, {key: _cell(key, cell) for key, cell in cells.items() if cell}
+
+
+def _cell(key: str, text: str) -> Any:
+    """A cell's value: names and folders are text, others text, a number or true and false."""
+    if key in NEEDED or key in FOLDERS:
+        return text
+    try:
+        return json.loads(text.lower())
+    except json.JSONDecodeError:
+        return text
+
+
+def _json_lines(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            facts = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not JSON ({error})") from error
+        if not isinstance(facts, dict):
+            raise InputError(f'{where}: not an object, such as {{"name": "rex", ...}}')
+        yield where, facts
+
+
+def _row(facts: dict[str, Any], where: str, parent: epath.Path, overridable: Collection[str]) -> Row:
+    texts = {}
+    for key in (*NEEDED, *FOLDERS):
+        value = facts.get(key, "")
+        if not isinstance(value, str) or (key in NEEDED and not value):
+            problem = "is missing" if value == "" else f"is {value!r}; it must be text"
+            raise InputError(f"{where}: {key} {problem}")
+        texts[key] = value
+    overrides = {key: value for key, value in facts.items() if key not in texts}
+    unknown = sorted(overrides.keys() - set(overridable))
+    if unknown:
+        known = ", ".join([*NEEDED, *FOLDERS, *overridable])
+        raise InputError(f"{where}: {unknown[0]} is not a key of the table; these are: {known}")
+    for key in ("pictures", *FOLDERS):
+        if texts[key] and not _SCHEME.match(texts[key]):
+            texts[key] = str(parent / texts[key])
+    return Row(**texts, overrides=overrides, where=where)
+
+
+def _check_names(rows: list[Row]) -> None:
+    seen: dict[str, Row] = {}
+    for row in rows:
+        if not PLACEHOLDER.fullmatch(f"<{row.name}>"):
+            raise InputError(f"{row.where}: name is {row.name!r}; it must be letters, digits, '-' and '_'")
+        # Some file systems take Rex and rex for one.
+        earlier = seen.setdefault(row.name.casefold(), row)
+        if earlier is not row:
+            raise InputError(f"{row.where}: name is {row.name!r}, as in {earlier.where}; rename one")

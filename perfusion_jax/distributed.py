@@ -1,0 +1,80 @@
+"""Many processes as one job: finding each other, telling each other small things, and stopping together."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from perfusion_jax import command_line
+from perfusion_jax.errors import InputError
+
+# A process that says nothing for so long counts as dead, and the others end: seconds.
+HEARTBEAT = 60
+
+
+def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins this process to the job; before anything is computed.
+
+    Args:
+        coordinator_address: HOST:PORT of process 0; left out, JAX asks the cluster (TPU pods, Slurm, Kubernetes, MPI).
+        num_processes, process_id: likewise.
+
+    Raises:
+        InputError: the processes do not find each other.
+    """
+    try:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"--distributed: this process cannot join the others ({error}): start all of them at about the same time, "
+            "and where JAX cannot tell by itself give --coordinator_address, --num_processes and --process_id"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes what the job has in common."""
+    return jax.process_index() == 0
+
+
+def gather(mine: Any) -> list[Any]:
+    """What each process gives, in their order, on all of them: anything that JSON takes. All must call it."""
+    if jax.process_count() == 1:
+        return [mine]
+    data = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths, strict=True)]
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM interrupts nothing; the function it gives says whether it is time to save and stop.
+
+    With many processes a SIGTERM to one of them stops all, at the same call: each must call it as often as the others.
+    """
+    if jax.process_count() == 1:
+        with command_line.stopping() as asked:
+            yield asked
+        return
+    calls = 0
+    asked_before = False
+
+    def reached() -> bool:
+        nonlocal calls, asked_before
+        calls += 1
+        asked_before = asked_before or multihost_utils.reached_preemption_sync_point(calls)
+        return asked_before
+
+    yield reached

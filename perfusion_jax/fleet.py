@@ -1,0 +1,302 @@
+"""Learns a table of concepts, many at once; `perfusion_jax.train` comes here when the config has `concepts`.
+
+    python -m perfusion_jax.train --config configs/fleet.py --config.concepts=concepts.csv --workdir runs/fleet
+
+Concepts are learnt in rounds of as many as fit; the pictures of the next round are prepared while one is learnt. A
+finished concept is written at once, and a line of `report.jsonl` says so:
+
+    {"name": "rex", "state": "done", "steps": 400, "seconds": 61.2, "chip_seconds": 7.7, "score": ..., "error": ""}
+
+`state` is `done`, `diverged` (its loss was no longer finite) or `failed` (its pictures cannot be used). `seconds` is
+how long its round had taken by then, `chip_seconds` its share of the chips' time.
+
+The same command goes on inside a round that was interrupted, to the same concepts; does what is missing; tries failed
+concepts again; and leaves done and diverged ones alone, whatever has become of their lines in the table.
+"""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from perfusion_jax import distributed, parallel
+from perfusion_jax.checkpoints import Checkpoints
+from perfusion_jax.config import OVERRIDES, check, member_config
+from perfusion_jax.data.table import read_table
+from perfusion_jax.errors import InputError
+from perfusion_jax.files import locked
+from perfusion_jax.fleet_members import PICTURES_STEP, Fleet, Member, Prepared, Round, load_fleet, plan, prepare
+from perfusion_jax.fleet_report import OpenRound, Report
+from perfusion_jax.formats.picture_file import write_picture
+from perfusion_jax.training import Learning
+from perfusion_jax.validation import Validation
+from perfusion_jax.workdir import Log, begin, write_concept
+
+# Concepts that are finished between two looks at whether to stop.
+FINISHED_AT_ONCE = 8
+
+
+def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] = (0, 1)) -> None:
+    """Learns what is missing of a table.
+
+    Args:
+        config: the fleet's (`configs/fleet.py`).
+        workdir: shared by all processes, and by all jobs that have a part of the table.
+        shard: (I, N): every N-th concept from the I-th on. Each job keeps its report in `shard_I_of_N/`.
+
+    Raises:
+        InputError: the config, table or workdir cannot be used, or some concepts were not learnt.
+    """
+    check(config)
+    index, count = shard
+    rows = read_table(config.concepts, OVERRIDES)[index::count]
+    members = [Member(row, member_config(config, row)) for row in rows]
+    folder = workdir / f"shard_{index}_of_{count}" if count > 1 else workdir
+    with ExitStack() as stack:
+        if distributed.is_first():
+            begin(config, folder)
+            stack.enter_context(locked(folder / "lock", "take another --workdir, or another --shard of it"))
+        distributed.wait_for_all("begin")
+        report = Report(folder / "report.jsonl")
+        todo = [member for member in members if not report.is_over(member.name)]
+        if todo:
+            _learn(config, workdir, folder, todo, report)
+    lines = [report.lines[member.name] for member in members]
+    counts = {state: sum(line["state"] == state for line in lines) for state in ("done", "diverged", "failed")}
+    summary = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+    if distributed.is_first():
+        print(f"{len(members)} concepts: {summary}; {workdir / 'concepts'}, {report.file}")
+    if counts["done"] < len(members):
+        wrong = next(line for line in lines if line["state"] != "done")
+        raise InputError(
+            f"{len(members) - counts['done']} of {len(members)} concepts were not learnt, such as {wrong['name']}: "
+            f"{wrong['error']}; all are in {report.file}. The same command tries the failed ones again"
+        )
+
+
+def _learn(config: ConfigDict, workdir: epath.Path, folder: epath.Path, todo: list[Member], report: Report) -> None:
+    """Learns members round by round, the next round being prepared by a thread.
+
+    Raises:
+        KeyboardInterrupt: it was told to stop, and has saved.
+        InputError: something cannot be written.
+    """
+    fleet = load_fleet(config)
+    rounds = plan(fleet, todo, OpenRound.read(folder / "round.json"))
+    cancelled = threading.Event()
+    with (
+        distributed.stopping() as stop,
+        ThreadPoolExecutor(1, "prepare") as executor,
+        tqdm(
+            total=sum(member.config.steps for member in todo),
+            unit="step",
+            desc="fleet",
+            disable=not distributed.is_first(),
+        ) as bar,
+    ):
+
+        def submit(current: Round) -> "Future[Prepared]":
+            held, _ = parallel.slot_owners(fleet.mesh, len(current.members))
+            return executor.submit(prepare, fleet, current, held, cancelled)
+
+        try:
+            upcoming = submit(rounds[0])
+            for number, current in enumerate(rounds):
+                prepared = _result(upcoming, stop)
+                if number + 1 < len(rounds):
+                    upcoming = submit(rounds[number + 1])
+                failures = {slot: error for part in distributed.gather(prepared.failures) for slot, error in part}
+                failed = [(current.members[slot], error) for slot, error in failures.items()]
+                report.add([_line(member, "failed", error=error) for member, error in failed if member])
+                left = current.without(failures)
+                bar.update(sum(current.limits) - sum(left.limits))
+                if any(left.members):
+                    _learn_round(_RoundRun(fleet, left, prepared, workdir, folder, report, bar), stop)
+        finally:
+            cancelled.set()
+
+
+def _result(future: "Future[Prepared]", stop: Callable[[], bool]) -> Prepared:
+    """Waits for a round to be prepared; a process that is alone can be stopped meanwhile."""
+    while jax.process_count() == 1 and not future.done():
+        if stop():
+            raise KeyboardInterrupt
+        time.sleep(0.02)
+    return future.result()
+
+
+def _line(member: Member, state: str, **facts: Any) -> dict[str, Any]:
+    """A concept's line of the report."""
+    return {"name": member.name, "state": state, "steps": 0, "seconds": 0.0, "chip_seconds": 0.0, "error": ""} | facts
+
+
+@dataclasses.dataclass
+class _RoundRun:
+    """What a round is learnt with."""
+
+    fleet: Fleet
+    current: Round
+    prepared: Prepared
+    workdir: epath.Path
+    folder: epath.Path
+    report: Report
+    bar: tqdm
+
+
+def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
+    """Takes the steps of a round that are left; each concept is written when it has taken its own.
+
+    Raises:
+        KeyboardInterrupt: it was told to stop, and has saved.
+        InputError: something cannot be written.
+    """
+    fleet, current, config = run.fleet, run.current, run.fleet.config
+    slots, limits = len(current.members), current.limits
+    file = run.folder / "round.json"
+    opened = OpenRound.read(file)
+    names = [member.name if member else None for member in current.members]
+    # Concepts of this round that were finished before it was interrupted, or that failed, have no slot now.
+    goes_on = len(opened.members) == slots and all(a == b for a, b in zip(names, opened.members, strict=True) if a)
+    if not goes_on:
+        if distributed.is_first() and (run.folder / "checkpoints").exists():
+            (run.folder / "checkpoints").rmtree()
+        opened = OpenRound(names, opened.steps_before)
+        opened.write(file)
+    distributed.wait_for_all("round")
+
+    members, learning, step_arguments = _stack(run)
+    compiled = fleet.compiled(current.settings, slots, *step_arguments)
+    _, owned = parallel.slot_owners(fleet.mesh, slots)
+    waiting = [slot for slot, limit in enumerate(limits) if limit and not run.report.is_over(names[slot] or "")]
+    started = time.monotonic() - opened.seconds
+
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(closing(Checkpoints(run.folder / "checkpoints", config.keep_checkpoints)))
+        restored = checkpoints.restore(learning, logging.warning)
+        now = 0
+        if restored is not None:
+            learning, now = restored
+        saved = now
+        run.bar.update(sum(min(now, limits[slot]) for slot in waiting))
+        log = None
+        if distributed.is_first():
+            log = stack.enter_context(closing(Log(run.folder, opened.steps_before + now)))
+        losses: list[jax.Array] = []
+        unread: list[tuple[int, list[jax.Array]]] = []
+
+        def save() -> None:
+            nonlocal saved
+            if now > saved:
+                checkpoints.save(now, learning)
+                dataclasses.replace(opened, seconds=time.monotonic() - started).write(file)
+                saved = now
+
+        while waiting:
+            due = [slot for slot in waiting if limits[slot] <= now][:FINISHED_AT_ONCE]
+            if stop():
+                save()
+                raise KeyboardInterrupt
+            if due:
+                save()
+                seconds = time.monotonic() - started
+                mine = _finish(run, learning, [slot for slot in due if slot in owned], seconds)
+                run.report.add([line for part in distributed.gather(mine) for line in part])
+                waiting = [slot for slot in waiting if slot not in due]
+                continue
+            learning, loss = compiled(fleet.params, fleet.metric, members, learning)
+            now += 1
+            losses.append(loss)
+            run.bar.update(sum(now <= limits[slot] for slot in waiting))
+            if now % config.log_every == 0 or now in limits:
+                unread.append((now, losses))
+                losses = []
+                # The newest losses are read one time later: they may still be on their way while the devices work on.
+                _log_losses(unread, 0 if now in limits else 1, log, opened.steps_before)
+            if now % config.checkpoint_every == 0:
+                save()
+    OpenRound(steps_before=opened.steps_before + now).write(file)
+    distributed.wait_for_all("round is over")
+
+
+def _stack(run: _RoundRun) -> tuple[parallel.Members, Learning, tuple[int, int, int]]:
+    """The round's arrays over the mesh, and (pictures, prompts, side) that they are padded to."""
+    fleet, current, prepared = run.fleet, run.current, run.prepared
+    most = max((len(examples.mean) for examples in prepared.examples.values()), default=1)
+    most = max(distributed.gather(most))
+    pictures = -(-most // PICTURES_STEP) * PICTURES_STEP
+    side = fleet.side_of(next(member.config for member in current.members if member))
+    shape = (pictures, len(fleet.config.templates), side)
+    rows = {
+        slot: (
+            (parallel.pad_pictures(examples, pictures), prepared.keys[slot], np.int32(current.limits[slot])),
+            prepared.learning[slot],
+        )
+        for slot, examples in prepared.examples.items()
+    }
+    shapes = parallel.member_shapes(fleet.base, current.settings, *shape)
+    members, learning = parallel.stack_members(rows, shapes, len(current.members), fleet.mesh)
+    return members, learning, shape
+
+
+def _log_losses(unread: list[tuple[int, list[jax.Array]]], left: int, log: Log | None, before: int) -> None:
+    """Logs mean losses over the members of this process that still learn, oldest first; `left` entries stay."""
+    while len(unread) > left:
+        step, losses = unread.pop(0)
+        values = np.stack(
+            [np.concatenate([np.asarray(part.data) for part in loss.addressable_shards]) for loss in losses]
+        )
+        finite = values[np.isfinite(values)]
+        if log is not None and finite.size:
+            log(before + step, loss=float(finite.mean()), members=int(np.isfinite(values[-1]).sum()))
+
+
+def _finish(run: _RoundRun, learning: Learning, slots: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """Writes and scores concepts that have taken their steps; returns their lines of the report.
+
+    Raises:
+        InputError: something cannot be written.
+    """
+    lines = []
+    count = sum(member is not None for member in run.current.members)
+    for slot, state in parallel.read_members(learning, slots).items():
+        member = run.current.members[slot]
+        assert member is not None
+        facts: dict[str, Any] = {
+            "steps": int(state.step),
+            "seconds": round(seconds, 3),
+            "chip_seconds": round(seconds * run.fleet.mesh.size / count, 3),
+        }
+        if state.diverged:
+            error = (
+                f"the loss or its gradient was not finite at step {int(state.step) + 1}: lower values_rate and "
+                "embedding_rate, or try config.dtype='float32'"
+            )
+            lines.append(_line(member, "diverged", **facts, error=error))
+            continue
+        concept = jax.tree.map(jax.numpy.asarray, state.concept)
+        file = run.workdir / "concepts" / f"{member.name}.safetensors"
+        write_concept(file, member.config, run.fleet.base, concept, int(state.step))
+        if member.config.validation_prompts:
+            validation = Validation(member.config, run.fleet.base, run.fleet.clip, run.prepared.pixels[slot])
+            drawn, sheet = validation.draw(concept)
+            write_picture(run.workdir / "samples" / f"{member.name}.png", sheet)
+            scores = validation.score(drawn)
+            if scores is not None:
+                facts |= {
+                    "image_similarity": scores.image,
+                    "text_similarity": scores.text,
+                    "prompt_precision": scores.precision,
+                    "score": scores.score,
+                }
+        lines.append(_line(member, "done", **facts))
+    return lines

@@ -1,0 +1,227 @@
+"""The members of a fleet: who learns with whom, and what each learns from."""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from perfusion_jax import parallel, training
+from perfusion_jax.base_model import BaseModel
+from perfusion_jax.base_model.clip import Clip
+from perfusion_jax.config import settings_of
+from perfusion_jax.data.examples import Examples
+from perfusion_jax.data.table import Row
+from perfusion_jax.errors import InputError
+from perfusion_jax.fleet_report import OpenRound
+from perfusion_jax.preparation import concept_key, load_base, load_evaluator, load_metric, prepare_data, read_pictures
+from perfusion_jax.training import Learning, Settings
+
+# Members at each place of the concept axis where the device does not tell its memory.
+MEMBERS_BY_DEFAULT = 8
+# Numbers of pictures are rounded up to multiples of this, so that few shapes are compiled.
+PICTURES_STEP = 8
+
+
+class Member(NamedTuple):
+    """A concept of the table, with its own config."""
+
+    row: Row
+    config: ConfigDict
+
+    @property
+    def name(self) -> str:
+        """The concept's name."""
+        return self.row.name
+
+
+class Round(NamedTuple):
+    """Members that are learnt together.
+
+    Attributes:
+        members: by slot; None for a slot that stays empty.
+        settings: how all of them learn.
+    """
+
+    members: tuple[Member | None, ...]
+    settings: Settings
+
+    @property
+    def limits(self) -> list[int]:
+        """Steps that each member takes, by slot."""
+        return [member.config.steps if member else 0 for member in self.members]
+
+    def without(self, slots: Collection[int]) -> "Round":
+        """The round with some slots emptied."""
+        return self._replace(members=tuple(None if i in slots else m for i, m in enumerate(self.members)))
+
+
+class Prepared(NamedTuple):
+    """What this process has read for its slots of a round.
+
+    Attributes:
+        examples, learning, keys: by slot, on the host.
+        pixels: the concepts' pictures by slot.
+        failures: (slot, what is wrong) of those that cannot be used.
+    """
+
+    examples: dict[int, Examples]
+    learning: dict[int, Learning]
+    keys: dict[int, np.ndarray]
+    pixels: dict[int, np.ndarray]
+    failures: list[tuple[int, str]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fleet:
+    """What all rounds share.
+
+    Attributes:
+        config: the fleet's.
+        base: the model, its weights on this process's first device.
+        params: those that the step reads, over the mesh.
+        whitening, metric: C^-1/2 on the first device, and over the mesh.
+        clip: the evaluator, or None.
+        mesh: of all devices.
+        compiled: the compiled step by (settings, slots, pictures, prompts, side).
+    """
+
+    config: ConfigDict
+    base: BaseModel
+    params: Any
+    whitening: jax.Array
+    metric: jax.Array
+    clip: Clip | None
+    mesh: Mesh
+    compiled: Callable[..., jax.stages.Compiled]
+
+    def side_of(self, config: ConfigDict) -> int:
+        """Side of a concept's pictures in pixels."""
+        return config.size or self.base.unet.sample_size * self.base.vae_factor
+
+
+def load_fleet(config: ConfigDict) -> Fleet:
+    """Loads the model and lays its weights over the mesh.
+
+    Raises:
+        InputError: something that the config names cannot be used.
+    """
+    mesh = parallel.make_mesh(config.mesh)
+    base = load_base(config)
+    frozen = {name: base.params[name] for name in parallel.STEP_PARAMS}
+    params = parallel.place(frozen, parallel.param_shardings(frozen, mesh))
+    if mesh.shape["fsdp"] == 1:  # the whole weights lie on every device: one copy on the first is enough
+        base = dataclasses.replace(
+            base, params={**base.params, **jax.tree.map(lambda leaf: leaf.addressable_data(0), params)}
+        )
+    whitening = load_metric(config, base)
+
+    @functools.cache
+    def compiled(settings: Settings, slots: int, pictures: int, prompts: int, side: int) -> jax.stages.Compiled:
+        shapes = parallel.member_shapes(base, settings, pictures, prompts, side)
+        step: Any = parallel.make_fleet_step(base, settings, mesh)
+        return step.lower(*parallel.step_shapes(base, shapes, slots)).compile()
+
+    metric = parallel.place(whitening, NamedSharding(mesh, PartitionSpec()))
+    clip = load_evaluator(config) if config.validation_prompts else None
+    return Fleet(config, base, params, whitening, metric, clip, mesh, compiled)
+
+
+def round_settings(config: ConfigDict) -> Settings:
+    """How a member learns; `flip` may differ inside a round and is seen to by `_without_mirrored`."""
+    return dataclasses.replace(settings_of(config), flip=True)
+
+
+def plan(fleet: Fleet, todo: Sequence[Member], opened: OpenRound) -> list[Round]:
+    """Puts members into rounds: the open one first, then those of equal settings together, by their steps.
+
+    Raises:
+        InputError: `config.members` does not go with the mesh, or not even one member fits.
+    """
+    places = fleet.mesh.shape["concept"]
+    by_name = {member.name: member for member in todo}
+    rounds = []
+    # On a mesh that its slots do not go with, the open round is begun anew.
+    if any(name in by_name for name in opened.members) and len(opened.members) % places == 0:
+        slots = [by_name.get(name) if name else None for name in opened.members]
+        first = next(member for member in slots if member)
+        rounds.append(Round(tuple(slots), round_settings(first.config)))
+    open_names = set(opened.members) if rounds else set()
+    groups: dict[tuple[Settings, int], list[Member]] = {}
+    for member in todo:
+        if member.name not in open_names:
+            key = (round_settings(member.config), fleet.side_of(member.config))
+            groups.setdefault(key, []).append(member)
+    for (settings, side), group in groups.items():
+        group.sort(key=lambda member: member.config.steps)  # members that end together leave no slot idle
+        slots_each = _members_at_once(fleet, settings, side, len(group))
+        if slots_each % places:
+            raise InputError(
+                f"config.members is {slots_each}; it must be a multiple of the {places} places along concept in "
+                "config.mesh"
+            )
+        for start in range(0, len(group), slots_each):
+            chosen: list[Member | None] = [*group[start : start + slots_each]]
+            rounds.append(Round(tuple(chosen + [None] * (slots_each - len(chosen))), settings))
+    return rounds
+
+
+def _members_at_once(fleet: Fleet, settings: Settings, side: int, wanted: int) -> int:
+    places = fleet.mesh.shape["concept"]
+    most = -(-wanted // places)
+    if fleet.config.members:
+        return min(fleet.config.members, most * places)
+    memory = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in memory:
+        return places * min(most, MEMBERS_BY_DEFAULT)
+    prompts = len(fleet.config.templates)
+
+    def bytes_for(members: int) -> int:
+        return parallel.bytes_per_chip(fleet.compiled(settings, members * places, PICTURES_STEP, prompts, side))
+
+    # The first device also holds what prepares the next round; a tenth is left for its work.
+    return places * parallel.most_that_fit(bytes_for, int(0.9 * memory["bytes_limit"]), most)
+
+
+def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: threading.Event) -> Prepared:
+    """Reads, decodes and encodes the pictures of a round, and begins its concepts.
+
+    Args:
+        fleet: what all rounds share.
+        current: the round.
+        held: slots of this process.
+        cancelled: set when the rest is not needed any more.
+    """
+    prepared = Prepared({}, {}, {}, {}, [])
+    for slot in held:
+        member = current.members[slot]
+        if member is None or cancelled.is_set():
+            continue
+        config, row = member.config, member.row
+        try:
+            key, mask_key = jax.random.split(concept_key(config))
+            pictures = read_pictures(row.pictures, row.masks, row.captions)
+            data = prepare_data(config, fleet.base, pictures, mask_key)
+            concept = fleet.base.new_concept(config.super_category, fleet.whitening, data.prompts)
+        except InputError as error:
+            prepared.failures.append((slot, str(error)))
+            continue
+        except Exception as error:  # storage raises what it likes; one concept must not end the others
+            prepared.failures.append((slot, f"{row.pictures}: {type(error).__name__}: {error}"))
+            continue
+        examples = data.examples if config.flip else _without_mirrored(data.examples)
+        prepared.examples[slot] = jax.device_get(examples)
+        prepared.learning[slot] = jax.device_get(training.start(concept, current.settings))
+        prepared.keys[slot] = np.asarray(jax.random.key_data(key))
+        prepared.pixels[slot] = data.pixels
+    return prepared
+
+
+def _without_mirrored(examples: Examples) -> Examples:
+    """Puts each picture as it is where its mirror image stands: a flip then changes nothing."""
+    return examples._replace(**{name: getattr(examples, name)[:, [0, 0]] for name in ("mean", "std", "masks")})
