@@ -49,16 +49,17 @@ class Members(NamedTuple):
     limits: jax.Array
 
 
-def make_mesh(shape: Sequence[int]) -> Mesh:
+def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arranges all devices of the job.
 
     Args:
         shape: sizes along AXES; one of them may be -1 and takes what the others leave.
+        devices: others than the job's, to compile for.
 
     Raises:
         InputError: the devices cannot be arranged so.
     """
-    count = jax.device_count()
+    count = len(devices or jax.devices())
     sizes = list(shape)
     if len(sizes) == len(AXES) and sizes.count(-1) == 1:
         rest = int(np.prod([size for size in sizes if size != -1]))
@@ -68,7 +69,7 @@ def make_mesh(shape: Sequence[int]) -> Mesh:
             f"config.mesh is {tuple(shape)}; it must be the sizes of {', '.join(AXES)}, their product {count}, the "
             "number of devices; one of them may be -1"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def member_sharding(mesh: Mesh) -> NamedSharding:
@@ -145,7 +146,10 @@ def make_fleet_step(base: BaseModel, settings: Settings, mesh: Mesh) -> Callable
         params: Any, whitening: jax.Array, members: Members, learning: Learning
     ) -> tuple[Learning, jax.Array]:
         # Without this the compiler would rather send activations around than the weights, several times each.
-        return fleet_step(jax.lax.with_sharding_constraint(params, whole), whitening, members, learning)
+        params = jax.lax.with_sharding_constraint(params, whole)
+        # Attention's kernel on TPUs asks for the mesh: XLA cannot split it by itself.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fleet_step(params, whitening, members, learning)
 
     return jax.jit(
         gathered_step,

@@ -5,9 +5,13 @@ import math
 import jax
 import jax.numpy as jnp
 
+from perfusion_jax.base_model.flash_attention import LANES, flash_attention
+
 # Queries whose scores against all keys are computed at once on a CPU: few enough that they stay in its cache.
 QUERY_CHUNK = 256
 SMALLEST_CHUNK = 32
+# Tokens from which on self-attention on a TPU keeps its scores off the HBM.
+MANY_TOKENS = 512
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, heads: int) -> jax.Array:
@@ -26,8 +30,10 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, heads: int) -> ja
     def split(tokens: jax.Array) -> jax.Array:
         return tokens.reshape(*tokens.shape[:-1], heads, tokens.shape[-1] // heads)
 
+    dense = jax.nn.dot_product_attention
+    flash = query.shape[1] % LANES == 0 and min(query.shape[1], key.shape[1]) >= MANY_TOKENS
     attended = jax.lax.platform_dependent(
-        split(query), split(key), split(value), cpu=_in_chunks, default=jax.nn.dot_product_attention
+        split(query), split(key), split(value), cpu=_in_chunks, tpu=flash_attention if flash else dense, default=dense
     )
     return attended.reshape(query.shape)
 

@@ -26,7 +26,7 @@ for _module in (
     logging.getLogger(_module).addFilter(_is_not_flax_deprecation)
 
 from diffusers.models.attention_flax import FlaxAttention, FlaxGEGLU, FlaxTransformer2DModel  # noqa: E402
-from diffusers.models.resnet_flax import FlaxUpsample2D  # noqa: E402
+from diffusers.models.resnet_flax import FlaxResnetBlock2D, FlaxUpsample2D  # noqa: E402
 from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel  # noqa: E402
 from diffusers.models.vae_flax import FlaxAutoencoderKL  # noqa: E402
 from transformers import (  # noqa: E402
@@ -60,6 +60,7 @@ __all__ = [
     "FlaxCLIPTextTransformer",
     "FlaxCLIPVisionTransformer",
     "FlaxGEGLU",
+    "FlaxResnetBlock2D",
     "FlaxTransformer2DModel",
     "FlaxUNet2DConditionModel",
     "FlaxUpsample2D",

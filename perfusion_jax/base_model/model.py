@@ -256,6 +256,30 @@ def load_base_model(
         InputError: it cannot be found, read, or run; the message names the file.
     """
     folder = find_folder(str(source), revision, variant)
+    base = _architecture(str(source), folder, dtype)
+    params: dict[str, Params] = {}
+    for component, shapes in base.params.items():
+        checkpoint = find_checkpoint(folder / component, variant)
+        params[component] = read_tree(checkpoint, shapes, dtype, str(folder / component))
+    return replace(base, params=params)
+
+
+def load_architecture(source: str | Path, *, dtype: jnp.dtype = jnp.float32, revision: str | None = None) -> BaseModel:
+    """Loads a model without its weights, to trace and compile what runs on it: configs and tokenizer are enough.
+
+    Args:
+        source, dtype, revision: as for `load_base_model`.
+
+    Returns:
+        The model; its `params` are of `jax.ShapeDtypeStruct`.
+
+    Raises:
+        InputError: as `load_base_model`.
+    """
+    return _architecture(str(source), find_folder(str(source), revision, weights=False), dtype)
+
+
+def _architecture(source: str, folder: Path, dtype: jnp.dtype) -> BaseModel:
     unet_module, vae_module, text_module = (
         _unet(folder / "unet" / "config.json", dtype),
         _vae(folder / "vae" / "config.json", dtype),
@@ -276,11 +300,10 @@ def load_base_model(
             raise InputError(
                 f"{folder / component / 'config.json'}: no model can be built from it ({error!r})"
             ) from error
-        checkpoint = find_checkpoint(folder / component, variant)
-        params[component] = read_tree(checkpoint, shapes, dtype, str(folder / component))
+        params[component] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     return BaseModel(
-        name=str(source),
+        name=source,
         params=params,
         tokenizer=tokenizer,
         schedule=NoiseSchedule.from_config(read_config(scheduler), str(scheduler)),

@@ -16,7 +16,7 @@ COMPONENTS = ("unet", "vae", "text_encoder")
 _SMALL_FILES = ("model_index.json", "*/*config.json", "tokenizer/*")
 
 
-def find_folder(source: str, revision: str | None, variant: str | None) -> Path:
+def find_folder(source: str, revision: str | None, variant: str | None = None, weights: bool = True) -> Path:
     """Returns the diffusers-layout folder of a base model; downloads it when `source` is a hub id that is not cached.
 
     Args:
@@ -24,6 +24,7 @@ def find_folder(source: str, revision: str | None, variant: str | None) -> Path:
             `stable-diffusion-v1-5/stable-diffusion-v1-5`.
         revision: branch, tag or commit of a hub id.
         variant: `fp16` or None: which weight files.
+        weights: False downloads the configs and the tokenizer alone.
 
     Raises:
         InputError: there is no such folder or hub id, or it is not in the diffusers layout.
@@ -36,7 +37,7 @@ def find_folder(source: str, revision: str | None, variant: str | None) -> Path:
     if not folder.is_dir():
         if not _looks_like_hub_id(source):
             raise InputError(f"{source}: no such folder, and not a hub id (owner/name)")
-        folder = _download(source, revision, variant)
+        folder = _download(source, revision, variant) if weights else _fetch(source, revision)
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder}: no model_index.json: not a model in the diffusers layout")
     return folder
@@ -79,19 +80,20 @@ def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
         ".safetensors.index*.json",
         f"{infix}.safetensors.index.json",
     )
-    with _hub_errors(hub_id):
-        folder = _fetch(hub_id, revision, COMPONENTS, ("diffusion_pytorch_model", "model"), safetensors)
-        without = [component for component in COMPONENTS if not any((folder / component).glob("*.safetensors"))]
-        if without:
-            _fetch(hub_id, revision, without, ("diffusion_flax_model", "flax_model"), (f"{infix}.msgpack",))
+
+    def files(components: Sequence[str], stems: Sequence[str], endings: Sequence[str]) -> list[str]:
+        return [f"{component}/{stem}{ending}" for component in components for stem in stems for ending in endings]
+
+    folder = _fetch(hub_id, revision, files(COMPONENTS, ("diffusion_pytorch_model", "model"), safetensors))
+    without = [component for component in COMPONENTS if not any((folder / component).glob("*.safetensors"))]
+    if without:
+        _fetch(hub_id, revision, files(without, ("diffusion_flax_model", "flax_model"), (f"{infix}.msgpack",)))
     return folder
 
 
-def _fetch(
-    hub_id: str, revision: str | None, components: Sequence[str], stems: Sequence[str], endings: Sequence[str]
-) -> Path:
-    weights = [f"{component}/{stem}{ending}" for component in components for stem in stems for ending in endings]
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SMALL_FILES, *weights]))
+def _fetch(hub_id: str, revision: str | None, weights: Sequence[str] = ()) -> Path:
+    with _hub_errors(hub_id):
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SMALL_FILES, *weights]))
 
 
 def read_config(file: Path, *classes: str) -> dict[str, Any]:

@@ -18,10 +18,12 @@ from perfusion_jax.base_model.convolution import Padding, convolve
 from perfusion_jax.base_model.flax_classes import (
     FlaxAttention,
     FlaxGEGLU,
+    FlaxResnetBlock2D,
     FlaxTransformer2DModel,
     FlaxUNet2DConditionModel,
     FlaxUpsample2D,
 )
+from perfusion_jax.base_model.normalisation import group_norm_silu
 from perfusion_jax.errors import InputError
 from perfusion_jax.surgery import EDIT, TARGET_OUTPUTS, Params, cross_attention_layers
 
@@ -123,10 +125,9 @@ def denoise(
                 observe(query, key, block.heads)
             return block.proj_attn(attend(query, key, value, block.heads))
         if isinstance(block, FlaxGEGLU):
-            # PyTorch diffusers, and so every published checkpoint, uses the exact GELU; the Flax class
-            # approximates it by a tanh.
-            linear, gated = jnp.split(block.proj(args[0]), 2, axis=-1)
-            return linear * nn.gelu(gated, approximate=False)
+            return _gated(block.proj(args[0]))
+        if isinstance(block, FlaxResnetBlock2D):
+            return _residual(block, *args[:2])
         if isinstance(block, nn.GroupNorm) and isinstance(block.parent, FlaxTransformer2DModel):
             # PyTorch diffusers has 1e-6 here and 1e-5 elsewhere; the Flax class has 1e-5 in both places.
             exact = nn.GroupNorm(block.num_groups, epsilon=1e-6, dtype=block.dtype, parent=None)
@@ -159,6 +160,28 @@ def _enlarge(hidden: jax.Array, height: int, width: int) -> jax.Array:
         for before, after in zip(hidden.shape[1:3], (height, width), strict=True)
     )
     return hidden[:, rows][:, :, columns]
+
+
+@jax.checkpoint
+def _gated(projected: jax.Array) -> jax.Array:
+    """GEGLU (arXiv 2002.05202) after its projection; for the gradient it keeps that alone."""
+    # PyTorch diffusers, and so every published checkpoint, uses the exact GELU; the Flax class approximates it by a
+    # tanh.
+    linear, gate = jnp.split(projected, 2, axis=-1)
+    return linear * nn.gelu(gate, approximate=False)
+
+
+def _residual(block: FlaxResnetBlock2D, inputs: jax.Array, time_embedding: jax.Array) -> jax.Array:
+    """FlaxResnetBlock2D with the block's own parameters; it keeps less for the gradient."""
+
+    def normalise(norm: nn.GroupNorm, inputs: jax.Array) -> jax.Array:
+        weights = norm.variables["params"]
+        return group_norm_silu(inputs, weights["scale"], weights["bias"], norm.num_groups, norm.epsilon)
+
+    hidden = block.conv1(normalise(block.norm1, inputs))
+    hidden = hidden + block.time_emb_proj(nn.silu(time_embedding))[:, None, None]
+    hidden = block.conv2(normalise(block.norm2, hidden))
+    return hidden + (inputs if block.conv_shortcut is None else block.conv_shortcut(inputs))
 
 
 def attention_maps(

@@ -1,0 +1,149 @@
+"""Compiles a fleet's step for a TPU that is not there, and tells what it would take.
+
+    python -m perfusion_jax.compile --config configs/fleet.py:sd15 --topology v5e:16x16 [--json]
+
+Neither a TPU nor weights are needed: the base model's configs and tokenizer are enough (`--config.base=FOLDER`), and
+`pip install perfusion_jax[tpu]` brings the compiler. `--config.members=0` takes one concept for each place along the
+mesh's axis `concept`.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from perfusion_jax import command_line, hlo_report
+from perfusion_jax.base_model import BaseModel, load_architecture, network_dtype
+from perfusion_jax.config import check, is_fleet, settings_of
+from perfusion_jax.errors import InputError
+from perfusion_jax.hlo_report import Report
+from perfusion_jax.parallel import make_fleet_step, make_mesh, member_shapes, step_shapes
+from perfusion_jax.training import Settings
+
+PICTURES = 8  # that each concept's examples are padded to; they take little memory
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """Returns the devices of a TPU topology such as `v5e:2x4`; they can be compiled for and nothing else.
+
+    Raises:
+        InputError: the compiler is not installed, or does not know the topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("libtpu, the compiler for TPUs, is not installed: pip install perfusion_jax[tpu]")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud what machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here holds a TPU
+    # A v4 chip is one device to JAX; without this the compiler takes its two cores for two.
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    try:
+        return list(topologies.get_topology_desc(name, "tpu", **options).devices)
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--topology={name}: no such topology ({reason}); one is v5e:2x4") from error
+
+
+def compile_step(base: BaseModel, settings: Settings, mesh: Mesh, members: int, side: int, prompts: int) -> Report:
+    """Compiles a fleet's step and reports on it.
+
+    Args:
+        base: the model; shapes are enough for its weights.
+        settings: how concepts are learnt.
+        mesh: of devices that are of one kind.
+        members: concepts at once.
+        side: of the pictures, in pixels.
+        prompts: of each picture.
+    """
+    shapes = step_shapes(base, member_shapes(base, settings, PICTURES, prompts, side), members)
+    step: Any = make_fleet_step(base, settings, mesh)
+    compiled = step.lower(*shapes).compile()
+    chip = hlo_report.find_chip(mesh.devices.flat[0].device_kind)
+    return hlo_report.report(compiled, dict(mesh.shape), chip, loops=settings.accumulation)
+
+
+def describe(config: ConfigDict, topology: str) -> dict[str, Any]:
+    """Compiles the step of a config and returns what there is to tell, as plain values.
+
+    Raises:
+        InputError: the config or the topology is impossible, or the step does not fit.
+    """
+    check(config)
+    if not is_fleet(config):
+        raise InputError("--config is of one concept: take configs/fleet.py")
+    devices = topology_devices(topology)
+    mesh = make_mesh(config.mesh, devices)
+    places = mesh.shape["concept"]
+    members = config.members or places
+    if members % places:
+        raise InputError(f"config.members is {members}; it must be a multiple of {places}, the mesh's axis concept")
+    dtype = jnp.dtype(jnp.bfloat16) if config.dtype == "auto" else network_dtype(config.dtype)
+    base = load_architecture(config.base, dtype=dtype, revision=config.revision or None)
+    settings = settings_of(config)
+    side = config.size or base.unet.sample_size * base.vae_factor
+    try:
+        found = compile_step(base, settings, mesh, members, side, len(config.templates))
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(f"the compiler gave up: {str(error).splitlines()[0]}") from error
+    return {
+        "topology": topology,
+        "chip": devices[0].device_kind,
+        "devices": len(devices),
+        "mesh": dict(mesh.shape),
+        "members": members,
+        "samples_per_device": members * settings.batch_size // len(devices),
+        "per_device": dataclasses.asdict(found) | {"fits": found.fits, "bound_seconds": found.bound_seconds},
+        "bound_concepts_per_hour": 3600 * members / (config.steps * found.bound_seconds),
+    }
+
+
+def text(told: dict[str, Any]) -> str:
+    """What `describe` tells, for people."""
+    device = told["per_device"]
+    crossing = [
+        f"{axes}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
+        for axes, kinds in device["collectives"].items()
+    ]
+    gigabytes = {
+        key: f"{device[key] / 1e9:.2f} GB" for key in ("traffic", "arguments", "temporaries", "peak", "memory")
+    }
+    mesh = " x ".join(f"{axis} {size}" for axis, size in told["mesh"].items())
+    return "\n".join(
+        [
+            f"{told['topology']}: {told['devices']} devices {told['chip']}; mesh {mesh}; {told['members']} concepts, "
+            f"{told['samples_per_device']} samples a device",
+            "per device and step, as the compiler estimates:",
+            f"  work         {device['flops'] / 1e12:.2f} TFLOP",
+            f"  traffic      {gigabytes['traffic']}",
+            f"  arguments    {gigabytes['arguments']}",
+            f"  temporaries  {gigabytes['temporaries']}",
+            f"  peak         {gigabytes['peak']} of {gigabytes['memory']}: "
+            + ("fits" if device["fits"] else "DOES NOT FIT"),
+            f"  collectives  {'; '.join(crossing) or 'none'}",
+            "bound by the chip's published peaks (not a measurement; no run is faster):",
+            f"  step         {device['bound_seconds'] * 1e3:.1f} ms (computing {device['compute_seconds'] * 1e3:.1f}, "
+            f"memory {device['memory_seconds'] * 1e3:.1f})",
+            f"  concepts     {told['bound_concepts_per_hour']:.0f} per hour",
+        ]
+    )
+
+
+def main() -> None:
+    """Compiles by the flags, and prints."""
+    jax.config.update("jax_platforms", "cpu")
+    told = describe(flags.FLAGS.config, flags.FLAGS.topology)
+    print(json.dumps(told, indent=2) if flags.FLAGS.json else text(told))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "A config of a fleet, such as configs/fleet.py:sd15.")
+    flags.DEFINE_string("topology", None, "The TPUs, such as v5e:2x4 or v5e:16x16.")
+    flags.DEFINE_bool("json", False, "Print JSON.")
+    flags.mark_flags_as_required(["config", "topology"])
+    command_line.run(main)

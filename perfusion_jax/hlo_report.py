@@ -1,0 +1,249 @@
+"""What the TPU compiler says of a compiled step: work, memory, collectives by mesh axis, and the bound they set.
+
+Nothing here runs on a TPU. The compiler's figures are its own estimates, and a roofline is the time that no program
+with these figures can beat on a chip with these peaks: a bound, not a measurement.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from perfusion_jax.errors import InputError
+from perfusion_jax.parallel import bytes_per_chip
+
+
+class Chip(NamedTuple):
+    """Published peaks of a chip.
+
+    Attributes:
+        flops: per second, bfloat16.
+        memory: of the HBM, in bytes.
+        bandwidth: of the HBM, in bytes per second.
+        devices: that JAX sees on a chip; they share its peaks evenly.
+    """
+
+    flops: float
+    memory: float
+    bandwidth: float
+    devices: int = 1
+
+
+# By the `device_kind` of JAX. Sources: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. The page of
+# tpu7x gives capacities in GiB; the older ones write the same numbers with GB.
+CHIPS: Mapping[str, Chip] = {
+    "TPU v4": Chip(275e12, 32 * 2**30, 1228e9),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9),
+    "TPU v5": Chip(459e12, 95 * 2**30, 2765e9),
+    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1638e9),
+    "TPU7x": Chip(2307e12, 192 * 2**30, 7380e9, devices=2),
+}
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+_COLLECTIVE = re.compile(rf"= .*?[ )](?P<kind>{'|'.join(COLLECTIVES)})(?:-start)?\(")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})?\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+
+# Queries, keys and values come as [..., heads, width, tokens] (`base_model.flash_attention`).
+_KERNEL = re.compile(
+    r"%splash_mha_(?P<kind>fwd|dkv)\S* = (?P<results>.*?) custom-call\("
+    r".*?operand_layout_constraints=\{(?P<operands>.*?)\}\}"
+)
+_MATRIX_PRODUCTS = {"fwd": 2, "dkv": 5}  # of queries, keys and values; the backward kernel gives all gradients
+
+
+class Collective(NamedTuple):
+    """One collective operation.
+
+    Attributes:
+        kind: one of COLLECTIVES.
+        groups: device numbers that talk to each other; none means all devices together.
+    """
+
+    kind: str
+    groups: tuple[tuple[int, ...], ...]
+
+
+def collectives(hlo: str) -> Iterator[Collective]:
+    """Finds the collectives in HLO text (`compiled.as_text()`).
+
+    Raises:
+        ValueError: one is written in a form that is not known here, so that none is passed over in silence.
+    """
+    for line in hlo.splitlines():
+        match = _COLLECTIVE.search(line)
+        if match:
+            yield Collective(match["kind"], _groups(line))
+
+
+def _groups(line: str) -> tuple[tuple[int, ...], ...]:
+    if listed := _LISTED.search(line):
+        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", listed[1] or ""))
+    if iota := _IOTA.search(line):
+        return _rows(_iota(iota[2], iota[3]).reshape(_numbers(iota[1])))
+    if mesh := _MESH.search(line):
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        sizes = [int(size) for size in axes.values()]
+        devices = _iota(mesh[2], mesh[3]) if mesh[2] else np.arange(math.prod(sizes))
+        talking = [list(axes).index(name) for name in re.findall(r"'(\w+)'", mesh[4])]
+        order = [axis for axis in range(len(sizes)) if axis not in talking] + talking
+        width = math.prod(sizes[axis] for axis in talking)
+        return _rows(devices.reshape(sizes).transpose(order).reshape(-1, width))
+    raise ValueError(f"the devices of a collective cannot be read: {line.strip()[:200]}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _iota(dimensions: str, order: str | None) -> np.ndarray:
+    devices = np.arange(math.prod(_numbers(dimensions))).reshape(_numbers(dimensions))
+    return devices.transpose(_numbers(order) if order else None)
+
+
+def _rows(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, groups.tolist()))
+
+
+def kernel_cost(hlo: str) -> tuple[float, float]:
+    """Counts the work of splash attention's kernels, of which XLA's cost model knows nothing.
+
+    Returns:
+        (floating-point operations, bytes of operands and results as they lie in tiles of 8 x 128).
+    """
+    flops = traffic = 0.0
+    for line in hlo.splitlines():
+        if match := _KERNEL.search(line):
+            operands = list(_shapes(match["operands"]))
+            query, key = [shape for _, shape in operands if len(shape) > 3][:2]
+            flops += 2 * _MATRIX_PRODUCTS[match["kind"]] * math.prod(query) * key[-1]
+            traffic += sum(_tiled_bytes(*array) for array in [*operands, *_shapes(match["results"])])
+    return flops, traffic
+
+
+def _shapes(text: str) -> Iterator[tuple[str, list[int]]]:
+    for dtype, dimensions in re.findall(r"\b([a-z]+\d+)\[([\d,]+)\]", text):
+        yield dtype, _numbers(dimensions)
+
+
+def _tiled_bytes(dtype: str, shape: Sequence[int]) -> float:
+    *outer, rows, columns = (1, *shape) if len(shape) < 2 else shape
+    return math.prod(outer) * (-(-rows // 8) * 8) * (-(-columns // 128) * 128) * int(re.sub(r"\D", "", dtype)) / 8
+
+
+def axes_crossed(groups: Sequence[Sequence[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    """Returns the mesh axes along which devices of one group differ.
+
+    Args:
+        groups: device numbers, counted through the mesh with the last axis fastest; none means all together.
+        mesh_shape: size of each axis by name, in the order of the mesh.
+    """
+    sizes = tuple(mesh_shape.values())
+    crossed = set()
+    for group in groups or [range(math.prod(sizes))]:
+        coordinates = np.unravel_index(list(group), sizes)
+        crossed |= {axis for axis, where in zip(mesh_shape, coordinates, strict=True) if len(set(where.tolist())) > 1}
+    return tuple(axis for axis in mesh_shape if axis in crossed)
+
+
+def count_by_axes(hlo: str, mesh_shape: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Counts collectives by the axes they cross (joined by `+`) and by kind; those within one device are left out."""
+    counts = Counter((axes_crossed(found.groups, mesh_shape), found.kind) for found in collectives(hlo))
+    table: dict[str, dict[str, int]] = {}
+    for (axes, kind), count in sorted(counts.items()):
+        if axes:
+            table.setdefault("+".join(axes), {})[kind] = count
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A compiled program on one device of a chip.
+
+    Attributes:
+        flops: floating-point operations.
+        traffic: bytes that operations read and write: XLA's "bytes accessed", and those of attention's kernels. What
+            XLA keeps in vector memory between two operations counts too, so the HBM sees less.
+        arguments, outputs, temporaries: bytes of memory; outputs that reuse an argument's memory are not counted.
+        peak: the most memory that is in use at a time, in bytes.
+        memory: of the device, in bytes.
+        compute_seconds, memory_seconds: that the published peaks need for `flops` and for `traffic`.
+        collectives: how many, by axes and by kind.
+    """
+
+    flops: float
+    traffic: float
+    arguments: int
+    outputs: int
+    temporaries: int
+    peak: int
+    memory: float
+    compute_seconds: float
+    memory_seconds: float
+    collectives: dict[str, dict[str, int]]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program fits into the device's memory."""
+        return self.peak <= self.memory
+
+    @property
+    def bound_seconds(self) -> float:
+        """The time that no run can beat: whichever of computing and moving data takes longer."""
+        return max(self.compute_seconds, self.memory_seconds)
+
+
+def find_chip(device_kind: str) -> Chip:
+    """Returns the peaks of one device.
+
+    Raises:
+        InputError: there is no such chip in CHIPS.
+    """
+    if device_kind not in CHIPS:
+        raise InputError(f"{device_kind}: its peaks are not known here; those of {', '.join(CHIPS)} are")
+    chip = CHIPS[device_kind]
+    return Chip(chip.flops / chip.devices, chip.memory / chip.devices, chip.bandwidth / chip.devices)
+
+
+def report(compiled: jax.stages.Compiled, mesh_shape: Mapping[str, int], chip: Chip, loops: int = 1) -> Report:
+    """Reads what the compiler tells of a program.
+
+    Args:
+        compiled: for a mesh.
+        mesh_shape: size of each axis of that mesh by name, in order.
+        chip: the peaks of one of its devices.
+        loops: how often the program repeats what it does in a loop, which XLA counts once.
+    """
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    hlo = compiled.as_text()
+    if cost is None or memory is None or hlo is None:
+        raise ValueError("the compiler tells nothing of this program")
+    kernel_flops, kernel_traffic = kernel_cost(hlo)
+    flops, traffic = loops * (cost["flops"] + kernel_flops), loops * (cost["bytes accessed"] + kernel_traffic)
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Report(
+        flops=flops,
+        traffic=traffic,
+        arguments=memory.argument_size_in_bytes,
+        outputs=outputs,
+        temporaries=memory.temp_size_in_bytes,
+        peak=bytes_per_chip(compiled),
+        memory=chip.memory,
+        compute_seconds=flops / chip.flops,
+        memory_seconds=traffic / chip.bandwidth,
+        collectives=count_by_axes(hlo, mesh_shape),
+    )

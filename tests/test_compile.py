@@ -1,0 +1,78 @@
+"""The fleet's step of a small model, compiled for TPUs that are not there."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import fleet
+from perfusion_jax import compile as compile_lib
+from perfusion_jax.base_model import load_architecture
+from perfusion_jax.errors import InputError
+from perfusion_jax.parallel import make_mesh
+from perfusion_jax.training import Settings
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install perfusion_jax[tpu]"
+)
+SIDE = 64  # latents of 32 x 32: enough tokens for the attention kernel
+
+
+@pytest.fixture(scope="module")
+def architecture(large_folder):
+    return load_architecture(large_folder, dtype=jnp.dtype(jnp.bfloat16))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("topology", "shape"), [("v5e:2x4", (4, 2, 1)), ("v4:2x2x2", (2, 2, 2)), ("v6e:4x4", (16, 1, 1))]
+)
+def test_nothing_is_sent_between_concepts(sd1_folder, topology, shape):
+    base = load_architecture(sd1_folder, dtype=jnp.dtype(jnp.bfloat16))
+    mesh = make_mesh(shape, compile_lib.topology_devices(topology))
+    report = compile_lib.compile_step(base, Settings(batch_size=4), mesh, 2 * shape[0], SIDE, prompts=2)
+    assert not any("concept" in axes for axes in report.collectives)
+    assert bool(report.collectives) == (shape[1:] != (1, 1))
+    assert report.fits
+
+
+@needs_compiler
+def test_many_concepts_cost_what_one_costs(architecture):
+    mesh = make_mesh((-1, 1, 1), compile_lib.topology_devices("v5e:2x4"))
+    many, one = (
+        compile_lib.compile_step(architecture, Settings(batch_size=batch), mesh, 8 * members, SIDE, prompts=2)
+        for members, batch in ((16, 1), (1, 16))
+    )
+    assert many.flops <= 1.05 * one.flops
+    assert many.traffic <= 1.05 * one.traffic
+
+
+def test_what_is_told_can_be_printed_and_parsed(sd1_folder, monkeypatch):
+    report = compile_lib.Report(
+        2e12, 8e9, 10**9, 0, 3 * 10**9, 4 * 10**9, 16e9, 0.01, 0.02, {"data": {"all-reduce": 3}}
+    )
+    monkeypatch.setattr(compile_lib, "compile_step", lambda *_: report)
+    monkeypatch.setattr(compile_lib, "topology_devices", lambda _: jax.devices())
+    config = fleet.get_config(str(sd1_folder))
+    config.steps, config.members, config.mesh = 100, 2, (1, 1, -1)
+    config.batch_size = jax.device_count()
+    told = compile_lib.describe(config, "v5e:2x4")
+    assert json.loads(json.dumps(told))["bound_concepts_per_hour"] == pytest.approx(2 * 3600 / (100 * 0.02))
+    lines = compile_lib.text(told)
+    assert "4.00 GB of 16.00 GB: fits" in lines
+    assert "data: 3 all-reduce" in lines
+    assert "not a measurement" in lines
+
+
+@needs_compiler
+def test_an_unknown_topology_is_named():
+    with pytest.raises(InputError, match="--topology=v9:1x1: no such topology"):
+        compile_lib.topology_devices("v9:1x1")
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install perfusion_jax\[tpu\]"):
+        compile_lib.topology_devices("v5e:2x4")
