@@ -1,6 +1,8 @@
 """A cat.
 
 python -m perfusion_jax.train --config configs/cat.py --workdir runs/cat
+
+On the embedded model: keeps step 375 with image similarity 0.59, text similarity 0.62, prompt precision 1.00.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,8 @@
 """A dog.
 
 python -m perfusion_jax.train --config configs/dog.py --workdir runs/dog
+
+On the embedded model: keeps step 375 with image similarity 0.61, text similarity 0.50, prompt precision 0.97.
 """
 
 from ml_collections import ConfigDict
