@@ -70,7 +70,7 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
         report = Report(folder / "report.jsonl")
         todo = [member for member in members if not report.is_over(member.name)]
         if todo:
-            _learn(config, workdir, folder, todo, report)
+            _learn(config, workdir, folder, members, todo, report)
     lines = [report.lines[member.name] for member in members]
     counts = {state: sum(line["state"] == state for line in lines) for state in ("done", "diverged", "failed")}
     summary = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
@@ -84,7 +84,14 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
         )
 
 
-def _learn(config: ConfigDict, workdir: epath.Path, folder: epath.Path, todo: list[Member], report: Report) -> None:
+def _learn(
+    config: ConfigDict,
+    workdir: epath.Path,
+    folder: epath.Path,
+    members: list[Member],
+    todo: list[Member],
+    report: Report,
+) -> None:
     """Learns members round by round, the next round being prepared by a thread.
 
     Raises:
@@ -92,7 +99,7 @@ def _learn(config: ConfigDict, workdir: epath.Path, folder: epath.Path, todo: li
         InputError: something cannot be written.
     """
     fleet = load_fleet(config)
-    rounds = plan(fleet, todo, OpenRound.read(folder / "round.json"))
+    rounds = plan(fleet, members, todo, OpenRound.read(folder / "round.json"))
     cancelled = threading.Event()
     with (
         distributed.stopping() as stop,

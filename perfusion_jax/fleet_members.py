@@ -137,8 +137,15 @@ def round_settings(config: ConfigDict) -> Settings:
     return dataclasses.replace(settings_of(config), flip=True)
 
 
-def plan(fleet: Fleet, todo: Sequence[Member], opened: OpenRound) -> list[Round]:
+def plan(fleet: Fleet, table: Sequence[Member], todo: Sequence[Member], opened: OpenRound) -> list[Round]:
     """Puts members into rounds: the open one first, then those of equal settings together, by their steps.
+
+    Args:
+        fleet: what all rounds share.
+        table: all members. A round has as many slots as suit these, however few are left: with other numbers of slots,
+            another program is compiled, and the last bits of a result would depend on where a run was interrupted.
+        todo: those that are left.
+        opened: the round that was interrupted, if one was.
 
     Raises:
         InputError: `config.members` does not go with the mesh, or not even one member fits.
@@ -153,13 +160,15 @@ def plan(fleet: Fleet, todo: Sequence[Member], opened: OpenRound) -> list[Round]
         rounds.append(Round(tuple(slots), round_settings(first.config)))
     open_names = set(opened.members) if rounds else set()
     groups: dict[tuple[Settings, int], list[Member]] = {}
-    for member in todo:
-        if member.name not in open_names:
-            key = (round_settings(member.config), fleet.side_of(member.config))
-            groups.setdefault(key, []).append(member)
-    for (settings, side), group in groups.items():
+    for member in table:
+        key = (round_settings(member.config), fleet.side_of(member.config))
+        groups.setdefault(key, []).append(member)
+    for (settings, side), everyone in groups.items():
+        group = [member for member in everyone if member.name in by_name and member.name not in open_names]
+        if not group:
+            continue
         group.sort(key=lambda member: member.config.steps)  # members that end together leave no slot idle
-        slots_each = _members_at_once(fleet, settings, side, len(group))
+        slots_each = _members_at_once(fleet, settings, side, len(everyone))
         if slots_each % places:
             raise InputError(
                 f"config.members is {slots_each}; it must be a multiple of the {places} places along concept in "

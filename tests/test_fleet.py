@@ -61,7 +61,7 @@ def make_config(inputs, **changes):
     return config
 
 
-def start(config, workdir, *more, devices=1, before=""):
+def start(config, workdir, *more, devices=1, before="pass"):
     names = [name for name in config if name not in ("base", "templates", "validation_prompts", "mesh")]
     plain = fleet.get_config(config.base)
     words = [f"--config.{name}={config[name]}" for name in names if config[name] != plain[name]]
