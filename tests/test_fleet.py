@@ -217,7 +217,7 @@ def test_a_full_disk_ends_with_an_error_and_the_same_command_goes_on(inputs, fin
     """No file may grow beyond so many bytes: configs and reports fit, checkpoints do not."""
     config = make_config(inputs, members=4)
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " + (
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))"
     )
     process = start(config, tmp_path / "run", before=limit)
     output, _ = process.communicate(timeout=300)
