@@ -64,7 +64,13 @@ def test_draws_pictures_tells_how_and_draws_them_again(sd1_folder, rex, tmp_path
     out = tmp_path / "new" / "rex.png"
     small = (f"--base={sd1_folder}", "--steps=2", "--height=32", "--width=32")
     done = run(
-        *small, f"--concept={rex}", "--prompt=a photo of a <rex>", f"--out={out}", "--num_images=3", "--bias=0.5"
+        f"--attention={tmp_path}/maps",
+        *small,
+        f"--concept={rex}",
+        "--prompt=a photo of a <rex>",
+        f"--out={out}",
+        "--num_images=3",
+        "--bias=0.5",
     )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stdout
