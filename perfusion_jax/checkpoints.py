@@ -8,7 +8,19 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from perfusion_jax import distributed
 from perfusion_jax.errors import InputError
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, that does not ask JAX whether a preempted job is to stop: `distributed.stopping` does.
+
+    JAX says yes to one call alone, the same on all hosts; a question of Orbax's in between, with a count of its own, would
+    take that answer.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpoints:
@@ -26,9 +38,7 @@ class Checkpoints:
         self.folder = epath.Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(
-                self.folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-            )
+            self._manager = _Manager(self.folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
@@ -69,8 +79,10 @@ class Checkpoints:
                 warn(f"{self.folder / str(step)}: cannot be read ({type(error).__name__}); taking the one before")
                 broken.append(step)
                 continue
-            for newer in broken:
-                (self.folder / str(newer)).rename(self.folder / f"{newer}.unreadable")
+            if distributed.is_first():
+                for newer in broken:
+                    (self.folder / str(newer)).rename(self.folder / f"{newer}.unreadable")
+            distributed.wait_for_all("broken checkpoints are out of the way")
             self._manager.reload()
             return state, step
         if steps:

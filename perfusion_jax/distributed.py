@@ -14,24 +14,40 @@ from perfusion_jax.errors import InputError
 
 # A process that says nothing for so long counts as dead, and the others end: seconds.
 HEARTBEAT = 60
+# A process that ends waits so long for the others to end as well; then it counts as dead to them: seconds.
+SHUTDOWN = 30
 
 
-def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins this process to the job; before anything is computed.
+@contextmanager
+def job(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> Iterator[None]:
+    """Joins this process to a job, before anything is computed; within it, the loss of another process is an error.
 
     Args:
         coordinator_address: HOST:PORT of process 0; left out, JAX asks the cluster (TPU pods, Slurm, Kubernetes, MPI).
         num_processes, process_id: likewise.
 
     Raises:
-        InputError: the processes do not find each other.
+        InputError: the processes do not find each other, or no longer.
     """
     try:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=SHUTDOWN,
+        )
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"--distributed: this process cannot join the others ({error}): start all of them at about the same time, "
             "and where JAX cannot tell by itself give --coordinator_address, --num_processes and --process_id"
+        ) from error
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"process {jax.process_index()} cannot go on with the other {jax.process_count() - 1} ({error}); if one of "
+            "them has ended, its output says why. The same command goes on where they were"
         ) from error
 
 

@@ -7,7 +7,7 @@ The same command goes on where an interrupted one was. `--config configs/dog.py:
 
 import dataclasses
 import shlex
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -221,14 +221,15 @@ def main() -> None:
     """
     given = flags.FLAGS
     config, workdir = given.config, epath.Path(given.workdir)
-    if given.distributed:
-        distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
-    if is_fleet(config):
-        train_fleet(config, workdir, parse_shard(given.shard) if given.shard else (0, 1))
-    elif given.shard or given.distributed:
-        raise InputError("--shard and --distributed are for fleets: config.concepts names none")
-    else:
+    if not is_fleet(config):
+        if given.shard or given.distributed:
+            raise InputError("--shard and --distributed are for fleets: config.concepts names none")
         train(config, workdir)
+        return
+    with ExitStack() as stack:
+        if given.distributed:
+            stack.enter_context(distributed.job(given.coordinator_address, given.num_processes, given.process_id))
+        train_fleet(config, workdir, parse_shard(given.shard) if given.shard else (0, 1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""A fleet on several processes of this machine, which find each other as the hosts of a slice do."""
+
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from etils import epath
+from fleet_runs import STEPS, assert_same, make_config, report_of, start, tensors_of, wait_for_lines, write_inputs
+
+from perfusion_jax.fleet import train_fleet
+
+LIMIT = 40  # steps of every concept
+# Steps of a real model take longer than the second or two in which a SIGTERM is agreed on.
+SLOWLY = (
+    "import time; from jax.experimental import multihost_utils as many; reached = many.reached_preemption_sync_point; "
+    "many.reached_preemption_sync_point = lambda number: (time.sleep(0.2), reached(number))[1]"
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    lines = [f"{name},dog,{name},{LIMIT}" for name in STEPS]
+    (folder / "concepts.csv").write_text("\n".join(["name,super_category,pictures,steps", *lines]) + "\n")
+    return folder
+
+
+def start_all(config, workdir, count, before="pass"):
+    """Starts processes that are one job; `before` is what each of them runs first."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    place = ("--distributed", f"--coordinator_address={address}", f"--num_processes={count}")
+    return [start(config, workdir, *place, f"--process_id={number}", before=before) for number in range(count)]
+
+
+def ends(processes, timeout=300):
+    """Waits for processes to end: (exit status, output) of each."""
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def finish(config, workdir, count=2):
+    for status, output in ends(start_all(config, workdir, count)):
+        assert status == 0, output
+
+
+@pytest.fixture(scope="module")
+def config(inputs):
+    """Of rounds of four, on two devices."""
+    return make_config(inputs, members=4, mesh=(2, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """An undisturbed run of two processes: its workdir."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    finish(config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def alone(inputs, tmp_path_factory):
+    """The same by one process: its workdir."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    train_fleet(make_config(inputs, members=4, mesh=(1, 1, 1)), epath.Path(workdir))
+    return workdir
+
+
+def assert_close(workdir, other):
+    assert {name: line["state"] for name, line in report_of(workdir).items()} == dict.fromkeys(STEPS, "done")
+    for name in STEPS:
+        expected = tensors_of(other, name)
+        for key, tensor in tensors_of(workdir, name).items():
+            np.testing.assert_allclose(
+                tensor, expected[key], rtol=1e-3, atol=1e-3 * np.abs(expected[key]).max(), err_msg=f"{name}: {key}"
+            )
+
+
+def test_two_processes_learn_what_one_does(finished, alone):
+    assert_close(finished, alone)
+
+
+def test_four_processes_that_share_concepts_learn_what_one_does(inputs, alone, tmp_path):
+    finish(make_config(inputs, members=4, mesh=(2, 2, 1)), tmp_path / "run", count=4)
+    assert_close(tmp_path / "run", alone)
+
+
+def interrupted_in_the_second_round(config, workdir, victim, how):
+    """Sends a signal to one of two processes when the first round is over: how both ended, and after how long."""
+    processes = start_all(config, workdir, 2, before=SLOWLY)
+    wait_for_lines(processes[0], workdir / "metrics.jsonl", LIMIT + 2)
+    processes[victim].send_signal(how)
+    began = time.monotonic()
+    ended = ends(processes)
+    return ended, time.monotonic() - began
+
+
+def finishes_without_doing_anything_twice(config, workdir, finished):
+    done = {file: file.stat().st_mtime_ns for file in (workdir / "concepts").iterdir()}
+    assert len(done) == 4
+    finish(config, workdir)
+    assert done == {file: file.stat().st_mtime_ns for file in done}
+    for name in STEPS:
+        assert_same(finished, workdir, name)
+
+
+def test_sigterm_to_one_process_stops_all_at_the_same_step_and_the_same_command_goes_on(config, finished, tmp_path):
+    workdir = tmp_path / "run"
+    ended, _ = interrupted_in_the_second_round(config, workdir, victim=1, how=signal.SIGTERM)
+    for status, output in ended:
+        assert status == 1, output
+        assert "interrupted; the same command goes on where it was" in output
+    finishes_without_doing_anything_twice(config, workdir, finished)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_dies_the_other_ends_and_the_same_command_goes_on(config, finished, tmp_path, victim):
+    workdir = tmp_path / "run"
+    ended, seconds = interrupted_in_the_second_round(config, workdir, victim, how=signal.SIGKILL)
+    status, output = ended[1 - victim]
+    assert status != 0
+    assert seconds < 120
+    print(output)
+    finishes_without_doing_anything_twice(config, workdir, finished)
+
+
+def test_an_error_in_one_process_ends_the_other(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "report.jsonl").mkdir()
+    ended = ends(start_all(config, tmp_path / "run", 2))
+    assert [status != 0 for status, _ in ended] == [True, True]
+    print(ended)
