@@ -2,8 +2,8 @@
 
 python -m perfusion_jax.train --config configs/jeep.py --workdir runs/jeep
 
-On the embedded model: two minutes on two cores of an Intel Xeon; keeps step 200, with image similarity 0.50, text similarity 0.16,
-prompt precision 0.92.
+On the embedded model: two minutes on two cores of an Intel Xeon; keeps step 200, with
+image similarity 0.50, text similarity 0.16, prompt precision 0.92.
 Wheels and windows stay unclear.
 """
 
