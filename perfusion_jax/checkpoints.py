@@ -15,8 +15,8 @@ from perfusion_jax.errors import InputError
 class _Manager(ocp.CheckpointManager):
     """Orbax's, that does not ask JAX whether a preempted job is to stop: `distributed.stopping` does.
 
-    JAX says yes to one call alone, the same on all hosts; a question of Orbax's in between, with a count of its own, would
-    take that answer.
+    JAX says yes to one call alone, the same on all hosts; a question of Orbax's in between, with a count of its own,
+    would take that answer.
     """
 
     def reached_preemption(self, step: int) -> bool:

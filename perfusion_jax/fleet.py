@@ -100,17 +100,18 @@ def _learn(
     """
     fleet = load_fleet(config)
     rounds = plan(fleet, members, todo, OpenRound.read(folder / "round.json"))
+    steps = sum(member.config.steps for member in todo)
     cancelled = threading.Event()
     with (
         distributed.stopping() as stop,
         ThreadPoolExecutor(1, "prepare") as executor,
-        tqdm(
-            total=sum(member.config.steps for member in todo),
-            unit="step",
-            desc="fleet",
-            disable=not distributed.is_first(),
-        ) as bar,
+        tqdm(total=steps, unit="step", desc="fleet", disable=not distributed.is_first()) as bar,
     ):
+
+        def advance(taken: int) -> None:
+            bar.update(taken)
+            if rate := bar.format_dict["rate"]:
+                bar.set_postfix_str(f"{3600 * rate * len(todo) / steps:.0f} concepts/h", refresh=False)
 
         def submit(current: Round) -> "Future[Prepared]":
             held, _ = parallel.slot_owners(fleet.mesh, len(current.members))
@@ -126,9 +127,9 @@ def _learn(
                 failed = [(current.members[slot], error) for slot, error in failures.items()]
                 report.add([_line(member, "failed", error=error) for member, error in failed if member])
                 left = current.without(failures)
-                bar.update(sum(current.limits) - sum(left.limits))
+                advance(sum(current.limits) - sum(left.limits))
                 if any(left.members):
-                    _learn_round(_RoundRun(fleet, left, prepared, workdir, folder, report, bar), stop)
+                    _learn_round(_RoundRun(fleet, left, prepared, workdir, folder, report, advance), stop)
         finally:
             cancelled.set()
 
@@ -157,7 +158,7 @@ class _RoundRun:
     workdir: epath.Path
     folder: epath.Path
     report: Report
-    bar: tqdm
+    advance: Callable[[int], None]
 
 
 def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
@@ -194,7 +195,7 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
         if restored is not None:
             learning, now = restored
         saved = now
-        run.bar.update(sum(min(now, limits[slot]) for slot in waiting))
+        run.advance(sum(min(now, limits[slot]) for slot in waiting))
         log = None
         if distributed.is_first():
             log = stack.enter_context(closing(Log(run.folder, opened.steps_before + now)))
@@ -223,7 +224,7 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
             learning, loss = compiled(fleet.params, fleet.metric, members, learning)
             now += 1
             losses.append(loss)
-            run.bar.update(sum(now <= limits[slot] for slot in waiting))
+            run.advance(sum(now <= limits[slot] for slot in waiting))
             if now % config.log_every == 0 or now in limits:
                 unread.append((now, losses))
                 losses = []

@@ -69,6 +69,7 @@ def start(config, workdir, *more, devices=1, before="pass"):
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(Path(config.concepts).parent / "compiled"),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         },
     )

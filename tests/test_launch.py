@@ -16,6 +16,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from configs import default, fleet
+
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SHELLCHECK = Path(sys.executable).parent / "shellcheck"
@@ -349,6 +351,16 @@ def test_all_hosts_get_the_same_version_of_every_dependency():
     assert {name_of(requirement) for requirement in ast.literal_eval(assigned["DEPENDENCIES"])} <= {
         name_of(pin) for pin in pins
     }
+
+
+def test_the_flags_that_are_given_are_there():
+    given = "".join(file.read_text() for file in sorted(LAUNCH.iterdir())) + (ROOT / "README.md").read_text()
+    keys = set(re.findall(r"--config\.(\w+)", given))
+    assert keys - {"x"} <= set(fleet.get_config()) | set(default.get_config())
+    defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', (ROOT / "perfusion_jax" / "train.py").read_text()))
+    used = {"workdir", "distributed", "shard", "coordinator_address", "num_processes", "process_id"}
+    assert used <= defined | {"config"}
+    assert used == {flag for flag in re.findall(r"--(\w+)", given) if flag in used}
 
 
 def test_what_the_readme_names_is_there():
