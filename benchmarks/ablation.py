@@ -16,15 +16,14 @@ from etils import epath
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from unseen import draw_and_score
+
 from configs import default
 from perfusion_jax import load_base_model, shipped
 from perfusion_jax.base_model.clip import load_clip
-from perfusion_jax.data.pictures import read_folder
 from perfusion_jax.formats.concept_file import load_concept
 from perfusion_jax.formats.picture_file import write_picture
-from perfusion_jax.generation import generate
 from perfusion_jax.grids import grid
-from perfusion_jax.metrics import similarities
 from perfusion_jax.train import train
 
 OUT = flags.DEFINE_string("out", "ablation", "Folder of the runs and pictures.")
@@ -39,7 +38,6 @@ VARIANTS = {
     "values only": {"train_embedding": False},
     "gradient through i*": {"straight_through": True},
 }
-PLACES = ("on the beach", "in the snow", "at night", "under water", "in the city", "in the forest")
 
 
 def main(_: list[str]) -> None:
@@ -57,17 +55,8 @@ def main(_: list[str]) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 file = train(config, out / variant.replace(" ", "_").replace("*", "") / name)
             trained = load_concept(file, base)
-            prompts = [f"a photo of a {{}} {place}" for place in PLACES for _ in range(SEEDS.value)]
-            drawn = generate(
-                base,
-                [prompt.replace("{}", trained.card.placeholder) for prompt in prompts],
-                range(len(prompts)),
-                [trained],
-                strength=float(config.edit),
-            )
-            own = np.stack([picture.pixels for picture in read_folder(shipped.EXAMPLES / name)])
-            texts = [prompt.replace("{}", trained.card.super_category) for prompt in prompts]
-            scores.append(similarities(clip, drawn, texts, own))
+            drawn, own, scored = draw_and_score(base, clip, trained, SEEDS.value, strength=float(config.edit))
+            scores.append(scored)
             rows.append(np.concatenate([own[:1], drawn[:: SEEDS.value]]))
         write_picture(out / f"{variant.replace(' ', '_').replace('*', '')}.png", grid(rows))
         print(f"| {variant} | {' | '.join(f'{mean:.3f}' for mean in np.mean(scores, axis=0))} |", flush=True)

@@ -11,13 +11,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from absl import app, flags
+from unseen import draw_and_score
 
 from perfusion_jax import load_base_model, shipped
 from perfusion_jax.base_model.clip import load_clip
-from perfusion_jax.data.pictures import read_folder
 from perfusion_jax.formats.concept_file import load_concept
-from perfusion_jax.generation import generate
-from perfusion_jax.metrics import similarities
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -27,7 +25,6 @@ CONCEPT = flags.DEFINE_multi_string("concept", None, "Concept files of example c
 SEEDS = flags.DEFINE_integer("seeds", 4, "Pictures in each place.")
 
 BIASES = np.linspace(0.2, 1.2, 11).round(2)
-PLACES = ("on the beach", "in the snow", "at night", "under water", "in the city", "in the forest")
 
 
 def main(_: list[str]) -> None:
@@ -35,20 +32,16 @@ def main(_: list[str]) -> None:
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     for file in CONCEPT.value:
         trained = load_concept(file, base)
-        card = trained.card
-        own = np.stack([picture.pixels for picture in read_folder(shipped.EXAMPLES / card.name)])
-        prompts = [f"a photo of a {{}} {place}" for place in PLACES for _ in range(SEEDS.value)]
-        named, plain = ([p.replace("{}", word) for p in prompts] for word in (card.placeholder, card.super_category))
-        print(f"| {card.name}: bias | image similarity | text similarity | prompt precision |")
+        name = trained.card.name
+        print(f"| {name}: bias | image similarity | text similarity | prompt precision |")
         print("| --- | --- | --- | --- |")
         scores = []
         for bias in BIASES:
-            drawn = generate(base, named, range(len(named)), [trained], bias=float(bias), batch_size=16)
-            scores.append(similarities(clip, drawn, plain, own))
+            scores.append(draw_and_score(base, clip, trained, SEEDS.value, bias=float(bias), batch_size=16)[-1])
             print(f"| {bias:g} | {' | '.join(f'{value:.3f}' for value in scores[-1])} |", flush=True)
         image, text, _ = np.array(scores).T
         print(f"correlation of image and text similarity over the sweep: {np.corrcoef(image, text)[0, 1]:.2f}")
-        axes.plot(text, image, "o-", label=card.name)
+        axes.plot(text, image, "o-", label=name)
         for bias, x, y in list(zip(BIASES, text, image, strict=True))[::2]:
             axes.annotate(f"{bias:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
     axes.set(xlabel="text similarity", ylabel="image similarity", title="bias of the gate")

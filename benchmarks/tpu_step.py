@@ -2,9 +2,10 @@
 
     python benchmarks/tpu_step.py [--topology v5e:2x4] [--only NAME ...]
 
-Prints, per chip, the work, traffic and memory that the TPU compiler reports of this project's fleet step (text encoder,
-UNet, gradient and optimiser, bfloat16), and of the UNet of diffusers-Flax as it is, with its gradient to the text
-encodings. Nothing runs, so there are no times. Needs `pip install perfusion_jax[tpu]` and minutes for each line.
+Prints, per chip, what the TPU compiler tells of this project's fleet step (text encoder, UNet, gradient and optimiser,
+bfloat16), and of the UNet of diffusers-Flax as it is, with its gradient to the text encodings: work, traffic of the
+HBM, bytes that operations access there and in vector memory, and memory. Nothing runs, so there are no times. Needs
+`pip install perfusion_jax[tpu]` and minutes for each line.
 """
 
 import argparse
@@ -108,7 +109,8 @@ def main() -> None:
     devices = topology_devices(options.topology)
     mesh = make_mesh((-1, 1, 1), devices)
     print(f"{options.topology}, {devices[0].device_kind}; TFLOP and GB per chip and step")
-    print(f"{'step':<20}{'TFLOP':>8}{'traffic':>10}{'temporaries':>13}{'peak':>8}  collectives")
+    headings = "".join(f"{heading:>13}" for heading in ("traffic", "accessed", "temporaries", "peak"))
+    print(f"{'step':<20}{'TFLOP':>8}{headings}  collectives")
     with tempfile.TemporaryDirectory() as folder:
         base = stable_diffusion(Path(folder))
         for name in options.only:
@@ -118,9 +120,10 @@ def main() -> None:
                 concepts, samples = OURS[name]
                 members = concepts * len(devices)
                 found = compile_step(base, Settings(batch_size=samples), mesh, members, PIXELS, TEMPLATES)
+            gigabytes = [figure / 1e9 for figure in (found.traffic, found.accessed, found.temporaries, found.peak)]
             print(
-                f"{name:<20}{found.flops / 1e12:>8.2f}{found.traffic / 1e9:>10.1f}{found.temporaries / 1e9:>13.2f}"
-                f"{found.peak / 1e9:>8.2f}  {found.collectives or 'none'}",
+                f"{name:<20}{found.flops / 1e12:>8.2f}{''.join(f'{figure:>13.2f}' for figure in gigabytes)}"
+                f"  {found.collectives or 'none'}",
                 flush=True,
             )
 

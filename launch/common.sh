@@ -91,5 +91,5 @@ training() {
 # fetch RUN: copies what a run has written, its checkpoints left out, from the bucket to runs/RUN.
 fetch() {
   call mkdir -p "runs/$1"
-  call gcloud storage rsync --recursive '--exclude=^checkpoints/.*' "$BUCKET/runs/$1" "runs/$1"
+  call gcloud storage rsync --recursive '--exclude=(^|/)(checkpoints|compiled)/.*' "$BUCKET/runs/$1" "runs/$1"
 }

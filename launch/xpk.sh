@@ -30,10 +30,10 @@ workload() {
 
 create() {
   training "$BUCKET/runs/$NAME-$1" "$1/$SHARDS"
-  # xpk sends SIGTERM to the shell that it gives the command to, and restarts on exit status 1, that of a run that was
-  # told to stop, only if it is named.
+  # xpk sends SIGTERM to the shell that it gives the command to, and restarts only on the exit statuses that are
+  # named: 1, of a run that was told to stop or has lost a host, and 134, of JAX when a host has died.
   workload create --workload="$NAME-$1" --tpu-type="$ACCELERATOR" --num-slices=1 --docker-image="$IMAGE" \
-    --max-restarts=100 --restart-on-exit-codes=1 --termination-grace-period-seconds=120 \
+    --max-restarts=100 --restart-on-exit-codes=1,134 --termination-grace-period-seconds=120 \
     --command="exec python $(quoted "${training[@]}")"
 }
 

@@ -10,6 +10,7 @@ from etils import epath
 
 from perfusion_jax import distributed
 from perfusion_jax.errors import InputError
+from perfusion_jax.files import is_local
 
 
 class _Manager(ocp.CheckpointManager):
@@ -38,7 +39,9 @@ class Checkpoints:
         self.folder = epath.Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = _Manager(self.folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+            # `resolve` takes the name of a bucket for a folder's.
+            folder = self.folder.resolve() if is_local(self.folder) else self.folder
+            self._manager = _Manager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
@@ -73,10 +76,16 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         broken = []
         for step in steps:
+            problem = ""
             try:
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+            except jax.errors.JaxRuntimeError:  # of the devices or other processes, not of the file
+                raise
             except Exception as error:  # Orbax raises whatever the broken bytes lead it and its backends to
-                warn(f"{self.folder / str(step)}: cannot be read ({type(error).__name__}); taking the one before")
+                problem = type(error).__name__
+            # What one process cannot read, none takes.
+            if problems := [one for one in distributed.gather(problem) if one]:
+                warn(f"{self.folder / str(step)}: cannot be read ({problems[0]}); taking the one before")
                 broken.append(step)
                 continue
             if distributed.is_first():
@@ -104,5 +113,7 @@ class Checkpoints:
     def _write_errors(self) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # of the devices or other processes, not of the folder
+            raise
         except Exception as error:  # Orbax hands on whatever its threads and backends met
             raise InputError(f"{self.folder}: a checkpoint cannot be written ({error}); older ones are kept") from error

@@ -10,6 +10,9 @@ from absl import app, flags, logging
 
 from perfusion_jax.errors import InputError
 
+# Exit status where the same command would fail again.
+BAD_INPUT = 2
+
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
@@ -35,29 +38,37 @@ def stopping() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], resumes: bool = False) -> None:
     """Parses the flags and runs `main`; bad input ends the program with its message alone, without a traceback.
 
-    SIGTERM, by which schedulers stop a job, interrupts `main` as Ctrl-C does: with a KeyboardInterrupt.
+    SIGTERM, by which schedulers stop a job, interrupts `main` as Ctrl-C does: with a KeyboardInterrupt. The program
+    then ends with status 1, as it does where to try again may help; after bad input with BAD_INPUT.
+
+    Args:
+        main: the program.
+        resumes: whether the same command goes on with what an interrupted one has done.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def guarded(arguments: list[str]) -> None:
         if len(arguments) > 1:
-            sys.exit(f"error: {arguments[1]!r} is not a flag; see --help")
+            print(f"error: {arguments[1]!r} is not a flag; see --help", file=sys.stderr)
+            sys.exit(BAD_INPUT)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax and others tell every step they take
         try:
             main()
         except InputError as error:
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(BAD_INPUT)
         except KeyboardInterrupt:
-            sys.exit("interrupted; the same command goes on where it was")
+            sys.exit("interrupted; the same command goes on where it was" if resumes else "interrupted")
 
     def parse(arguments: list[str]) -> list[str]:
         try:
             return app.parse_flags_with_usage(arguments)
         except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:  # of a config file
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(BAD_INPUT)
 
     app.run(guarded, flags_parser=parse)

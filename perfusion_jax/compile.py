@@ -111,7 +111,8 @@ def text(told: dict[str, Any]) -> str:
         for axes, kinds in device["collectives"].items()
     ]
     gigabytes = {
-        key: f"{device[key] / 1e9:.2f} GB" for key in ("traffic", "arguments", "temporaries", "peak", "memory")
+        key: f"{device[key] / 1e9:.2f} GB"
+        for key in ("traffic", "accessed", "arguments", "temporaries", "peak", "memory")
     }
     mesh = " x ".join(f"{axis} {size}" for axis, size in told["mesh"].items())
     return "\n".join(
@@ -120,7 +121,8 @@ def text(told: dict[str, Any]) -> str:
             f"{told['samples_per_device']} samples a device",
             "per device and step, as the compiler estimates:",
             f"  work         {device['flops'] / 1e12:.2f} TFLOP",
-            f"  traffic      {gigabytes['traffic']}",
+            f"  traffic      {gigabytes['traffic']} of HBM; operations access {gigabytes['accessed']}, "
+            "most of it in vector memory",
             f"  arguments    {gigabytes['arguments']}",
             f"  temporaries  {gigabytes['temporaries']}",
             f"  peak         {gigabytes['peak']} of {gigabytes['memory']}: "

@@ -331,4 +331,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "the .npz file to write", required=True)
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
     flags.DEFINE_string("variant", None, "weight files to take, such as fp16")
-    command_line.run(main)
+    command_line.run(main, resumes=True)

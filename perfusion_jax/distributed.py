@@ -20,14 +20,15 @@ SHUTDOWN = 30
 
 @contextmanager
 def job(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> Iterator[None]:
-    """Joins this process to a job, before anything is computed; within it, the loss of another process is an error.
+    """Joins this process to a job, before anything is computed; within it, the loss of another process ends this one.
 
     Args:
         coordinator_address: HOST:PORT of process 0; left out, JAX asks the cluster (TPU pods, Slurm, Kubernetes, MPI).
         num_processes, process_id: likewise.
 
     Raises:
-        InputError: the processes do not find each other, or no longer.
+        InputError: the processes do not find each other.
+        SystemExit: they did, and another one is lost; as after an interruption, the same command goes on.
     """
     try:
         jax.distributed.initialize(
@@ -45,9 +46,11 @@ def job(coordinator_address: str | None, num_processes: int | None, process_id: 
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(
-            f"process {jax.process_index()} cannot go on with the other {jax.process_count() - 1} ({error}); if one of "
-            "them has ended, its output says why. The same command goes on where they were"
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise SystemExit(
+            f"error: process {jax.process_index()} cannot go on with the other {jax.process_count() - 1} ({error}); if "
+            "one of them has ended, its output says why. The same command goes on where they were"
         ) from error
 
 

@@ -12,6 +12,11 @@ from etils import epath
 from perfusion_jax.errors import InputError
 
 
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is of this machine's file system, and not of a bucket (`gs://...`)."""
+    return "://" not in os.fspath(path)
+
+
 def write_bytes(file: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file whole or not at all, local or in a bucket (where a write is whole by itself).
 
@@ -19,7 +24,7 @@ def write_bytes(file: str | os.PathLike[str], data: bytes) -> None:
         InputError: it cannot be written.
     """
     path = epath.Path(file)
-    if "://" not in os.fspath(path):
+    if is_local(path):
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(data)
         return
@@ -77,17 +82,18 @@ def locked(file: epath.Path, advice: str) -> Iterator[None]:
     both compute the same concepts, and write the same files whole.)
 
     Args:
-        file: is made, and stays.
+        file: is made with its folder, and stays.
         advice: what to do if another process holds it, for the message.
 
     Raises:
         InputError: another process holds it, or the folder cannot be written to.
     """
-    if "://" in os.fspath(file):
+    if not is_local(file):
         yield
         return
     with ExitStack() as stack:
         try:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
             handle = stack.enter_context(Path(file).open("a"))
         except OSError as error:
             raise InputError(f"{file}: cannot be written ({error.strerror})") from error

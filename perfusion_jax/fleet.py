@@ -15,6 +15,8 @@ concepts again; and leaves done and diverged ones alone, whatever has become of 
 """
 
 import dataclasses
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -55,17 +57,20 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
         shard: (I, N): every N-th concept from the I-th on. Each job keeps its report in `shard_I_of_N/`.
 
     Raises:
-        InputError: the config, table or workdir cannot be used, or some concepts were not learnt.
+        InputError: the config, table or workdir cannot be used, or not one concept was learnt.
     """
     check(config)
+    if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # So that after a preemption nothing is compiled again.
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     index, count = shard
     rows = read_table(config.concepts, OVERRIDES)[index::count]
     members = [Member(row, member_config(config, row)) for row in rows]
     folder = workdir / f"shard_{index}_of_{count}" if count > 1 else workdir
     with ExitStack() as stack:
         if distributed.is_first():
-            begin(config, folder)
             stack.enter_context(locked(folder / "lock", "take another --workdir, or another --shard of it"))
+            begin(config, folder)
         distributed.wait_for_all("begin")
         report = Report(folder / "report.jsonl")
         todo = [member for member in members if not report.is_over(member.name)]
@@ -76,12 +81,18 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
     summary = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
     if distributed.is_first():
         print(f"{len(members)} concepts: {summary}; {workdir / 'concepts'}, {report.file}")
-    if counts["done"] < len(members):
-        wrong = next(line for line in lines if line["state"] != "done")
-        raise InputError(
-            f"{len(members) - counts['done']} of {len(members)} concepts were not learnt, such as {wrong['name']}: "
-            f"{wrong['error']}; all are in {report.file}. The same command tries the failed ones again"
-        )
+    if counts["done"] == len(members):
+        return
+    wrong = next(line for line in lines if line["state"] != "done")
+    message = (
+        f"{len(members) - counts['done']} of {len(members)} concepts were not learnt, such as {wrong['name']}: "
+        f"{wrong['error']}; all are in {report.file}. The same command tries the failed ones again"
+    )
+    # What starts jobs again when they fail could not mend a concept.
+    if not counts["done"]:
+        raise InputError(message)
+    if distributed.is_first():
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _learn(
@@ -172,20 +183,24 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
     slots, limits = len(current.members), current.limits
     file = run.folder / "round.json"
     opened = OpenRound.read(file)
-    names = [member.name if member else None for member in current.members]
+    identities = [member.identity if member else None for member in current.members]
     # Concepts of this round that were finished before it was interrupted, or that failed, have no slot now.
-    goes_on = len(opened.members) == slots and all(a == b for a, b in zip(names, opened.members, strict=True) if a)
+    goes_on = len(opened.members) == slots and all(a == b for a, b in zip(identities, opened.members, strict=True) if a)
     if not goes_on:
-        if distributed.is_first() and (run.folder / "checkpoints").exists():
-            (run.folder / "checkpoints").rmtree()
-        opened = OpenRound(names, opened.steps_before)
-        opened.write(file)
+        opened = OpenRound(steps_before=opened.steps_before, began_with=sum(map(bool, identities)))
+    most = max((len(examples.mean) for examples in run.prepared.examples.values()), default=1)
+    most = max(opened.pictures, *distributed.gather(most))
+    # Who has lost its slot stands still from here on, and so must not come back to it.
+    opened = dataclasses.replace(opened, members=identities, pictures=-(-most // PICTURES_STEP) * PICTURES_STEP)
+    if distributed.is_first() and not goes_on and (run.folder / "checkpoints").exists():
+        (run.folder / "checkpoints").rmtree()
+    opened.write(file)
     distributed.wait_for_all("round")
 
-    members, learning, step_arguments = _stack(run)
+    members, learning, step_arguments = _stack(run, opened.pictures)
     compiled = fleet.compiled(current.settings, slots, *step_arguments)
     _, owned = parallel.slot_owners(fleet.mesh, slots)
-    waiting = [slot for slot, limit in enumerate(limits) if limit and not run.report.is_over(names[slot] or "")]
+    waiting = [slot for slot, limit in enumerate(limits) if limit]
     started = time.monotonic() - opened.seconds
 
     with ExitStack() as stack:
@@ -217,7 +232,8 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
             if due:
                 save()
                 seconds = time.monotonic() - started
-                mine = _finish(run, learning, [slot for slot in due if slot in owned], seconds)
+                chip_seconds = seconds * fleet.mesh.size / opened.began_with
+                mine = _finish(run, learning, [slot for slot in due if slot in owned], seconds, chip_seconds)
                 run.report.add([line for part in distributed.gather(mine) for line in part])
                 waiting = [slot for slot in waiting if slot not in due]
                 continue
@@ -236,12 +252,9 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
     distributed.wait_for_all("round is over")
 
 
-def _stack(run: _RoundRun) -> tuple[parallel.Members, Learning, tuple[int, int, int]]:
+def _stack(run: _RoundRun, pictures: int) -> tuple[parallel.Members, Learning, tuple[int, int, int]]:
     """The round's arrays over the mesh, and (pictures, prompts, side) that they are padded to."""
     fleet, current, prepared = run.fleet, run.current, run.prepared
-    most = max((len(examples.mean) for examples in prepared.examples.values()), default=1)
-    most = max(distributed.gather(most))
-    pictures = -(-most // PICTURES_STEP) * PICTURES_STEP
     side = fleet.side_of(next(member.config for member in current.members if member))
     shape = (pictures, len(fleet.config.templates), side)
     rows = {
@@ -260,29 +273,30 @@ def _log_losses(unread: list[tuple[int, list[jax.Array]]], left: int, log: Log |
     """Logs mean losses over the members of this process that still learn, oldest first; `left` entries stay."""
     while len(unread) > left:
         step, losses = unread.pop(0)
-        values = np.stack(
-            [np.concatenate([np.asarray(part.data) for part in loss.addressable_shards]) for loss in losses]
-        )
+        # Along data and fsdp, devices hold the same members.
+        parts = [{str(part.index): part.data for part in loss.addressable_shards} for loss in losses]
+        values = np.stack([np.concatenate([np.asarray(part) for part in loss.values()]) for loss in parts])
         finite = values[np.isfinite(values)]
         if log is not None and finite.size:
             log(before + step, loss=float(finite.mean()), members=int(np.isfinite(values[-1]).sum()))
 
 
-def _finish(run: _RoundRun, learning: Learning, slots: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+def _finish(
+    run: _RoundRun, learning: Learning, slots: Sequence[int], seconds: float, chip_seconds: float
+) -> list[dict[str, Any]]:
     """Writes and scores concepts that have taken their steps; returns their lines of the report.
 
     Raises:
         InputError: something cannot be written.
     """
     lines = []
-    count = sum(member is not None for member in run.current.members)
     for slot, state in parallel.read_members(learning, slots).items():
         member = run.current.members[slot]
         assert member is not None
         facts: dict[str, Any] = {
             "steps": int(state.step),
             "seconds": round(seconds, 3),
-            "chip_seconds": round(seconds * run.fleet.mesh.size / count, 3),
+            "chip_seconds": round(chip_seconds, 3),
         }
         if state.diverged:
             error = (

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -38,6 +40,12 @@ class Member(NamedTuple):
     def name(self) -> str:
         """The concept's name."""
         return self.row.name
+
+    @property
+    def identity(self) -> str:
+        """The name and a digest of the row: a state that was learnt by another row is not this concept's."""
+        row = sorted(self.row._replace(where="")._asdict().items())
+        return f"{self.name} {hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 class Round(NamedTuple):
@@ -148,23 +156,27 @@ def plan(fleet: Fleet, table: Sequence[Member], todo: Sequence[Member], opened: 
         opened: the round that was interrupted, if one was.
 
     Raises:
-        InputError: `config.members` does not go with the mesh, or not even one member fits.
+        InputError: `config.members` or a batch does not go with the mesh, or not even one member fits.
     """
     places = fleet.mesh.shape["concept"]
-    by_name = {member.name: member for member in todo}
-    rounds = []
-    # On a mesh that its slots do not go with, the open round is begun anew.
-    if any(name in by_name for name in opened.members) and len(opened.members) % places == 0:
-        slots = [by_name.get(name) if name else None for name in opened.members]
-        first = next(member for member in slots if member)
-        rounds.append(Round(tuple(slots), round_settings(first.config)))
-    open_names = set(opened.members) if rounds else set()
     groups: dict[tuple[Settings, int], list[Member]] = {}
     for member in table:
         key = (round_settings(member.config), fleet.side_of(member.config))
         groups.setdefault(key, []).append(member)
+    for (settings, _), everyone in groups.items():
+        try:
+            parallel.check_split(settings, fleet.mesh)
+        except InputError as error:
+            raise InputError(f"{everyone[0].row.where}: {error}") from error
+    left = {member.identity: member for member in todo}
+    rounds = []
+    # On a mesh that its slots do not go with, the open round is begun anew.
+    if any(identity in left for identity in opened.members) and len(opened.members) % places == 0:
+        slots = [left.pop(identity, None) if identity else None for identity in opened.members]
+        first = next(member for member in slots if member)
+        rounds.append(Round(tuple(slots), round_settings(first.config)))
     for (settings, side), everyone in groups.items():
-        group = [member for member in everyone if member.name in by_name and member.name not in open_names]
+        group = [member for member in everyone if member.identity in left]
         if not group:
             continue
         group.sort(key=lambda member: member.config.steps)  # members that end together leave no slot idle

@@ -54,14 +54,18 @@ class OpenRound:
     """The round that is being learnt, so that an interrupted one is gone on with.
 
     Attributes:
-        members: names of the concepts by slot; none: no round is open.
+        members: the concepts by slot (`Member.identity`); none: no round is open.
         steps_before: steps that all rounds before it took.
         seconds: that it has taken already.
+        began_with: how many concepts.
+        pictures: that each concept's are padded to.
     """
 
     members: list[str | None] = dataclasses.field(default_factory=list)
     steps_before: int = 0
     seconds: float = 0.0
+    began_with: int = 0
+    pictures: int = 0
 
     @classmethod
     def read(cls, file: epath.Path) -> "OpenRound":

@@ -5,6 +5,7 @@ with these figures can beat on a chip with these peaks: a bound, not a measureme
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections import Counter
@@ -57,6 +58,14 @@ _COLLECTIVE = re.compile(rf"= .*?[ )](?P<kind>{'|'.join(COLLECTIVES)})(?:-start)
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})?\}")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%(?P<name>\S+) \(.*\{$")
+_INSTRUCTION = re.compile(
+    r"^ +(?:ROOT )?%(?P<name>\S+) = (?P<results>\(.*?\)|\S+) (?P<kind>[a-z-]+)\((?P<operands>[^)]*)\)(?P<rest>.*)"
+)
+_ARRAY = re.compile(r"\b(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d,]*)\](?:\{(?P<order>[\d,]*)(?::(?P<layout>[^}]*))?\})?")
+# They only name what another instruction has made, or end what another one has begun.
+_MOVES_NOTHING = re.compile(r"parameter|constant|tuple|get-tuple-element|bitcast|while|after-all|partition-id|.*-done")
 
 # Queries, keys and values come as [..., heads, width, tokens] (`base_model.flash_attention`).
 _KERNEL = re.compile(
@@ -119,6 +128,61 @@ def _rows(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, groups.tolist()))
 
 
+def hbm_traffic(hlo: str, loops: int = 1) -> float:
+    """Counts the bytes that a program's operations read from the HBM and write to it.
+
+    XLA keeps what it can in vector memory, and brings weights there ahead of time: arrays there, `S(1)` in HLO text, do
+    not count, but the copies to and from them do. An operation counts as reading its operands whole.
+
+    Args:
+        hlo: text of the compiled program.
+        loops: how often it repeats what stands in a loop.
+    """
+    entry = ""
+    computations: dict[str, list[re.Match[str]]] = {}
+    for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            computations[header["name"]] = instructions = []
+            entry = header["name"] if header["entry"] else entry
+        elif found := _INSTRUCTION.match(line):
+            instructions.append(found)
+
+    def count(name: str) -> float:
+        total = 0.0
+        results = {found["name"]: found["results"] for found in computations[name]}
+        for found in computations[name]:
+            if found["kind"] == "while" and (body := re.search(r"body=%([^\s,]+)", found["rest"])):
+                total += loops * count(body[1])
+            if _MOVES_NOTHING.fullmatch(found["kind"]):
+                continue
+            # An asynchronous copy or slice has two ends of one size, though a slice names all that it is cut from.
+            if found["kind"] in ("copy-start", "slice-start"):
+                arrays = list(_ARRAY.finditer(found["results"]))[:2]
+                total += _bytes(arrays[1]) * sum(map(_in_hbm, arrays))
+                continue
+            operands = (results.get(operand.strip().lstrip("%"), "") for operand in found["operands"].split(","))
+            arrays = [array for text in (found["results"], *operands) for array in _ARRAY.finditer(text)]
+            total += sum(_bytes(array) for array in arrays if _in_hbm(array))
+        return total
+
+    return count(entry)
+
+
+def _in_hbm(array: re.Match[str]) -> bool:
+    return "S(" not in (array["layout"] or "")
+
+
+def _bytes(array: re.Match[str]) -> float:
+    """Bytes of an array, its padding to whole tiles included."""
+    bits = int(re.sub(r"\D", "", array["dtype"]) or 8)  # `pred` is a byte
+    shape = [int(size) for size in array["shape"].split(",") if size]
+    order = [int(axis) for axis in (array["order"] or "").split(",") if axis] or range(len(shape))[::-1]
+    tile = re.match(r"T\(([\d,]+)\)", array["layout"] or "")
+    sides = _numbers(tile[1])[::-1] if tile else []
+    sizes = itertools.zip_longest((shape[axis] for axis in order), sides, fillvalue=1)
+    return math.prod(-(-size // side) * side for size, side in sizes) * bits / 8
+
+
 def kernel_cost(hlo: str) -> tuple[float, float]:
     """Counts the work of splash attention's kernels, of which XLA's cost model knows nothing.
 
@@ -176,8 +240,9 @@ class Report:
 
     Attributes:
         flops: floating-point operations.
-        traffic: bytes that operations read and write: XLA's "bytes accessed", and those of attention's kernels. What
-            XLA keeps in vector memory between two operations counts too, so the HBM sees less.
+        traffic: bytes that are read from the HBM and written to it (`hbm_traffic`).
+        accessed: bytes that operations read and write: XLA's "bytes accessed", and those of attention's kernels. What
+            XLA keeps in vector memory between two operations counts too.
         arguments, outputs, temporaries: bytes of memory; outputs that reuse an argument's memory are not counted.
         peak: the most memory that is in use at a time, in bytes.
         memory: of the device, in bytes.
@@ -187,6 +252,7 @@ class Report:
 
     flops: float
     traffic: float
+    accessed: float
     arguments: int
     outputs: int
     temporaries: int
@@ -232,12 +298,13 @@ def report(compiled: jax.stages.Compiled, mesh_shape: Mapping[str, int], chip: C
     hlo = compiled.as_text()
     if cost is None or memory is None or hlo is None:
         raise ValueError("the compiler tells nothing of this program")
-    kernel_flops, kernel_traffic = kernel_cost(hlo)
-    flops, traffic = loops * (cost["flops"] + kernel_flops), loops * (cost["bytes accessed"] + kernel_traffic)
+    kernel_flops, kernel_bytes = kernel_cost(hlo)
+    flops, traffic = loops * (cost["flops"] + kernel_flops), hbm_traffic(hlo, loops)
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Report(
         flops=flops,
         traffic=traffic,
+        accessed=loops * (cost["bytes accessed"] + kernel_bytes),
         arguments=memory.argument_size_in_bytes,
         outputs=outputs,
         temporaries=memory.temp_size_in_bytes,

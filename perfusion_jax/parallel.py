@@ -102,6 +102,20 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
+def check_split(settings: Settings, mesh: Mesh) -> None:
+    """Checks that the mesh can split a batch.
+
+    Raises:
+        InputError: it cannot, evenly.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if settings.batch_size // settings.accumulation % ways:
+        raise InputError(
+            f"config.batch_size is {settings.batch_size}, in {settings.accumulation} parts; the axes data and fsdp of "
+            f"config.mesh split each part in {ways}, which must divide it"
+        )
+
+
 def make_fleet_step(base: BaseModel, settings: Settings, mesh: Mesh) -> Callable[..., tuple[Learning, jax.Array]]:
     """Compiles, when called or lowered, one optimiser step of every member: `jax.vmap` of `training.train_step`.
 
@@ -119,12 +133,7 @@ def make_fleet_step(base: BaseModel, settings: Settings, mesh: Mesh) -> Callable
     Raises:
         InputError: a batch cannot be split evenly.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if settings.batch_size // settings.accumulation % ways:
-        raise InputError(
-            f"config.batch_size is {settings.batch_size}, in {settings.accumulation} parts; the axes data and fsdp of "
-            f"config.mesh split each part in {ways}, which must divide it"
-        )
+    check_split(settings, mesh)
     samples = NamedSharding(mesh, P(None, ("data", "fsdp")))
 
     def split(parts: Batch) -> Batch:

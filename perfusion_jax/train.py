@@ -241,4 +241,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_processes", None, "likewise")
     flags.DEFINE_integer("process_id", None, "likewise")
     flags.mark_flag_as_required("config")
-    command_line.run(main)
+    command_line.run(main, resumes=True)

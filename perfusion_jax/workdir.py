@@ -16,16 +16,18 @@ from perfusion_jax.base_model import BaseModel
 from perfusion_jax.concept import Concept
 from perfusion_jax.config import check_same, to_json
 from perfusion_jax.errors import InputError
-from perfusion_jax.files import write_bytes
+from perfusion_jax.files import is_local, write_bytes
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
+
+METRICS = "metrics.jsonl"
 
 
 def begin(config: ConfigDict, workdir: epath.Path) -> None:
-    """Makes the workdir and saves the config in it, or sees that it is the same config."""
+    """Makes the workdir and saves the config in it; once there are results, sees that it is the same config."""
     file = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        if file.exists() and any((workdir / name).exists() for name in (METRICS, "report.jsonl")):
             check_same(config, file.read_text(), file)
     except OSError as error:
         raise InputError(f"{workdir}: cannot be written ({error.strerror})") from error
@@ -41,7 +43,10 @@ class Log:
     """
 
     def __init__(self, workdir: epath.Path, step: int):
-        self._file = workdir / "metrics.jsonl"
+        self._file = workdir / METRICS
+        # A bucket takes whole files alone, and each of them about once a second.
+        self._pause = 0 if is_local(workdir) else 30
+        self._flushed = 0.0
         lines = self._file.read_text().splitlines() if self._file.exists() else []
         self._lines = [line for line in lines if _step_of(line) <= step]
         self._write()
@@ -55,9 +60,10 @@ class Log:
     def __call__(self, step: int, **metrics: float) -> None:
         """Logs the metrics of a step."""
         self._lines.append(json.dumps({"step": step, **metrics}))
-        self._write()
         for name, value in metrics.items():
             self._add(Event(summary=summary.scalar(name, value)), step)
+        if time.monotonic() - self._flushed >= self._pause:
+            self._flush()
 
     def picture(self, step: int, pixels: np.ndarray) -> None:
         """Logs a picture, uint8 [height, width, 3]."""
@@ -69,6 +75,7 @@ class Log:
         Raises:
             InputError: it cannot be written.
         """
+        self._flush()
         with self._write_errors():
             self._events.close()
 
@@ -76,7 +83,12 @@ class Log:
         event.step, event.wall_time = step, time.time()
         with self._write_errors():
             self._events.write_event(event)
+
+    def _flush(self) -> None:
+        self._write()
+        with self._write_errors():
             self._events.flush()
+        self._flushed = time.monotonic()
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:

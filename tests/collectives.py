@@ -1,4 +1,4 @@
-"""Reads from compiled HLO which devices talk to which."""
+"""Reads from compiled HLO which devices talk to which: an oracle for `hlo_report`, which shares no code with it."""
 
 import re
 

@@ -90,6 +90,14 @@ def assert_same(one, other, name):
         np.testing.assert_array_equal(tensor, theirs[key], err_msg=f"{name}: {key}")
 
 
+def assert_close(one, other, name):
+    ours, theirs = tensors_of(one, name), tensors_of(other, name)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        tolerance = 1e-3 * np.abs(theirs[key]).max()
+        np.testing.assert_allclose(tensor, theirs[key], rtol=1e-3, atol=tolerance, err_msg=f"{name}: {key}")
+
+
 def wait_for_lines(process, file, count):
     while process.poll() is None and not (file.exists() and len(file.read_text().splitlines()) >= count):
         time.sleep(0.01)

@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from perfusion_jax import InputError
+from perfusion_jax import checkpoints as checkpoints_lib
 from perfusion_jax.checkpoints import Checkpoints
 
 
@@ -56,6 +58,14 @@ def test_all_broken_is_an_error_and_none_is_a_start(saved, tmp_path_factory):
     with pytest.raises(InputError, match=r"none of the checkpoints \[30, 20\] can be read"):
         Checkpoints(saved, keep=2).restore(state(0), lambda line: None)
     assert Checkpoints(tmp_path_factory.mktemp("new"), keep=2).restore(state(0), pytest.fail) is None
+
+
+def test_the_name_of_a_bucket_reaches_orbax_as_it_is(monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoints_lib, "_Manager", lambda folder, options: asked.append(folder))
+    monkeypatch.setattr(type(epath.Path("gs://bucket")), "mkdir", lambda *_, **__: None)
+    Checkpoints("gs://bucket/run/checkpoints", keep=2)
+    assert [str(folder) for folder in asked] == ["gs://bucket/run/checkpoints"]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

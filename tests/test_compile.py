@@ -51,7 +51,7 @@ def test_many_concepts_cost_what_one_costs(architecture):
 
 def test_what_is_told_can_be_printed_and_parsed(sd1_folder, monkeypatch):
     report = compile_lib.Report(
-        2e12, 8e9, 10**9, 0, 3 * 10**9, 4 * 10**9, 16e9, 0.01, 0.02, {"data": {"all-reduce": 3}}
+        2e12, 8e9, 9e9, 10**9, 0, 3 * 10**9, 4 * 10**9, 16e9, 0.01, 0.02, {"data": {"all-reduce": 3}}
     )
     monkeypatch.setattr(compile_lib, "compile_step", lambda *_: report)
     monkeypatch.setattr(compile_lib, "topology_devices", lambda _: jax.devices())

@@ -1,28 +1,36 @@
 """Whole runs of a fleet on a small base model of random weights."""
 
 import json
+import re
 import shutil
 import signal
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from checkpoints import save_clip
 from etils import epath
 from fleet_runs import (
     CONFIG,
     STEPS,
+    assert_close,
     assert_same,
     make_config,
     report_of,
     start,
-    tensors_of,
     wait_for_lines,
     write_inputs,
 )
 
 from configs import default
-from perfusion_jax import InputError, training
+from perfusion_jax import InputError, distributed, fleet, fleet_members, parallel, training
+from perfusion_jax.config import OVERRIDES, member_config
+from perfusion_jax.data.table import read_table
 from perfusion_jax.fleet import train_fleet
+from perfusion_jax.fleet_members import Member, load_fleet, plan, round_settings
+from perfusion_jax.fleet_report import OpenRound
 from perfusion_jax.train import train
 
 
@@ -60,9 +68,7 @@ def test_a_concept_equals_the_one_that_train_learns_alone(inputs, finished, tmp_
     config.update(CONFIG, name=name, super_category="dog", pictures=str(inputs / name), steps=STEPS[name])
     config.update(covariance=str(inputs / "covariance.npz"), validate_every=0, flip=name != "tom")
     train(config, epath.Path(tmp_path))
-    alone = tensors_of(tmp_path, name)
-    for key, tensor in tensors_of(finished, name).items():
-        np.testing.assert_allclose(tensor, alone[key], rtol=1e-3, atol=1e-3 * np.abs(alone[key]).max(), err_msg=key)
+    assert_close(finished, tmp_path, name)
 
 
 def test_a_finished_fleet_does_nothing_more(inputs, finished, capsys):
@@ -77,14 +83,15 @@ def test_another_config_is_refused(inputs, finished):
         train_fleet(make_config(inputs, bias=0.5), epath.Path(finished))
 
 
-def test_a_corrupt_concept_is_reported_and_the_others_finish(inputs, finished, tmp_path):
+def test_a_corrupt_concept_is_reported_and_the_others_finish(inputs, finished, tmp_path, capsys):
     for name in ("rex", "cup", "max"):
         shutil.copytree(inputs / name, tmp_path / "table" / name)
         (tmp_path / "table" / name / "concept.json").write_text('{"super_category": "dog"}')
     (tmp_path / "table" / "cup" / "0.png").write_text("no picture")
     config = make_config(inputs, concepts=str(tmp_path / "table"))
-    with pytest.raises(InputError, match=r"1 of 3 concepts were not learnt, such as cup: .*0\.png: not a picture"):
-        train_fleet(config, epath.Path(tmp_path / "run"))
+    train_fleet(config, epath.Path(tmp_path / "run"))
+    told = capsys.readouterr().err
+    assert re.search(r"warning: 1 of 3 concepts were not learnt, such as cup: .*0\.png: not a picture", told)
     report = report_of(tmp_path / "run")
     assert {name: line["state"] for name, line in report.items()} == {"rex": "done", "max": "done", "cup": "failed"}
     # Mended, the same command does what is missing, and nothing else.
@@ -95,7 +102,7 @@ def test_a_corrupt_concept_is_reported_and_the_others_finish(inputs, finished, t
     assert (tmp_path / "run" / "concepts" / "rex.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_member_that_diverges_is_marked_and_the_others_finish(inputs, finished, tmp_path, monkeypatch):
+def test_a_member_that_diverges_is_marked_and_the_others_finish(inputs, finished, tmp_path, monkeypatch, capsys):
     step = training.train_step
 
     def breaking(base, params, whitening, examples, learning, key, settings, place):
@@ -104,8 +111,10 @@ def test_a_member_that_diverges_is_marked_and_the_others_finish(inputs, finished
         return step(base, params, whitening, broken, learning, key, settings, place)
 
     monkeypatch.setattr(training, "train_step", breaking)
-    with pytest.raises(InputError, match=r"1 of 6 .* tom: the loss or its gradient was not finite at step 3"):
-        train_fleet(make_config(inputs, members=6), epath.Path(tmp_path))
+    train_fleet(make_config(inputs, members=6), epath.Path(tmp_path))
+    assert re.search(
+        "warning: 1 of 6 .* tom: the loss or its gradient was not finite at step 3", capsys.readouterr().err
+    )
     states = {name: line["state"] for name, line in report_of(tmp_path).items()}
     assert states == {name: "diverged" if name == "tom" else "done" for name in STEPS}
     assert not (tmp_path / "concepts" / "tom.safetensors").exists()
@@ -164,3 +173,95 @@ def test_shards_of_a_table_share_a_workdir(inputs, tmp_path):
     names = [sorted(report_of(tmp_path / f"shard_{index}_of_2")) for index in range(2)]
     assert names == [["cup", "max", "rex"], ["bob", "tom", "zoe"]]
     assert len(list((tmp_path / "concepts").iterdir())) == len(STEPS)
+
+
+def stopped_after(steps, config, workdir):
+    """Starts a run, and stops it as a SIGTERM does after so many steps."""
+    calls = iter(range(10**6))
+
+    @contextmanager
+    def stopping():
+        yield lambda: next(calls) >= steps
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "stopping", stopping)
+        # It is asked before each step alone, and not while it waits for the pictures.
+        patch.setattr(fleet, "_result", lambda future, stop: future.result())
+        with pytest.raises(KeyboardInterrupt):
+            train_fleet(config, epath.Path(workdir))
+
+
+def test_a_concept_that_fails_once_in_an_interrupted_round_still_takes_all_its_steps(inputs, finished, tmp_path):
+    config = make_config(inputs, members=4)
+    picture = inputs / "max" / "0.png"
+    whole = picture.read_bytes()
+    try:
+        for steps in (2, 1):
+            stopped_after(steps, config, tmp_path)
+            picture.write_bytes(b"" if steps == 2 else whole)
+    finally:
+        picture.write_bytes(whole)
+    assert report_of(tmp_path)["max"]["state"] == "failed"
+    train_fleet(config, epath.Path(tmp_path))
+    assert {(line["state"], line["steps"]) for line in report_of(tmp_path).values()} == {("done", n) for n in (4, 5, 6)}
+    for name in STEPS:
+        assert_same(finished, tmp_path, name)
+
+
+def test_a_line_that_has_changed_in_an_interrupted_round_is_learnt_as_it_is_now(
+    inputs, finished, tmp_path, monkeypatch
+):
+    table = inputs / "changing.csv"
+    table.write_text((inputs / "concepts.csv").read_text().replace("max,dog,max,4", "max,dog,zoe,4"))
+    config = make_config(inputs, members=4, concepts=str(table))
+    stopped_after(2, config, tmp_path)
+    table.write_text((inputs / "concepts.csv").read_text())
+    train_fleet(config, epath.Path(tmp_path))
+    for name in STEPS:
+        assert_same(finished, tmp_path, name)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 2), (2, 1, 1)])
+def test_an_interrupted_fleet_goes_on_on_another_mesh(inputs, finished, tmp_path, mesh):
+    stopped_after(3, make_config(inputs, members=4), tmp_path)
+    process = start(make_config(inputs, members=4, mesh=mesh), tmp_path, devices=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    for name in STEPS:
+        assert_close(tmp_path, finished, name)
+
+
+def test_finished_concepts_are_drawn_and_scored(inputs, tmp_path):
+    config = make_config(inputs, validation_prompts=("a {} on the moon",), evaluator=str(save_clip(tmp_path / "clip")))
+    config.sampling_steps = 2
+    train_fleet(config, epath.Path(tmp_path / "run"))
+    for name, line in report_of(tmp_path / "run").items():
+        assert {"image_similarity", "text_similarity", "prompt_precision", "score"} <= set(line)
+        assert (tmp_path / "run" / "samples" / f"{name}.png").exists()
+
+
+def test_as_many_members_are_learnt_at_once_as_fit(inputs, monkeypatch):
+    config = make_config(inputs)
+    loaded = load_fleet(config)
+    members = [Member(row, member_config(config, row)) for row in read_table(config.concepts, OVERRIDES)]
+    settings = round_settings(members[0].config)
+    sizes = [parallel.bytes_per_chip(loaded.compiled(settings, count, 8, 2, 16)) for count in range(1, 7)]
+    assert sizes == sorted(sizes)
+    for fitting, size in enumerate(sizes, start=1):
+        device = SimpleNamespace(memory_stats=lambda limit=size: {"bytes_limit": limit / 0.9 + 2})
+        with monkeypatch.context() as patch:
+            patch.setattr(fleet_members.jax, "local_devices", lambda device=device: [device])
+            assert {len(one.members) for one in plan(loaded, members, members, OpenRound())} == {fitting}
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_named_before_anything_is_learnt(inputs, tmp_path):
+    table = (inputs / "concepts.csv").read_text().splitlines()
+    lines = [
+        f"{line},{'batch_size' if number == 0 else '3' if number == 4 else ''}" for number, line in enumerate(table)
+    ]
+    (inputs / "odd.csv").write_text("\n".join(lines) + "\n")
+    config = make_config(inputs, concepts=str(inputs / "odd.csv"), mesh=(1, 2, 1))
+    process = start(config, tmp_path, devices=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert re.search(r"error: .*odd\.csv.*5.*: config\.batch_size is 3", output)

@@ -3,7 +3,7 @@
 import pytest
 
 from perfusion_jax.errors import InputError
-from perfusion_jax.hlo_report import axes_crossed, collectives, count_by_axes, find_chip, kernel_cost
+from perfusion_jax.hlo_report import axes_crossed, collectives, count_by_axes, find_chip, hbm_traffic, kernel_cost
 
 MESH = {"concept": 2, "data": 2, "fsdp": 2}
 
@@ -75,6 +75,41 @@ def test_work_of_attention_kernels_is_counted():
     flops, traffic = kernel_cost(hlo)
     assert flops == 2 * 2 * (2 * 8 * 512 * 1024 * 40)
     assert traffic == 2 * 512 * 128 * 4 + 2 * 8 * 512 * 128 * 2 + 8 * 128 + 2 * 8 * 40 * (512 + 2 * 1024) * 2
+
+
+def test_traffic_of_the_hbm_leaves_vector_memory_out():
+    hlo = """
+HloModule step
+
+%fused (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %n = f32[8,128]{1,0:T(8,128)} negate(%p)
+}
+
+%body (t: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %t = (s32[], f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%t), index=1
+  %y = f32[8,128]{1,0:T(8,128)} fusion(%x), kind=kLoop, calls=%fused
+  ROOT %r = (s32[], f32[8,128]{1,0:T(8,128)}) tuple(%x, %y)
+}
+
+ENTRY %main (a: bf16[10,100], w: bf16[256,128]) -> bf16[10,100] {
+  %a = bf16[10,100]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[256,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %s = ((bf16[256,128]{1,0:T(8,128)(2,1)}), bf16[64,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={}
+  %d = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} slice-done(%s)
+  %c = (bf16[10,100]{1,0:T(8,128)(2,1)S(1)}, bf16[10,100]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%a)
+  %e = bf16[10,100]{1,0:T(8,128)(2,1)S(1)} copy-done(%c)
+  %f = bf16[10,100]{1,0:T(8,128)(2,1)S(1)} fusion(%e, %d), kind=kLoop, calls=%fused
+  %g = bf16[10,100]{0,1:T(8,128)(2,1)} fusion(%f, %a), kind=kLoop, calls=%fused
+  %l = (s32[], f32[8,128]{1,0:T(8,128)}) while(%i), condition=%cond, body=%body
+  ROOT %h = pred[16]{0:T(512)} compare(%g, %f)
+}
+"""
+    prefetched = 64 * 128 * 2 + 16 * 128 * 2
+    written = 16 * 128 * 2 + 104 * 128 * 2  # a, and g along its other axis
+    assert hbm_traffic(hlo) == prefetched + written + 2 * 8 * 128 * 4 + 512 + 104 * 128 * 2
+    assert hbm_traffic(hlo, loops=3) - hbm_traffic(hlo) == 2 * 2 * 8 * 128 * 4
 
 
 def test_a_chip_with_two_devices_shares_its_peaks():

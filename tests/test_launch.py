@@ -209,7 +209,7 @@ def test_a_run_asks_for_the_slice_and_gives_it_back(tools):
         *["queued-resources list"] * 3,
         "tpu-vm scp",
         *["tpu-vm ssh"] * 3,  # install, start, follow
-        "--recursive --exclude=^checkpoints/.*",  # gcloud storage rsync
+        "--recursive --exclude=(^|/)(checkpoints|compiled)/.*",  # gcloud storage rsync
         "queued-resources delete",
     ]
 
@@ -296,7 +296,10 @@ def test_the_jobset_has_the_shape_of_its_api(jobset):
     assert set(jobset["spec"]) == {"failurePolicy", "replicatedJobs"}
     policy = jobset["spec"]["failurePolicy"]
     assert set(policy) == {"maxRestarts", "rules"}
-    assert policy["rules"] == [{"name": "restartShard", "action": "RestartJob"}]
+    assert policy["rules"] == [
+        {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
+        {"name": "restartShard", "action": "RestartJob"},
+    ]
     (shard,) = jobset["spec"]["replicatedJobs"]
     assert set(shard) == {"name", "replicas", "template"}
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "shard"}, **shard["template"]}
@@ -353,14 +356,18 @@ def test_all_hosts_get_the_same_version_of_every_dependency():
     }
 
 
-def test_the_flags_that_are_given_are_there():
-    given = "".join(file.read_text() for file in sorted(LAUNCH.iterdir())) + (ROOT / "README.md").read_text()
-    keys = set(re.findall(r"--config\.(\w+)", given))
-    assert keys - {"x"} <= set(fleet.get_config()) | set(default.get_config())
+def test_the_training_knows_every_flag_that_it_is_given():
+    files = [*sorted(LAUNCH.iterdir()), ROOT / "README.md", ROOT / "docs" / "gallery.md", *(ROOT / "configs").iterdir()]
+    text = "\n".join(file.read_text() for file in files if file.is_file()).replace("\\\n", " ")
+    lines = [line.split("perfusion_jax.train", 1)[1] for line in text.splitlines() if "perfusion_jax.train" in line]
+    container = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]["replicatedJobs"][0]
+    (container,) = container["template"]["spec"]["template"]["spec"]["containers"]
+    given = re.findall(r"--([\w.]+)", " ".join([*lines, *container["args"], (LAUNCH / "common.sh").read_text()]))
     defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', (ROOT / "perfusion_jax" / "train.py").read_text()))
-    used = {"workdir", "distributed", "shard", "coordinator_address", "num_processes", "process_id"}
-    assert used <= defined | {"config"}
-    assert used == {flag for flag in re.findall(r"--(\w+)", given) if flag in used}
+    keys = {f"config.{key}" for key in {*fleet.get_config(), *default.get_config(), "KEY"}}
+    ours = {"dry_run", "help", "recursive", "exclude"}  # of the scripts and of gcloud
+    assert set(given) <= {"config", *defined, *keys, *ours}
+    assert {"workdir", "distributed", "shard", "config.concepts", "coordinator_address"} <= set(given)
 
 
 def test_what_the_readme_names_is_there():

@@ -175,11 +175,12 @@ class BaseModel:
                 f"the whitening matrix is {whitening.shape}; this text encoder's width is {self.context_width}"
             )
         located = [self.tokenizer.locate(template, super_category) for template in templates]
-        ids, masks = (np.stack(arrays) for arrays in zip(*located, strict=True))
+        encodings = [_encode(self, self.params["text_encoder"], ids[None]) for ids, _ in located]
+        masks = np.stack([mask for _, mask in located])
         return Concept.from_super_category(
             projections=cross_attention_layers(self.params["unet"]),
             embedding=self.super_category_embedding(super_category),
-            encoding=text.mean_at(self.encode(self.params["text_encoder"], ids), jnp.asarray(masks)),
+            encoding=text.mean_at(jnp.concatenate(encodings), jnp.asarray(masks)),
             whitening=whitening,
         )
 
@@ -219,6 +220,10 @@ class BaseModel:
             params=jax.tree.map(lambda leaf: leaf.astype(dtype), self.params),
             **{name: getattr(self, name).clone(dtype=dtype) for name in ("unet", "vae", "text_encoder")},
         )
+
+
+# Compiled once, however many templates a concept has.
+_encode = jax.jit(BaseModel.encode, static_argnums=0)
 
 
 def network_dtype(name: str = "auto") -> jnp.dtype:

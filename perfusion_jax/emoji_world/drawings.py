@@ -64,12 +64,6 @@ def rasterise(vendor: str, icon_name: str) -> np.ndarray:
     return square_sprite(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
-def open_three_dimensional(code_point: str) -> np.ndarray:
-    """Sprite of a Fluent 3D picture, named by its Unicode code point in hexadecimal ("1f436" is the dog's face)."""
-    path = package_directory("fluent-emoji-3d") / "assets" / f"{code_point}.webp"
-    return square_sprite(Image.open(path).convert("RGBA"))
-
-
 @functools.cache
 def world_sprites() -> dict[str, np.ndarray]:
     """Sprites of the world: {category or headwear: uint8 array [drawings, SPRITE_PIXELS, SPRITE_PIXELS, 4]}."""

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from etils import epath
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.concept import Concept
@@ -86,7 +87,7 @@ def read_card(file: str | Path) -> ConceptCard:
     Raises:
         InputError: no such file, not a concept, or damaged.
     """
-    return _read(Path(file))[0]
+    return _read(epath.Path(file))[0]
 
 
 def load_concept(file: str | Path, base: BaseModel) -> TrainedConcept:
@@ -95,19 +96,20 @@ def load_concept(file: str | Path, base: BaseModel) -> TrainedConcept:
     Raises:
         InputError: no such file, not a concept, damaged, or trained on another base model.
     """
-    card, tensors = _read(Path(file))
+    card, tensors = _read(epath.Path(file))
     if not base.has_fingerprint(card.fingerprint):
         raise InputError(
             f"{file}: trained on the base model {card.base_model}, which {base.name} is not: load that one"
         )
-    return TrainedConcept(_concept(Path(file), tensors, base), card)
+    return TrainedConcept(_concept(epath.Path(file), tensors, base), card)
 
 
-def _read(file: Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
+def _read(file: epath.Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
     try:
-        with safe_open(file, framework="numpy") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
+        data = file.read_bytes()
+        tensors = load(data)
+        # The header, which `load` has checked: its length in 8 bytes, then JSON.
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such concept file") from error
     except (SafetensorError, OSError) as error:
@@ -119,7 +121,7 @@ def _read(file: Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
     return _card(file, metadata), tensors
 
 
-def _card(file: Path, metadata: dict[str, str]) -> ConceptCard:
+def _card(file: epath.Path, metadata: dict[str, str]) -> ConceptCard:
     try:
         fields = {field.name: json.loads(metadata[field.name]) for field in dataclasses.fields(ConceptCard)}
         numbers = {key: float(fields[key]) for key in ("bias", "temperature", "guidance_scale")}
@@ -131,7 +133,7 @@ def _card(file: Path, metadata: dict[str, str]) -> ConceptCard:
         raise InputError(f"{file}: its metadata cannot be read ({error})") from error
 
 
-def _concept(file: Path, tensors: dict[str, np.ndarray], base: BaseModel) -> Concept:
+def _concept(file: epath.Path, tensors: dict[str, np.ndarray], base: BaseModel) -> Concept:
     template = base.new_concept_shapes()
     expected = {"embedding": template.embedding, "target_input": template.target_input, "dual": template.dual}
     for kind in ("key_outputs", "value_outputs"):
