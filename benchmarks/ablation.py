@@ -35,8 +35,6 @@ VARIANTS = {
     "no lock": {"lock_keys": False},
     "no mask": {"masks": "none"},
     "embedding only": {"edit": False},
-    "values only": {"train_embedding": False},
-    "gradient through i*": {"straight_through": True},
 }
 
 
@@ -53,7 +51,7 @@ def main(_: list[str]) -> None:
             # The last step of every variant, not the best one by the measure that is reported.
             config.validate_every = 0
             with contextlib.redirect_stdout(io.StringIO()):
-                file = train(config, out / variant.replace(" ", "_").replace("*", "") / name)
+                file = train(config, out / variant.replace(" ", "_") / name)
             trained = load_concept(file, base)
             drawn, own, scored = draw_and_score(base, clip, trained, SEEDS.value, strength=float(config.edit))
             scores.append(scored)

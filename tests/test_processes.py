@@ -80,6 +80,7 @@ def test_two_processes_learn_what_one_does(finished, alone):
         assert_close(finished, alone, name)
 
 
+@pytest.mark.slow
 def test_four_processes_that_share_concepts_learn_what_one_does(inputs, alone, tmp_path):
     finish(make_config(inputs, members=4, mesh=(2, 2, 1)), tmp_path / "run", count=4)
     for name in STEPS:
@@ -118,7 +119,7 @@ def tells_that_another_is_lost(output):
     return "most likely indicates that another task died" in output or "cannot go on with the other 1" in output
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_when_one_process_dies_the_other_ends_and_the_same_command_goes_on(config, finished, tmp_path, victim):
     workdir = tmp_path / "run"
     ended, seconds = interrupted_in_the_second_round(config, workdir, victim, how=signal.SIGKILL)
@@ -129,7 +130,7 @@ def test_when_one_process_dies_the_other_ends_and_the_same_command_goes_on(confi
     finishes_without_doing_anything_twice(config, workdir, finished)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_error_in_one_process_ends_the_other(config, tmp_path, victim):
     before = ["pass", "pass"]
     before[victim] = (
