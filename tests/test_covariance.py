@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion_jax import InputError
+from perfusion_jax.command_line import BAD_INPUT
 from perfusion_jax.covariance import (
     BATCH,
     accumulate,
@@ -209,7 +210,7 @@ class TestCommand:
         for captions, message in (("captions.txt", "no captions in it"), ("missing.txt", "no such file of captions")):
             run = self.start(sd1_folder, tmp_path / captions, tmp_path / "c.npz")
             stderr = run.communicate()[1]
-            assert run.returncode == 1
+            assert run.returncode == BAD_INPUT
             assert stderr.splitlines()[-1] == f"error: {tmp_path / captions}: {message}" + (
                 "; one goes on a line" if captions == "captions.txt" else ""
             )
