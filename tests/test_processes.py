@@ -119,7 +119,7 @@ def tells_that_another_is_lost(output):
     return "most likely indicates that another task died" in output or "cannot go on with the other 1" in output
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_one_process_dies_the_other_ends_and_the_same_command_goes_on(config, finished, tmp_path, victim):
     workdir = tmp_path / "run"
     ended, seconds = interrupted_in_the_second_round(config, workdir, victim, how=signal.SIGKILL)
@@ -130,7 +130,8 @@ def test_when_one_process_dies_the_other_ends_and_the_same_command_goes_on(confi
     finishes_without_doing_anything_twice(config, workdir, finished)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_an_error_in_one_process_ends_the_other(config, tmp_path, victim):
     before = ["pass", "pass"]
     before[victim] = (
