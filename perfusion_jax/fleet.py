@@ -46,6 +46,9 @@ from perfusion_jax.workdir import Log, begin, write_concept
 
 # Concepts that are finished between two looks at whether to stop.
 FINISHED_AT_ONCE = 8
+# Steps that are begun before the devices have taken those before them: enough to keep them busy, and few enough not to
+# wait for long when the machine is about to be taken away.
+AHEAD = 2
 
 
 def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] = (0, 1)) -> None:
@@ -227,6 +230,7 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
         while waiting:
             due = [slot for slot in waiting if limits[slot] <= now][:FINISHED_AT_ONCE]
             if stop():
+                _log_losses(unread, 0, log, opened.steps_before)
                 save()
                 raise KeyboardInterrupt
             if due:
@@ -240,6 +244,8 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
             learning, loss = compiled(fleet.params, fleet.metric, members, learning)
             now += 1
             losses.append(loss)
+            if len(losses) > AHEAD:
+                losses[-1 - AHEAD].block_until_ready()
             run.advance(sum(now <= limits[slot] for slot in waiting))
             if now % config.log_every == 0 or now in limits:
                 unread.append((now, losses))

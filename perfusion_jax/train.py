@@ -7,6 +7,7 @@ The same command goes on where an interrupted one was. `--config configs/dog.py:
 
 import dataclasses
 import shlex
+import sys
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -209,7 +210,9 @@ def finish(config: ConfigDict, base: BaseModel, run: Run, result: epath.Path) ->
         "strength": "" if config.edit else 0,
     }
     words = [word for name, value in arguments.items() if value != "" for word in (f"--{name}", str(value))]
-    print(f"draw it:  python -m perfusion_jax.sample {shlex.join(words)}")
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    print(f"draw it:  {shlex.quote(str(python))} -m perfusion_jax.sample {shlex.join(words)}")
     return result
 
 
