@@ -43,6 +43,7 @@ def main(_: list[str]) -> None:
     base, clip = load_base_model("emoji"), load_clip(shipped.EVALUATOR)
     print("| variant | image similarity | text similarity | prompt precision |\n| --- | --- | --- | --- |")
     for variant, changes in VARIANTS.items():
+        folder = out / variant.replace(" ", "_")
         scores, rows = [], []
         for name in CONCEPTS.value:
             facts = json.loads((shipped.EXAMPLES / name / "concept.json").read_text())
@@ -51,12 +52,12 @@ def main(_: list[str]) -> None:
             # The last step of every variant, not the best one by the measure that is reported.
             config.validate_every = 0
             with contextlib.redirect_stdout(io.StringIO()):
-                file = train(config, out / variant.replace(" ", "_") / name)
+                file = train(config, folder / name)
             trained = load_concept(file, base)
             drawn, own, scored = draw_and_score(base, clip, trained, SEEDS.value, strength=float(config.edit))
             scores.append(scored)
             rows.append(np.concatenate([own[:1], drawn[:: SEEDS.value]]))
-        write_picture(out / f"{variant.replace(' ', '_').replace('*', '')}.png", grid(rows))
+        write_picture(folder.with_suffix(".png"), grid(rows))
         print(f"| {variant} | {' | '.join(f'{mean:.3f}' for mean in np.mean(scores, axis=0))} |", flush=True)
 
 

@@ -25,8 +25,8 @@ from matplotlib import pyplot as plt
 OUT = flags.DEFINE_string("out", "fleet", "Folder of the plot.")
 SIZES = flags.DEFINE_multi_integer("size", [1, 4, 16, 64], "Concepts of a fleet; may be given several times.")
 RUNS = flags.DEFINE_integer("runs", 4, "Concepts that are learnt by a run each.")
-FEW = flags.DEFINE_integer("few", 10, "Steps of the shorter runs.")
-MORE = flags.DEFINE_integer("more", 40, "Steps of the longer runs.")
+FEW = flags.DEFINE_integer("few", 5, "Steps of the shorter runs.")
+MORE = flags.DEFINE_integer("more", 20, "Steps of the longer runs.")
 STEPS = flags.DEFINE_integer("steps", 400, "Steps of a concept, for the concepts per hour.")
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,6 @@ concepts again; and leaves done and diverged ones alone, whatever has become of 
 """
 
 import dataclasses
-import os
 import sys
 import threading
 import time
@@ -63,9 +62,6 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
         InputError: the config, table or workdir cannot be used, or not one concept was learnt.
     """
     check(config)
-    if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # So that after a preemption nothing is compiled again.
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     index, count = shard
     rows = read_table(config.concepts, OVERRIDES)[index::count]
     members = [Member(row, member_config(config, row)) for row in rows]

@@ -44,8 +44,8 @@ class Member(NamedTuple):
     @property
     def identity(self) -> str:
         """The name and a digest of the row: a state that was learnt by another row is not this concept's."""
-        row = sorted(self.row._replace(where="")._asdict().items())
-        return f"{self.name} {hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]}"
+        row = json.dumps(self.row._replace(where="")._asdict(), sort_keys=True)
+        return f"{self.name} {hashlib.sha256(row.encode()).hexdigest()[:16]}"
 
 
 class Round(NamedTuple):

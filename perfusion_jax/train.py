@@ -6,6 +6,7 @@ The same command goes on where an interrupted one was. `--config configs/dog.py:
 """
 
 import dataclasses
+import os
 import shlex
 import sys
 from contextlib import ExitStack, closing
@@ -232,6 +233,9 @@ def main() -> None:
     with ExitStack() as stack:
         if given.distributed:
             stack.enter_context(distributed.job(given.coordinator_address, given.num_processes, given.process_id))
+        if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            # So that after a preemption nothing is compiled again.
+            jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
         train_fleet(config, workdir, parse_shard(given.shard) if given.shard else (0, 1))
 
 

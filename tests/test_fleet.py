@@ -210,9 +210,7 @@ def test_a_concept_that_fails_once_in_an_interrupted_round_still_takes_all_its_s
         assert_same(finished, tmp_path, name)
 
 
-def test_a_line_that_has_changed_in_an_interrupted_round_is_learnt_as_it_is_now(
-    inputs, finished, tmp_path, monkeypatch
-):
+def test_a_line_that_has_changed_in_an_interrupted_round_is_learnt_as_it_is_now(inputs, finished, tmp_path):
     table = inputs / "changing.csv"
     table.write_text((inputs / "concepts.csv").read_text().replace("max,dog,max,4", "max,dog,zoe,4"))
     config = make_config(inputs, members=4, concepts=str(table))
@@ -257,11 +255,9 @@ def test_as_many_members_are_learnt_at_once_as_fit(inputs, monkeypatch):
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_named_before_anything_is_learnt(inputs, tmp_path):
-    table = (inputs / "concepts.csv").read_text().splitlines()
-    lines = [
-        f"{line},{'batch_size' if number == 0 else '3' if number == 4 else ''}" for number, line in enumerate(table)
-    ]
-    (inputs / "odd.csv").write_text("\n".join(lines) + "\n")
+    lines = (inputs / "concepts.csv").read_text().splitlines()
+    sizes = ["batch_size", "", "", "", "3", "", ""]
+    (inputs / "odd.csv").write_text("".join(f"{line},{size}\n" for line, size in zip(lines, sizes, strict=True)))
     config = make_config(inputs, concepts=str(inputs / "odd.csv"), mesh=(1, 2, 1))
     process = start(config, tmp_path, devices=2)
     output, _ = process.communicate(timeout=300)
