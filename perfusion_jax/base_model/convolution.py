@@ -34,7 +34,8 @@ def convolve(inputs: jax.Array, kernel: jax.Array, strides: Sequence[int], paddi
 
     def product(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         patches = _patches(inputs, kernel.shape[:2], strides, padding)
-        return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]))
+        rows = jnp.matmul(patches.reshape(-1, patches.shape[-1]), kernel.reshape(-1, kernel.shape[-1]))
+        return rows.reshape(*patches.shape[:-1], kernel.shape[-1])
 
     if kernel.shape[:2] == (1, 1):
         return product(inputs, kernel)

@@ -25,7 +25,12 @@ for _module in (
 ):
     logging.getLogger(_module).addFilter(_is_not_flax_deprecation)
 
-from diffusers.models.attention_flax import FlaxAttention, FlaxGEGLU, FlaxTransformer2DModel  # noqa: E402
+from diffusers.models.attention_flax import (  # noqa: E402
+    FlaxAttention,
+    FlaxBasicTransformerBlock,
+    FlaxGEGLU,
+    FlaxTransformer2DModel,
+)
 from diffusers.models.resnet_flax import FlaxResnetBlock2D, FlaxUpsample2D  # noqa: E402
 from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel  # noqa: E402
 from diffusers.models.vae_flax import FlaxAutoencoderKL  # noqa: E402
@@ -53,6 +58,7 @@ __all__ = [
     "CLIPVisionConfig",
     "FlaxAttention",
     "FlaxAutoencoderKL",
+    "FlaxBasicTransformerBlock",
     "FlaxCLIPAttention",
     "FlaxCLIPMLP",
     "FlaxCLIPModule",
