@@ -116,7 +116,7 @@ def _groups(line: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    return [int(number) for number in text.split(",") if number]
 
 
 def _iota(dimensions: str, order: str | None) -> np.ndarray:
@@ -172,13 +172,13 @@ def _in_hbm(array: re.Match[str]) -> bool:
     return "S(" not in (array["layout"] or "")
 
 
-def _bytes(array: re.Match[str]) -> float:
-    """Bytes of an array, its padding to whole tiles included."""
+def _bytes(array: re.Match[str], tile: str = "") -> float:
+    """Bytes of an array, its padding to whole tiles included: those of its layout, or `tile` where it names none."""
     bits = int(re.sub(r"\D", "", array["dtype"]) or 8)  # `pred` is a byte
-    shape = [int(size) for size in array["shape"].split(",") if size]
-    order = [int(axis) for axis in (array["order"] or "").split(",") if axis] or range(len(shape))[::-1]
-    tile = re.match(r"T\(([\d,]+)\)", array["layout"] or "")
-    sides = _numbers(tile[1])[::-1] if tile else []
+    shape = _numbers(array["shape"])
+    order = _numbers(array["order"] or "") or range(len(shape))[::-1]
+    named = re.match(r"T\(([\d,]+)\)", array["layout"] or "")
+    sides = _numbers(named[1] if named else tile)[::-1]
     sizes = itertools.zip_longest((shape[axis] for axis in order), sides, fillvalue=1)
     return math.prod(-(-size // side) * side for size, side in sizes) * bits / 8
 
@@ -192,21 +192,11 @@ def kernel_cost(hlo: str) -> tuple[float, float]:
     flops = traffic = 0.0
     for line in hlo.splitlines():
         if match := _KERNEL.search(line):
-            operands = list(_shapes(match["operands"]))
-            query, key = [shape for _, shape in operands if len(shape) > 3][:2]
+            arrays = [array for side in ("operands", "results") for array in _ARRAY.finditer(match[side])]
+            query, key = [shape for array in arrays if len(shape := _numbers(array["shape"])) > 3][:2]
             flops += 2 * _MATRIX_PRODUCTS[match["kind"]] * math.prod(query) * key[-1]
-            traffic += sum(_tiled_bytes(*array) for array in [*operands, *_shapes(match["results"])])
+            traffic += sum(_bytes(array, tile="8,128") for array in arrays)
     return flops, traffic
-
-
-def _shapes(text: str) -> Iterator[tuple[str, list[int]]]:
-    for dtype, dimensions in re.findall(r"\b([a-z]+\d+)\[([\d,]+)\]", text):
-        yield dtype, _numbers(dimensions)
-
-
-def _tiled_bytes(dtype: str, shape: Sequence[int]) -> float:
-    *outer, rows, columns = (1, *shape) if len(shape) < 2 else shape
-    return math.prod(outer) * (-(-rows // 8) * 8) * (-(-columns // 128) * 128) * int(re.sub(r"\D", "", dtype)) / 8
 
 
 def axes_crossed(groups: Sequence[Sequence[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:

@@ -27,7 +27,8 @@ def architecture(large_folder):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("topology", "shape"), [("v5e:2x4", (4, 2, 1)), ("v4:2x2x2", (2, 2, 2)), ("v6e:4x4", (16, 1, 1))]
+    ("topology", "shape"),
+    [("v5e:2x4", (4, 2, 1)), ("v5e:16x16", (64, 4, 1)), ("v4:2x2x2", (2, 2, 2)), ("v6e:4x4", (16, 1, 1))],
 )
 def test_nothing_is_sent_between_concepts(sd1_folder, topology, shape):
     base = load_architecture(sd1_folder, dtype=jnp.dtype(jnp.bfloat16))
