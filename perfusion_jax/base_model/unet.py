@@ -120,7 +120,7 @@ def denoise(
             return next_fun(*args, **kwargs)
         if isinstance(block, FlaxBasicTransformerBlock):
             # The tokens of all samples in one row: `jax.vmap` over members with one sample each would otherwise put an
-            # axis of size 1 in the middle, beside which the TPU compiler fuses less and moves a sixth more.
+            # axis of size 1 in the middle, around which the TPU compiler fuses less and moves 15 % more over the HBM.
             tokens = args[0]
             return next_fun(tokens.reshape(-1, tokens.shape[-1]), *args[1:], **kwargs).reshape(tokens.shape)
         if isinstance(block, FlaxAttention):
