@@ -187,7 +187,7 @@ def kernel_cost(hlo: str) -> tuple[float, float]:
     """Counts the work of splash attention's kernels, of which XLA's cost model knows nothing.
 
     Returns:
-        (floating-point operations, bytes of operands and results as they lie in tiles of 8 x 128).
+        (floating-point operations, bytes of operands and results, in tiles of 8 x 128 unless the layout names others).
     """
     flops = traffic = 0.0
     for line in hlo.splitlines():
