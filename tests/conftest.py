@@ -1,11 +1,32 @@
-"""Small Stable-Diffusion-layout checkpoints of random weights, saved by PyTorch diffusers and transformers."""
+"""What all tests share: compiled programs, and small checkpoints of random weights.
 
+These have the layout of Stable Diffusion and are saved by PyTorch diffusers and transformers.
+"""
+
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
+import jax
 import pytest
 from checkpoints import LAYOUTS, save_checkpoint, save_full_size
 
 from perfusion_jax import load_base_model
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config):
+    """What one test or one process that it starts has compiled is not compiled again by another, until pytest ends."""
+    if CACHE not in os.environ:
+        os.environ[CACHE] = config.made_cache = tempfile.mkdtemp(prefix="compiled")
+        jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "made_cache"):
+        shutil.rmtree(config.made_cache)
 
 
 @pytest.fixture(scope="session", params=sorted(LAYOUTS))

@@ -5,19 +5,15 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import numpy as np
 from checkpoints import save_checkpoint
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from safetensors.numpy import load_file
 
 from configs import fleet
 
-COMPILED = "compiled"
 ROOT = Path(__file__).parents[1]
 STEPS = {"rex": 4, "tom": 6, "cup": 4, "bob": 5, "max": 4, "zoe": 6}
 CONFIG = {
@@ -48,19 +44,6 @@ def write_inputs(folder):
     (folder / "concepts.csv").write_text("\n".join(lines) + "\n")
 
 
-@contextmanager
-def compiling_once(inputs):
-    """Within it, runs in this process find what they or other processes have compiled for the same inputs."""
-    before = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", str(inputs / COMPILED))
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()
-
-
 def make_config(inputs, **changes):
     config = fleet.get_config(str(inputs / "base"))
     config.update(CONFIG, concepts=str(inputs / "concepts.csv"), covariance=str(inputs / "covariance.npz"))
@@ -86,7 +69,6 @@ def start(config, workdir, *more, devices=1, before="pass"):
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(Path(config.base).parent / COMPILED),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         },
     )

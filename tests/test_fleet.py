@@ -17,7 +17,6 @@ from fleet_runs import (
     STEPS,
     assert_close,
     assert_same,
-    compiling_once,
     make_config,
     report_of,
     start,
@@ -39,8 +38,7 @@ from perfusion_jax.train import train
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
-    with compiling_once(folder):
-        yield folder
+    return folder
 
 
 @pytest.fixture(scope="module")
