@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from perfusion_jax import distributed
-from perfusion_jax.errors import InputError
+from perfusion_jax.errors import InputError, UnavailableError
 from perfusion_jax.files import is_local
 
 
@@ -32,7 +32,7 @@ class Checkpoints:
         keep: how many of the newest are kept.
 
     Raises:
-        InputError: the folder cannot be written to.
+        UnavailableError: the folder cannot be written to.
     """
 
     def __init__(self, folder: str | epath.Path, keep: int):
@@ -40,16 +40,16 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # `resolve` takes the name of a bucket for a folder's.
-            folder = self.folder.resolve() if is_local(self.folder) else self.folder
-            self._manager = _Manager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+            self.folder = self.folder.resolve() if is_local(self.folder) else self.folder
+            self._manager = _Manager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
         except OSError as error:
-            raise InputError(f"{self.folder}: cannot be written ({error.strerror})") from error
+            raise UnavailableError(f"{self.folder}: cannot be written ({error})") from error
 
     def save(self, step: int, state: Any) -> None:
         """Begins to write `state`, a tree of arrays; returns as soon as it has been copied from the devices.
 
         Raises:
-            InputError: it, or the one before it, cannot be written.
+            UnavailableError: it, or the one before it, cannot be written.
         """
         with self._write_errors():
             if not self._manager.save(step, args=ocp.args.StandardSave(state)):
@@ -78,7 +78,10 @@ class Checkpoints:
         for step in steps:
             problem = ""
             try:
-                state = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+                # Not by the manager, which ends with a barrier: a process that cannot read would not come to it.
+                state = ocp.StandardCheckpointHandler().restore(
+                    self.folder / str(step) / "default", args=ocp.args.StandardRestore(shapes)
+                )
             except jax.errors.JaxRuntimeError:  # of the devices or other processes, not of the file
                 raise
             except Exception as error:  # Orbax raises whatever the broken bytes lead it and its backends to
@@ -104,7 +107,7 @@ class Checkpoints:
         """Waits until all that was saved is on disk, then lets go of the folder.
 
         Raises:
-            InputError: it could not be written, now or since the last call.
+            UnavailableError: it could not be written, now or since the last call.
         """
         with self._write_errors():
             self._manager.close()
@@ -116,4 +119,6 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:  # of the devices or other processes, not of the folder
             raise
         except Exception as error:  # Orbax hands on whatever its threads and backends met
-            raise InputError(f"{self.folder}: a checkpoint cannot be written ({error}); older ones are kept") from error
+            raise UnavailableError(
+                f"{self.folder}: a checkpoint cannot be written ({error}); older ones are kept"
+            ) from error

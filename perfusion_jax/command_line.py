@@ -8,7 +8,7 @@ from types import FrameType
 
 from absl import app, flags, logging
 
-from perfusion_jax.errors import InputError
+from perfusion_jax.errors import InputError, UnavailableError
 
 # Exit status where the same command would fail again.
 BAD_INPUT = 2
@@ -60,7 +60,7 @@ def run(main: Callable[[], None], resumes: bool = False) -> None:
             main()
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(BAD_INPUT)
+            sys.exit(1 if isinstance(error, UnavailableError) else BAD_INPUT)
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command goes on where it was" if resumes else "interrupted")
 

@@ -1,6 +1,7 @@
 """Many processes as one job: finding each other, telling each other small things, and stopping together."""
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from perfusion_jax import command_line
-from perfusion_jax.errors import InputError
+from perfusion_jax.errors import InputError, UnavailableError
 
 # A process that says nothing for so long counts as dead, and the others end: seconds.
 HEARTBEAT = 60
@@ -27,7 +28,8 @@ def job(coordinator_address: str | None, num_processes: int | None, process_id: 
         num_processes, process_id: likewise.
 
     Raises:
-        InputError: the processes do not find each other.
+        UnavailableError: the processes do not find each other.
+        InputError: it is not said where they are.
         SystemExit: they did, and another one is lost; as after an interruption, the same command goes on.
     """
     try:
@@ -39,10 +41,15 @@ def job(coordinator_address: str | None, num_processes: int | None, process_id: 
             shutdown_timeout_seconds=SHUTDOWN,
         )
     except (RuntimeError, ValueError) as error:
-        raise InputError(
+        # Of a slice that is started again, one host may be late.
+        kind = InputError if isinstance(error, ValueError) else UnavailableError
+        raise kind(
             f"--distributed: this process cannot join the others ({error}): start all of them at about the same time, "
             "and where JAX cannot tell by itself give --coordinator_address, --num_processes and --process_id"
         ) from error
+    if jax.process_count() == 1:
+        # Nobody would ask for the SIGTERM that JAX has begun to catch.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

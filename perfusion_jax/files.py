@@ -9,7 +9,7 @@ from pathlib import Path
 
 from etils import epath
 
-from perfusion_jax.errors import InputError
+from perfusion_jax.errors import InputError, UnavailableError
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -21,7 +21,7 @@ def write_bytes(file: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file whole or not at all, local or in a bucket (where a write is whole by itself).
 
     Raises:
-        InputError: it cannot be written.
+        UnavailableError: it cannot be written.
     """
     path = epath.Path(file)
     if is_local(path):
@@ -30,8 +30,8 @@ def write_bytes(file: str | os.PathLike[str], data: bytes) -> None:
         return
     try:
         path.write_bytes(data)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error})") from error
+    except Exception as error:  # gcsfs raises what its backends meet
+        raise UnavailableError(f"{path}: cannot be written ({error})") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -53,13 +53,13 @@ def replacing(file: Path) -> Iterator[Path]:
     """Gives a temporary path beside `file`, and renames it to `file` when the context ends without an error.
 
     Raises:
-        InputError: the folder cannot be written to.
+        UnavailableError: the folder cannot be written to.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
     except OSError as error:
-        raise InputError(f"{file}: cannot be written ({error.strerror})") from error
+        raise UnavailableError(f"{file}: cannot be written ({error.strerror})") from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -69,7 +69,7 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(file)
     except OSError as error:
-        raise InputError(f"{file}: cannot be written ({error.strerror})") from error
+        raise UnavailableError(f"{file}: cannot be written ({error.strerror})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

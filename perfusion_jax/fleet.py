@@ -8,7 +8,7 @@ finished concept is written at once, and a line of `report.jsonl` says so:
     {"name": "rex", "state": "done", "steps": 400, "seconds": 61.2, "chip_seconds": 7.7, "score": ..., "error": ""}
 
 `state` is `done`, `diverged` (its loss was no longer finite) or `failed` (its pictures cannot be used). `seconds` is
-how long its round had taken by then, `chip_seconds` its share of the chips' time.
+how long its round had taken by then, `chip_seconds` its share of the chips' time, both from the round's first step.
 
 The same command goes on inside a round that was interrupted, to the same concepts; does what is missing; tries failed
 concepts again; and leaves done and diverged ones alone, whatever has become of their lines in the table.
@@ -34,11 +34,12 @@ from perfusion_jax import distributed, parallel
 from perfusion_jax.checkpoints import Checkpoints
 from perfusion_jax.config import OVERRIDES, check, member_config
 from perfusion_jax.data.table import read_table
-from perfusion_jax.errors import InputError
+from perfusion_jax.errors import InputError, UnavailableError
 from perfusion_jax.files import locked
 from perfusion_jax.fleet_members import PICTURES_STEP, Fleet, Member, Prepared, Round, load_fleet, plan, prepare
 from perfusion_jax.fleet_report import OpenRound, Report
 from perfusion_jax.formats.picture_file import write_picture
+from perfusion_jax.hlo_report import chips_of
 from perfusion_jax.training import Learning
 from perfusion_jax.validation import Validation
 from perfusion_jax.workdir import Log, begin, write_concept
@@ -67,10 +68,15 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
     members = [Member(row, member_config(config, row)) for row in rows]
     folder = workdir / f"shard_{index}_of_{count}" if count > 1 else workdir
     with ExitStack() as stack:
+        problem = ""
         if distributed.is_first():
-            stack.enter_context(locked(folder / "lock", "take another --workdir, or another --shard of it"))
-            begin(config, folder)
-        distributed.wait_for_all("begin")
+            try:
+                stack.enter_context(locked(folder / "lock", "take another --workdir, or another --shard of it"))
+                begin(config, folder)
+            except InputError as error:
+                problem = str(error)
+        if problem := distributed.gather(problem)[0]:  # all end with it: it would be no help to try again
+            raise InputError(problem)
         report = Report(folder / "report.jsonl")
         todo = [member for member in members if not report.is_over(member.name)]
         if todo:
@@ -106,7 +112,7 @@ def _learn(
 
     Raises:
         KeyboardInterrupt: it was told to stop, and has saved.
-        InputError: something cannot be written.
+        UnavailableError: something cannot be written.
     """
     fleet = load_fleet(config)
     rounds = plan(fleet, members, todo, OpenRound.read(folder / "round.json"))
@@ -176,7 +182,7 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
 
     Raises:
         KeyboardInterrupt: it was told to stop, and has saved.
-        InputError: something cannot be written.
+        UnavailableError: something cannot be written.
     """
     fleet, current, config = run.fleet, run.current, run.fleet.config
     slots, limits = len(current.members), current.limits
@@ -192,7 +198,10 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
     # Who has lost its slot stands still from here on, and so must not come back to it.
     opened = dataclasses.replace(opened, members=identities, pictures=-(-most // PICTURES_STEP) * PICTURES_STEP)
     if distributed.is_first() and not goes_on and (run.folder / "checkpoints").exists():
-        (run.folder / "checkpoints").rmtree()
+        try:
+            (run.folder / "checkpoints").rmtree()
+        except OSError as error:
+            raise UnavailableError(f"{run.folder / 'checkpoints'}: cannot be deleted ({error})") from error
     opened.write(file)
     distributed.wait_for_all("round")
 
@@ -232,7 +241,7 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
             if due:
                 save()
                 seconds = time.monotonic() - started
-                chip_seconds = seconds * fleet.mesh.size / opened.began_with
+                chip_seconds = seconds * chips_of(fleet.mesh) / opened.began_with
                 mine = _finish(run, learning, [slot for slot in due if slot in owned], seconds, chip_seconds)
                 run.report.add([line for part in distributed.gather(mine) for line in part])
                 waiting = [slot for slot in waiting if slot not in due]
@@ -289,7 +298,7 @@ def _finish(
     """Writes and scores concepts that have taken their steps; returns their lines of the report.
 
     Raises:
-        InputError: something cannot be written.
+        UnavailableError: something cannot be written.
     """
     lines = []
     for slot, state in parallel.read_members(learning, slots).items():

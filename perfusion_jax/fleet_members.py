@@ -205,8 +205,10 @@ def _members_at_once(fleet: Fleet, settings: Settings, side: int, wanted: int) -
     def bytes_for(members: int) -> int:
         return parallel.bytes_per_chip(fleet.compiled(settings, members * places, PICTURES_STEP, prompts, side))
 
-    # The first device also holds what prepares the next round; a tenth is left for its work.
-    return places * parallel.most_that_fit(bytes_for, int(0.9 * memory["bytes_limit"]), most)
+    # The first device also prepares the next round; a tenth is left for that, and where weights are split, their whole.
+    whole = jax.tree.leaves({name: fleet.base.params[name] for name in parallel.STEP_PARAMS})
+    held = sum(leaf.nbytes for leaf in whole) if fleet.mesh.shape["fsdp"] > 1 else 0
+    return places * parallel.most_that_fit(bytes_for, int(0.9 * memory["bytes_limit"]) - held, most)
 
 
 def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: threading.Event) -> Prepared:

@@ -40,7 +40,7 @@ class Report:
         """Adds concepts, or replaces their lines.
 
         Raises:
-            InputError: it cannot be written.
+            UnavailableError: it cannot be written.
         """
         if not lines:
             return
@@ -85,7 +85,7 @@ class OpenRound:
         """Writes it; of many processes the first does.
 
         Raises:
-            InputError: it cannot be written.
+            UnavailableError: it cannot be written.
         """
         if distributed.is_first():
             write_bytes(file, json.dumps(dataclasses.asdict(self)).encode())

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from perfusion_jax.errors import InputError
 from perfusion_jax.parallel import bytes_per_chip
@@ -44,6 +45,13 @@ CHIPS: Mapping[str, Chip] = {
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 1638e9),
     "TPU7x": Chip(2307e12, 192 * 2**30, 7380e9, devices=2),
 }
+
+
+def chips_of(mesh: Mesh) -> float:
+    """Returns how many chips the devices of a mesh are; a device that is not in CHIPS counts as one."""
+    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+    return mesh.size / (chip.devices if chip else 1)
+
 
 COLLECTIVES = (
     "all-gather",

@@ -4,7 +4,7 @@ A mesh has three axes:
 
     concept    members of the fleet; nothing is ever sent along it
     data       samples of one member's batch
-    fsdp       samples too, and the frozen weights, for models that do not fit on a chip
+    fsdp       samples too, and the frozen weights; the first chip of each host holds these whole besides
 
 A round of a fleet is the state of its members stacked along a leading axis: slot i of every array is member i's. A slot
 without a member holds zeros and takes no step.

@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.concept import Concept
 from perfusion_jax.config import check_same, to_json
-from perfusion_jax.errors import InputError
+from perfusion_jax.errors import InputError, UnavailableError
 from perfusion_jax.files import is_local, write_bytes
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
 
@@ -25,13 +25,20 @@ METRICS = "metrics.jsonl"
 def begin(config: ConfigDict, workdir: epath.Path) -> None:
     """Makes the workdir and saves the config in it; once there are results, sees that it is the same config."""
     file = workdir / "config.json"
+    text = to_json(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if file.exists() and any((workdir / name).exists() for name in (METRICS, "report.jsonl")):
-            check_same(config, file.read_text(), file)
+        before = file.read_text() if file.exists() else ""
     except OSError as error:
-        raise InputError(f"{workdir}: cannot be written ({error.strerror})") from error
-    write_bytes(file, to_json(config).encode())
+        raise InputError(f"{workdir}: cannot be written ({error})") from error
+    if before and any((workdir / name).exists() for name in (METRICS, "report.jsonl")):
+        check_same(config, before, file)
+    if before == text:
+        return
+    try:
+        write_bytes(file, text.encode())
+    except UnavailableError as error:  # from the start: a wrong name, or no right to write there
+        raise InputError(str(error)) from error
 
 
 class Log:
@@ -73,7 +80,7 @@ class Log:
         """Writes what is left.
 
         Raises:
-            InputError: it cannot be written.
+            UnavailableError: it cannot be written.
         """
         self._flush()
         with self._write_errors():
@@ -95,7 +102,7 @@ class Log:
         try:
             yield
         except OSError as error:
-            raise InputError(f"{self._file.parent / 'tensorboard'}: cannot be written ({error.strerror})") from error
+            raise UnavailableError(f"{self._file.parent / 'tensorboard'}: cannot be written ({error})") from error
 
     def _write(self) -> None:
         write_bytes(self._file, "".join(f"{line}\n" for line in self._lines).encode())
@@ -134,7 +141,7 @@ def write_concept(file: epath.Path, config: ConfigDict, base: BaseModel, concept
         step: optimiser steps it took.
 
     Raises:
-        InputError: it cannot be written.
+        UnavailableError: it cannot be written.
     """
     card = make_card(config, base, step)
     save_concept(file, concept, card)

@@ -1,12 +1,15 @@
 """A fleet on several processes of this machine, which find each other as the hosts of a slice do."""
 
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 from etils import epath
-from fleet_runs import STEPS, assert_close, assert_same, make_config, start, wait_for_lines, write_inputs
+from fleet_runs import ROOT, STEPS, assert_close, assert_same, make_config, start, wait_for_lines, write_inputs
 
 from perfusion_jax.fleet import train_fleet
 
@@ -18,6 +21,35 @@ SLOWLY = (
 )
 
 
+# Saves twice, damages what process 1 wrote of the second, and restores.
+ONE_CANNOT_READ = """
+import sys
+import jax, numpy as np
+from pathlib import Path
+from perfusion_jax import distributed
+from perfusion_jax.checkpoints import Checkpoints
+address, number, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+with distributed.job(address, 2, number):
+    split = jax.sharding.NamedSharding(jax.make_mesh((2,), ("concept",)), jax.sharding.PartitionSpec("concept"))
+    def state(step):
+        whole = np.random.default_rng(step).standard_normal((2, 5000)).astype(np.float32)
+        return jax.make_array_from_callback(whole.shape, split, lambda index: whole[index])
+    checkpoints = Checkpoints(folder, keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, {"weights": state(step)})
+    checkpoints.close()
+    distributed.wait_for_all("saved")
+    if number == 1:
+        for file in (folder / "2" / "default" / "ocdbt.process_1").rglob("*"):
+            if file.is_file():
+                file.write_bytes(file.read_bytes()[:100])
+    distributed.wait_for_all("damaged")
+    restored, step = Checkpoints(folder, keep=2).restore({"weights": state(0)}, lambda line: print("WARNING", line))
+    ours, saved = (tree.addressable_data(0) for tree in (restored["weights"], state(1)))
+    print("RESTORED", step, np.array_equal(ours, saved))
+"""
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
@@ -27,11 +59,14 @@ def inputs(tmp_path_factory):
     return folder
 
 
+def free_address():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
 def start_all(config, workdir, count, before=None):
     """Starts processes that are one job; `before` is what each of them runs first."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-    place = ("--distributed", f"--coordinator_address={address}", f"--num_processes={count}")
+    place = ("--distributed", f"--coordinator_address={free_address()}", f"--num_processes={count}")
     return [
         start(config, workdir, *place, f"--process_id={number}", before=before[number] if before else "pass")
         for number in range(count)
@@ -115,6 +150,26 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step_and_the_same_command_
     finishes_without_doing_anything_twice(config, workdir, finished)
 
 
+def test_what_the_first_process_finds_wrong_ends_all_as_bad_input(inputs, finished):
+    changed = make_config(inputs, members=4, mesh=(2, 1, 1), bias=0.5)
+    for status, output in ends(start_all(changed, finished, 2)):
+        assert status == 2, output
+        assert "this workdir is of another config" in output
+
+
+def test_a_process_that_is_alone_is_stopped_while_it_loads_the_model(inputs, tmp_path):
+    config = make_config(inputs)
+    slowly = "import time; from perfusion_jax import fleet; fleet.load_fleet = lambda _: time.sleep(100)"
+    (process,) = start_all(config, tmp_path / "run", 1, [slowly])
+    wait_for_lines(process, tmp_path / "run" / "config.json", 1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    ((status, output),) = ends([process])
+    assert status == 1
+    assert "interrupted" in output
+    assert time.monotonic() - began < 30
+
+
 def tells_that_another_is_lost(output):
     return "most likely indicates that another task died" in output or "cannot go on with the other 1" in output
 
@@ -128,6 +183,26 @@ def test_when_one_process_dies_the_other_ends_and_the_same_command_goes_on(confi
     assert tells_that_another_is_lost(output), output
     assert seconds < 120
     finishes_without_doing_anything_twice(config, workdir, finished)
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_taken_by_none(tmp_path):
+    address = free_address()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_CANNOT_READ, address, str(number), str(tmp_path / "checkpoints")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+        for number in range(2)
+    ]
+    for status, output in ends(processes):
+        assert status == 0, output
+        assert "WARNING" in output
+        assert "RESTORED 1 True" in output
+    assert (tmp_path / "checkpoints" / "2.unreadable").exists()
 
 
 @pytest.mark.slow

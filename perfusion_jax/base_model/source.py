@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from perfusion_jax import shipped
-from perfusion_jax.errors import InputError
+from perfusion_jax.errors import InputError, UnavailableError
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 _SMALL_FILES = ("model_index.json", "*/*config.json", "tokenizer/*")
@@ -28,6 +29,7 @@ def find_folder(source: str, revision: str | None, variant: str | None = None, w
 
     Raises:
         InputError: there is no such folder or hub id, or it is not in the diffusers layout.
+        UnavailableError: the hub cannot be reached.
     """
     if source == "emoji" and not shipped.MODEL.is_dir():
         raise InputError(
@@ -48,6 +50,7 @@ def find_transformers_folder(source: str) -> Path:
 
     Raises:
         InputError: there is no such folder or hub id.
+        UnavailableError: the hub cannot be reached.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -67,8 +70,11 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
     try:
         yield
     except LocalEntryNotFoundError as error:
-        raise InputError(f"{hub_id}: not in the cache, and the hub cannot be reached: {error}") from error
+        raise UnavailableError(f"{hub_id}: not in the cache, and the hub cannot be reached: {error}") from error
     except (HfHubHTTPError, HFValidationError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise UnavailableError(f"{hub_id}: the hub said: {error}") from error
         raise InputError(f"{hub_id}: no such folder here, and the hub said: {error}") from error
 
 

@@ -69,7 +69,8 @@ def save_concept(file: str | Path, concept: Concept, card: ConceptCard) -> None:
     """Writes a concept, all at once or not at all.
 
     Raises:
-        InputError: the file cannot be written, or `concept` is several stacked ones.
+        UnavailableError: the file cannot be written.
+        InputError: `concept` is several stacked ones.
     """
     if concept.embedding.ndim != 1:
         raise InputError(f"{file}: {len(concept.embedding)} stacked concepts; a file holds one")
