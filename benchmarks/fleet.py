@@ -54,7 +54,7 @@ def run(config: str, workdir: Path, **changes: object) -> tuple[float, float]:
     seconds = time.perf_counter() - began
     if status:
         sys.exit(f"{' '.join(command)}\n{log.read_text()}")
-    return seconds, usage.ru_maxrss / 1e6
+    return seconds, usage.ru_maxrss * 1024 / 1e9
 
 
 def learn_fleet(folder: Path, size: int, steps: int) -> tuple[float, float]:
