@@ -12,11 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import requests
 from checkpoints import save_checkpoint
 from fake_hub import serve
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import load_file, save_file
 
 from perfusion_jax import InputError, load_base_model
+from perfusion_jax.base_model import source as source_lib
+from perfusion_jax.errors import UnavailableError
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -266,7 +270,20 @@ class TestHub:
 
     def test_without_network_and_cache_the_error_says_so(self, hub, tmp_path):
         hub.close()
-        assert "not in the cache, and the hub cannot be reached" in self.run(hub, tmp_path, "owner/model").stderr
+        told = self.run(hub, tmp_path, "owner/model").stderr
+        assert "UnavailableError: owner/model: not in the cache, and the hub cannot be reached" in told
+
+    @pytest.mark.parametrize(("status", "to_be_tried_again"), [(404, False), (403, False), (429, True), (503, True)])
+    def test_what_the_hub_says_tells_whether_to_try_again(self, monkeypatch, status, to_be_tried_again):
+        def refuse(*_, **__):
+            response = requests.Response()
+            response.status_code = status
+            raise HfHubHTTPError("no", response=response)
+
+        monkeypatch.setattr(source_lib, "snapshot_download", refuse)
+        with pytest.raises(InputError, match=r"owner/model: .*the hub said: no") as caught:
+            load_base_model("owner/model")
+        assert isinstance(caught.value, UnavailableError) == to_be_tried_again
 
 
 @pytest.mark.parametrize(
