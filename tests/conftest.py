@@ -4,7 +4,6 @@ These have the layout of Stable Diffusion and are saved by PyTorch diffusers and
 """
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,13 +19,10 @@ CACHE = "JAX_COMPILATION_CACHE_DIR"
 def pytest_configure(config):
     """What one test or one process that it starts has compiled is not compiled again by another, until pytest ends."""
     if CACHE not in os.environ:
-        os.environ[CACHE] = config.made_cache = tempfile.mkdtemp(prefix="compiled")
-        jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
-
-
-def pytest_unconfigure(config):
-    if hasattr(config, "made_cache"):
-        shutil.rmtree(config.made_cache)
+        folder = tempfile.TemporaryDirectory(prefix="compiled")
+        config.add_cleanup(folder.cleanup)
+        os.environ[CACHE] = folder.name
+        jax.config.update("jax_compilation_cache_dir", folder.name)
 
 
 @pytest.fixture(scope="session", params=sorted(LAYOUTS))

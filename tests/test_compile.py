@@ -46,8 +46,10 @@ def test_sixteen_concepts_cost_what_one_with_sixteen_samples_costs(tmp_path):
     base = load_architecture(folder, dtype=jnp.dtype(jnp.bfloat16))
     mesh = make_mesh((-1, 1, 1), compile_lib.topology_devices("v5e:2x4"))
 
+    side = base.unet.sample_size * base.vae_factor
+
     def report(members, batch):
-        return compile_lib.compile_step(base, Settings(batch_size=batch), mesh, 8 * members, 64 * base.vae_factor, 2)
+        return compile_lib.compile_step(base, Settings(batch_size=batch), mesh, 8 * members, side, prompts=2)
 
     with ThreadPoolExecutor() as executor:  # the compiler uses a core for each
         many, one = executor.map(report, (16, 1), (1, 16))

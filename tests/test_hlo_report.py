@@ -1,9 +1,20 @@
 """Reading of compiled programs, on lines as the TPU compiler writes them."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from perfusion_jax.errors import InputError
-from perfusion_jax.hlo_report import axes_crossed, collectives, count_by_axes, find_chip, hbm_traffic, kernel_cost
+from perfusion_jax.hlo_report import (
+    axes_crossed,
+    chips_of,
+    collectives,
+    count_by_axes,
+    find_chip,
+    hbm_traffic,
+    kernel_cost,
+)
 
 MESH = {"concept": 2, "data": 2, "fsdp": 2}
 
@@ -116,3 +127,9 @@ def test_a_chip_with_two_devices_shares_its_peaks():
     assert find_chip("TPU7x").flops == 2307e12 / 2
     with pytest.raises(InputError, match="TPU v1: its peaks are not known"):
         find_chip("TPU v1")
+
+
+@pytest.mark.parametrize(("kind", "chips"), [("TPU v5 lite", 8), ("TPU7x", 4), ("cpu", 8)])
+def test_devices_that_share_a_chip_are_one(kind, chips):
+    mesh = SimpleNamespace(devices=np.full((4, 2, 1), SimpleNamespace(device_kind=kind)), size=8)
+    assert chips_of(mesh) == chips

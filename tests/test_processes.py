@@ -11,6 +11,8 @@ import pytest
 from etils import epath
 from fleet_runs import ROOT, STEPS, assert_close, assert_same, make_config, start, wait_for_lines, write_inputs
 
+from perfusion_jax import InputError, distributed
+from perfusion_jax.errors import UnavailableError
 from perfusion_jax.fleet import train_fleet
 
 LIMIT = 40  # steps of every concept
@@ -168,6 +170,19 @@ def test_a_process_that_is_alone_is_stopped_while_it_loads_the_model(inputs, tmp
     assert status == 1
     assert "interrupted" in output
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("error", "to_be_tried_again"), [(RuntimeError("DEADLINE_EXCEEDED"), True), (ValueError("no coordinator"), False)]
+)
+def test_a_host_that_does_not_find_the_others_tells_whether_to_try_again(monkeypatch, error, to_be_tried_again):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", fail)
+    with pytest.raises(InputError, match="cannot join the others") as caught, distributed.job(None, None, None):
+        pass
+    assert isinstance(caught.value, UnavailableError) == to_be_tried_again
 
 
 def tells_that_another_is_lost(output):

@@ -76,14 +76,14 @@ def flags(config):
     return [f"--config={ROOT / 'configs' / 'dog.py'}:{config.base}", *values]
 
 
-def start(config, workdir):
+def start(config, workdir, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "perfusion_jax.train", *flags(config), f"--workdir={workdir}"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
     )
 
 
@@ -91,7 +91,8 @@ def start(config, workdir):
 def finished(inputs, sd1_folder, tmp_path_factory):
     """The concept of an undisturbed run from the command line: (workdir, what it printed)."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    process = start(make_config(inputs, sd1_folder), workdir)
+    # Compiled for itself, so that what others are compared with comes from another compilation than theirs.
+    process = start(make_config(inputs, sd1_folder), workdir, JAX_ENABLE_COMPILATION_CACHE="false")
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return workdir, output
