@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from checkpoints import save_checkpoint
+from jax.sharding import SingleDeviceSharding
 
 from configs import fleet
 from perfusion_jax import compile as compile_lib
 from perfusion_jax.base_model import load_architecture
+from perfusion_jax.base_model.flash_attention import flash_attention
 from perfusion_jax.errors import InputError
 from perfusion_jax.parallel import make_mesh
 from perfusion_jax.training import Settings
@@ -34,6 +36,25 @@ def test_nothing_is_sent_between_concepts(tmp_path, topology, shape):
     assert not any("concept" in axes for axes in report.collectives)
     assert bool(report.collectives) == (shape[1:] != (1, 1))
     assert report.fits
+
+
+@needs_compiler
+@pytest.mark.parametrize("topology", ["v4:2x2x2", "v5e:2x4", "v5p:2x2x1", "v6e:4x4"])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width", "dtype"),
+    [
+        (4096, 8, 40, jnp.bfloat16),  # Stable Diffusion 1 at 512 pixels
+        (4096, 5, 64, jnp.bfloat16),  # Stable Diffusion 2 at 512 pixels
+        (9216, 5, 64, jnp.bfloat16),  # and at 768
+        (4096, 5, 64, jnp.float32),
+        (4096, 2, 160, jnp.bfloat16),
+    ],
+)
+def test_attention_fits_the_vector_memory(topology, tokens, heads, width, dtype):
+    chip = SingleDeviceSharding(compile_lib.topology_devices(topology)[0])
+    shape = jax.ShapeDtypeStruct((16, tokens, heads, width), dtype, sharding=chip)
+    step = jax.jit(jax.grad(lambda *fed: flash_attention(*fed).sum().astype(jnp.float32), argnums=(0, 1, 2)))
+    assert "splash_mha_dkv" in step.lower(shape, shape, shape).compile().as_text()
 
 
 @needs_compiler

@@ -18,9 +18,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import AxisType, PartitionSpec
 
 LANES = 128
-# Tokens of one step of a kernel. All keys are in vector memory at once if there are no more than KEYS of them, so that
-# every operand is read from HBM once; at these sizes the kernels fit for heads up to 128 wide, in bfloat16.
-QUERIES, KEYS, SCORED_KEYS = 512, 4096, 512
+# Tokens of one step of the forward kernel, and of the backward one, which holds more for each query.
+QUERIES, QUERIES_BACKWARD, SCORED_KEYS = 512, 256, 512
+# Bytes of vector memory, of 16 MiB, for keys, values and their gradients. 4096 tokens of a head up to 64 wide fit
+# whole in bfloat16, so that every operand is read from HBM once.
+KEYS_BYTES = 10 * 2**20
 # Axes of a mesh that the batch may be split over.
 BATCH_AXES = ("data", "fsdp")
 
@@ -61,21 +63,23 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, interpret: bool)
         segments = SegmentIds(jnp.zeros(queries, jnp.int32), (jnp.arange(keys + padding) >= keys).astype(jnp.int32))
     kernel = make_splash_mha_single_device(
         MultiHeadMask([FullMask((queries, keys + padding))] * heads),
-        block_sizes=_block_sizes(queries, keys + padding, width * query.dtype.itemsize),
+        block_sizes=_block_sizes(queries, keys + padding, width, query.dtype.itemsize),
         interpret=interpret,
     )
     return jnp.moveaxis(jax.vmap(lambda *tokens: kernel(*tokens, segment_ids=segments))(*fed), 1, 2)
 
 
-def _block_sizes(queries: int, keys: int, head_bytes: int) -> BlockSizes:
-    block_q = _block(queries, QUERIES)
-    block_kv = _block(keys, KEYS // -(-head_bytes // (2 * LANES)))
+def _block_sizes(queries: int, keys: int, width: int, itemsize: int) -> BlockSizes:
+    padded = -(-width // LANES) * LANES
+    # Operands and results are held twice, for the copies to overlap the work; gradients are summed in float32.
+    key_bytes = 2 * (2 * width * itemsize + 2 * padded * itemsize) + 2 * padded * 4
+    block_kv = _block(keys, KEYS_BYTES // key_bytes)
     scored = _block(block_kv, SCORED_KEYS)
     return BlockSizes(
-        block_q=block_q,
+        block_q=_block(queries, QUERIES),
         block_kv=block_kv,
         block_kv_compute=scored,
-        block_q_dkv=block_q,
+        block_q_dkv=_block(queries, QUERIES_BACKWARD),
         block_kv_dkv=block_kv,
         block_kv_dkv_compute=scored,
         # One kernel for all gradients instead of two: the scores are computed once, and operands read once.

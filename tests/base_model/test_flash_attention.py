@@ -37,6 +37,16 @@ def oracle(query, key, value, cotangent):
     ],
 )
 def test_attention_and_its_gradients_equal_numpy(queries, keys, heads, width, dtype):
+    check_against_numpy(queries, keys, heads, width, dtype)
+
+
+def test_keys_that_do_not_fit_at_once_are_taken_block_by_block(monkeypatch):
+    monkeypatch.setattr("perfusion_jax.base_model.flash_attention.KEYS_BYTES", 2**20)
+    check_against_numpy(512, 768, 2, 40, jnp.bfloat16)
+    check_against_numpy(512, 300, 2, 40, np.float32)
+
+
+def check_against_numpy(queries, keys, heads, width, dtype):
     rng = np.random.default_rng(0)
     shapes = ((1, n, heads, width) for n in (queries, keys, keys, queries))
     inputs = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
