@@ -226,8 +226,14 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
         unread: list[tuple[int, list[jax.Array]]] = []
 
         def save() -> None:
-            nonlocal saved
+            nonlocal saved, losses
             if now > saved:
+                # Steps that a checkpoint spares the next start are logged before it.
+                unread.append((now, losses))
+                losses = []
+                _log_losses(unread, 0, log, opened.steps_before)
+                if log is not None:
+                    log.flush()
                 checkpoints.save(now, learning)
                 dataclasses.replace(opened, seconds=time.monotonic() - started).write(file)
                 saved = now
@@ -235,7 +241,6 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
         while waiting:
             due = [slot for slot in waiting if limits[slot] <= now][:FINISHED_AT_ONCE]
             if stop():
-                _log_losses(unread, 0, log, opened.steps_before)
                 save()
                 raise KeyboardInterrupt
             if due:
@@ -252,11 +257,11 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
             if len(losses) > AHEAD:
                 losses[-1 - AHEAD].block_until_ready()
             run.advance(sum(now <= limits[slot] for slot in waiting))
-            if now % config.log_every == 0 or now in limits:
+            if now % config.log_every == 0:
                 unread.append((now, losses))
                 losses = []
                 # The newest losses are read one time later: they may still be on their way while the devices work on.
-                _log_losses(unread, 0 if now in limits else 1, log, opened.steps_before)
+                _log_losses(unread, 1, log, opened.steps_before)
             if now % config.checkpoint_every == 0:
                 save()
     OpenRound(steps_before=opened.steps_before + now).write(file)
@@ -284,6 +289,8 @@ def _log_losses(unread: list[tuple[int, list[jax.Array]]], left: int, log: Log |
     """Logs mean losses over the members of this process that still learn, oldest first; `left` entries stay."""
     while len(unread) > left:
         step, losses = unread.pop(0)
+        if not losses:
+            continue
         # Along data and fsdp, devices hold the same members.
         parts = [{str(part.index): part.data for part in loss.addressable_shards} for loss in losses]
         values = np.stack([np.concatenate([np.asarray(part) for part in loss.values()]) for loss in parts])

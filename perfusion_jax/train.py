@@ -128,10 +128,12 @@ def learn(config: ConfigDict, base: BaseModel, workdir: epath.Path, checkpoints:
             if validates and config.validation_prompts:
                 run = validate(run, step, validation, log, workdir)
             if saves:
+                log.flush()
                 checkpoints.save(step, run)
                 saved = step
         if step > saved:
             read_losses([*unread, (step, losses)], 0, log, bar, checkpoints)
+            log.flush()
             checkpoints.save(step, run)
     return run
 

@@ -70,7 +70,7 @@ class Log:
         for name, value in metrics.items():
             self._add(Event(summary=summary.scalar(name, value)), step)
         if time.monotonic() - self._flushed >= self._pause:
-            self._flush()
+            self.flush()
 
     def picture(self, step: int, pixels: np.ndarray) -> None:
         """Logs a picture, uint8 [height, width, 3]."""
@@ -82,7 +82,7 @@ class Log:
         Raises:
             UnavailableError: it cannot be written.
         """
-        self._flush()
+        self.flush()
         with self._write_errors():
             self._events.close()
 
@@ -91,7 +91,12 @@ class Log:
         with self._write_errors():
             self._events.write_event(event)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes what has been logged so far; in a bucket it would otherwise wait for half a minute.
+
+        Raises:
+            UnavailableError: it cannot be written.
+        """
         self._write()
         with self._write_errors():
             self._events.flush()

@@ -136,6 +136,29 @@ def test_interrupted_in_a_round_the_same_command_ends_at_the_same_concepts(input
         assert_same(finished, tmp_path / "run", name)
 
 
+def test_what_is_before_a_checkpoint_is_logged_however_seldom_the_log_is_written(inputs, finished, tmp_path):
+    """As in a bucket, where it is written every half minute; killed as soon as a checkpoint is whole."""
+    killing = """
+import os, signal
+from perfusion_jax import workdir
+from perfusion_jax.checkpoints import Checkpoints
+save = Checkpoints.save
+def save_and_die(self, step, state):
+    save(self, step, state)
+    self.close()
+    os.kill(os.getpid(), signal.SIGKILL)
+Checkpoints.save = save_and_die
+workdir.is_local = lambda _: False
+"""
+    config = make_config(inputs, members=4)
+    process = start(config, tmp_path, before=f"exec({killing!r})")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, output
+    train_fleet(config, epath.Path(tmp_path))
+    undisturbed, resumed = ((folder / "metrics.jsonl").read_text() for folder in (finished, tmp_path))
+    assert resumed == undisturbed
+
+
 def test_a_second_job_on_one_workdir_is_refused(inputs, tmp_path):
     config = make_config(inputs)
     process = start(config, tmp_path / "run")
