@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import jax
 from absl import app, flags, logging
 
-from perfusion_jax.errors import InputError, UnavailableError
+from perfusion_jax.errors import InputError, UnavailableError, out_of_memory
 
 # Exit status where the same command would fail again.
 BAD_INPUT = 2
@@ -38,7 +39,9 @@ def stopping() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def run(main: Callable[[], None], resumes: bool = False) -> None:
+def run(
+    main: Callable[[], None], resumes: bool = False, memory_advice: str = "take fewer or smaller pictures at once"
+) -> None:
     """Parses the flags and runs `main`; bad input ends the program with its message alone, without a traceback.
 
     SIGTERM, by which schedulers stop a job, interrupts `main` as Ctrl-C does: with a KeyboardInterrupt. The program
@@ -47,6 +50,7 @@ def run(main: Callable[[], None], resumes: bool = False) -> None:
     Args:
         main: the program.
         resumes: whether the same command goes on with what an interrupted one has done.
+        memory_advice: what to do if the memory of a device does not suffice.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -61,6 +65,12 @@ def run(main: Callable[[], None], resumes: bool = False) -> None:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1 if isinstance(error, UnavailableError) else BAD_INPUT)
+        except jax.errors.JaxRuntimeError as error:
+            reason = out_of_memory(error)
+            if not reason:
+                raise
+            print(f"error: the memory of a device does not suffice ({reason}): {memory_advice}", file=sys.stderr)
+            sys.exit(BAD_INPUT)
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command goes on where it was" if resumes else "interrupted")
 

@@ -23,9 +23,9 @@ from ml_collections import ConfigDict, config_flags
 from perfusion_jax import command_line, hlo_report
 from perfusion_jax.base_model import BaseModel, load_architecture, network_dtype
 from perfusion_jax.config import check, is_fleet, settings_of
-from perfusion_jax.errors import InputError
+from perfusion_jax.errors import InputError, out_of_memory
 from perfusion_jax.hlo_report import Report
-from perfusion_jax.parallel import make_fleet_step, make_mesh, member_shapes, step_shapes
+from perfusion_jax.parallel import MEMORY_ADVICE, make_fleet_step, make_mesh, member_shapes, step_shapes
 from perfusion_jax.training import Settings
 
 PICTURES = 8  # that each concept's examples are padded to; they take little memory
@@ -90,7 +90,9 @@ def describe(config: ConfigDict, topology: str) -> dict[str, Any]:
     try:
         found = compile_step(base, settings, mesh, members, side, len(config.templates))
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(f"the compiler gave up: {str(error).splitlines()[0]}") from error
+        reason = out_of_memory(error)
+        problem = f"fit ({reason}): {MEMORY_ADVICE}" if reason else f"compile: {str(error).splitlines()[0]}"
+        raise InputError(f"--topology={topology}: the step of {members} concepts does not {problem}") from error
     return {
         "topology": topology,
         "chip": devices[0].device_kind,

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from perfusion_jax import command_line
-from perfusion_jax.errors import InputError, UnavailableError
+from perfusion_jax.errors import InputError, UnavailableError, out_of_memory
 
 # A process that says nothing for so long counts as dead, and the others end: seconds.
 HEARTBEAT = 60
@@ -53,7 +53,7 @@ def job(coordinator_address: str | None, num_processes: int | None, process_id: 
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+        if jax.process_count() == 1 or out_of_memory(error):
             raise
         raise SystemExit(
             f"error: process {jax.process_index()} cannot go on with the other {jax.process_count() - 1} ({error}); if "

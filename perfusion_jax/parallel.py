@@ -10,6 +10,7 @@ A round of a fleet is the state of its members stacked along a leading axis: slo
 without a member holds zeros and takes no step.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from perfusion_jax import training
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.data.examples import Examples
-from perfusion_jax.errors import InputError
+from perfusion_jax.errors import InputError, out_of_memory
 from perfusion_jax.training import Batch, Learning, Settings
 
 AXES = ("concept", "data", "fsdp")
@@ -33,6 +34,11 @@ SPLIT = ((r"kernel$", -1), (r"token_embedding/embedding$", 0))
 
 # Parts of the frozen model that the step reads.
 STEP_PARAMS = ("text_encoder", "unet")
+
+MEMORY_ADVICE = (
+    "raise config.accumulation, or in a fleet lower config.members or split over more chips by the axes data and fsdp "
+    "of config.mesh"
+)
 
 
 class Members(NamedTuple):
@@ -301,22 +307,30 @@ def most_that_fit(bytes_for: Callable[[int], int], limit: int, most: int) -> int
     Memory grows by about the same for every member: two compilations tell how much, and one more makes sure.
 
     Args:
-        bytes_for: memory per chip that so many members take.
+        bytes_for: memory per chip that so many members take; the TPU's compiler raises `jax.errors.JaxRuntimeError`
+            instead where it is more than there is.
         limit: of a chip, bytes.
         most: more than so many are not wanted.
 
     Raises:
         InputError: not even one fits.
+        jax.errors.JaxRuntimeError: likewise, by the compiler's word.
     """
+
+    def taken(members: int) -> float:
+        try:
+            return bytes_for(members)
+        except jax.errors.JaxRuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return math.inf
+
     one = bytes_for(1)
     if one > limit:
-        raise InputError(
-            f"one concept takes {one / 1e9:.1f} GB on a chip of {limit / 1e9:.1f} GB: raise config.accumulation, or "
-            "split over more chips by the axes data and fsdp of config.mesh"
-        )
+        raise InputError(f"one concept takes {one / 1e9:.1f} GB on a chip of {limit / 1e9:.1f} GB: {MEMORY_ADVICE}")
     if most == 1:
         return 1
-    count = min(most, 1 + (limit - one) // max(1, bytes_for(2) - one))
-    while count > 1 and bytes_for(count) > limit:
+    count = min(most, 1 + int((limit - one) / max(1, taken(2) - one)))
+    while count > 1 and taken(count) > limit:
         count -= max(1, count // 16)
     return count

@@ -31,6 +31,7 @@ from perfusion_jax.data.table import parse_shard
 from perfusion_jax.errors import InputError
 from perfusion_jax.fleet import train_fleet
 from perfusion_jax.formats.picture_file import write_picture
+from perfusion_jax.parallel import MEMORY_ADVICE
 from perfusion_jax.preparation import concept_key, load_base, load_evaluator, load_metric, prepare_data, read_pictures
 from perfusion_jax.training import Learning
 from perfusion_jax.validation import Validation, show_masks
@@ -250,4 +251,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_processes", None, "likewise")
     flags.DEFINE_integer("process_id", None, "likewise")
     flags.mark_flag_as_required("config")
-    command_line.run(main, resumes=True)
+    command_line.run(main, resumes=True, memory_advice=MEMORY_ADVICE)

@@ -14,7 +14,7 @@ from configs import fleet
 from perfusion_jax import compile as compile_lib
 from perfusion_jax.base_model import load_architecture
 from perfusion_jax.base_model.flash_attention import flash_attention
-from perfusion_jax.errors import InputError
+from perfusion_jax.errors import InputError, out_of_memory
 from perfusion_jax.parallel import make_mesh
 from perfusion_jax.training import Settings
 
@@ -55,6 +55,37 @@ def test_attention_fits_the_vector_memory(topology, tokens, heads, width, dtype)
     shape = jax.ShapeDtypeStruct((16, tokens, heads, width), dtype, sharding=chip)
     step = jax.jit(jax.grad(lambda *fed: flash_attention(*fed).sum().astype(jnp.float32), argnums=(0, 1, 2)))
     assert "splash_mha_dkv" in step.lower(shape, shape, shape).compile().as_text()
+
+
+@needs_compiler
+def test_a_refusal_for_lack_of_memory_is_known(monkeypatch):
+    chip = SingleDeviceSharding(compile_lib.topology_devices("v5e:2x4")[0])
+    large = jax.ShapeDtypeStruct((2**33,), jnp.float32, sharding=chip)
+    with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
+        jax.jit(lambda x: x + 1).lower(large).compile()
+    assert "exceeds available HBM" in out_of_memory(refusal.value)
+    monkeypatch.setattr("perfusion_jax.base_model.flash_attention.KEYS_BYTES", 2**30)
+    fed = jax.ShapeDtypeStruct((16, 16384, 2, 64), jnp.float32, sharding=chip)
+    with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
+        jax.jit(flash_attention).lower(fed, fed, fed).compile()
+    assert "vmem" in out_of_memory(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("RESOURCE_EXHAUSTED: E1000:\nRan out of memory on HBM", r"does not fit \(Ran out of memory on HBM\): raise"),
+        ("INTERNAL: a fault of the compiler\nof no meaning", "does not compile: INTERNAL: a fault of the compiler$"),
+    ],
+)
+def test_a_step_that_the_compiler_refuses_is_an_error(sd1_folder, monkeypatch, said, told):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(compile_lib, "compile_step", refuse)
+    monkeypatch.setattr(compile_lib, "topology_devices", lambda _: jax.devices()[:1])
+    with pytest.raises(InputError, match=rf"--topology=v5e:2x4: the step of 1 concepts {told}"):
+        compile_lib.describe(fleet.get_config(str(sd1_folder)), "v5e:2x4")
 
 
 @needs_compiler

@@ -160,6 +160,24 @@ def test_memory_that_grows_faster_than_it_seemed_is_found_out():
     assert parallel.most_that_fit(lambda members: 10 * members**2, 1000, 99) == 10
 
 
+def refusing(above):
+    """Memory that so many members take, by a compiler that refuses more than some: an error as the TPU's."""
+
+    def bytes_for(members):
+        if members > above:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, 17.2G of 15.75G")
+        return 100 * members
+
+    return bytes_for
+
+
+@pytest.mark.parametrize("fitting", [1, 2, 5])
+def test_what_the_compiler_refuses_does_not_fit(fitting):
+    assert parallel.most_that_fit(refusing(above=fitting), 1000, 99) == fitting
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"17\.2G"):
+        parallel.most_that_fit(refusing(above=0), 1000, 99)
+
+
 def test_a_concept_that_does_not_fit_is_an_error():
     with pytest.raises(InputError, match=r"one concept takes 2\.0 GB on a chip of 1\.0 GB"):
         parallel.most_that_fit(lambda members: 2 * 10**9, 10**9, 99)
