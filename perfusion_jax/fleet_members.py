@@ -19,7 +19,7 @@ from perfusion_jax.base_model.clip import Clip
 from perfusion_jax.config import settings_of
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.data.table import Row
-from perfusion_jax.errors import InputError
+from perfusion_jax.errors import InputError, UnavailableError
 from perfusion_jax.fleet_report import OpenRound
 from perfusion_jax.preparation import concept_key, load_base, load_evaluator, load_metric, prepare_data, read_pictures
 from perfusion_jax.training import Learning, Settings
@@ -219,6 +219,9 @@ def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: thread
         current: the round.
         held: slots of this process.
         cancelled: set when the rest is not needed any more.
+
+    Raises:
+        UnavailableError: the hub, from which a segmenter comes, cannot be reached.
     """
     prepared = Prepared({}, {}, {}, {}, [])
     for slot in held:
@@ -231,6 +234,8 @@ def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: thread
             pictures = read_pictures(row.pictures, row.masks, row.captions)
             data = prepare_data(config, fleet.base, pictures, mask_key)
             concept = fleet.base.new_concept(config.super_category, fleet.whitening, data.prompts)
+        except UnavailableError:  # the hub is away, which is no fault of the concept's
+            raise
         except InputError as error:
             prepared.failures.append((slot, str(error)))
             continue

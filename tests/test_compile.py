@@ -38,16 +38,21 @@ def test_nothing_is_sent_between_concepts(tmp_path, topology, shape):
     assert report.fits
 
 
+slow = pytest.mark.slow
+
+
 @needs_compiler
-@pytest.mark.parametrize("topology", ["v4:2x2x2", "v5e:2x4", "v5p:2x2x1", "v6e:4x4"])
+@pytest.mark.parametrize(
+    "topology", ["v4:2x2x2", "v5e:2x4", pytest.param("v5p:2x2x1", marks=slow), pytest.param("v6e:4x4", marks=slow)]
+)
 @pytest.mark.parametrize(
     ("tokens", "heads", "width", "dtype"),
     [
         (4096, 8, 40, jnp.bfloat16),  # Stable Diffusion 1 at 512 pixels
-        (4096, 5, 64, jnp.bfloat16),  # Stable Diffusion 2 at 512 pixels
-        (9216, 5, 64, jnp.bfloat16),  # and at 768
-        (4096, 5, 64, jnp.float32),
-        (4096, 2, 160, jnp.bfloat16),
+        (9216, 5, 64, jnp.bfloat16),  # Stable Diffusion 2 at 768 pixels
+        pytest.param(4096, 5, 64, jnp.bfloat16, marks=slow),  # and at 512
+        pytest.param(4096, 5, 64, jnp.float32, marks=slow),
+        pytest.param(4096, 2, 160, jnp.bfloat16, marks=slow),
     ],
 )
 def test_attention_fits_the_vector_memory(topology, tokens, heads, width, dtype):

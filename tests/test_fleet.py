@@ -1,5 +1,6 @@
 """Whole runs of a fleet on a small base model of random weights."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from checkpoints import save_clip
@@ -28,6 +30,7 @@ from configs import default
 from perfusion_jax import InputError, distributed, fleet, fleet_members, parallel, training
 from perfusion_jax.config import OVERRIDES, member_config
 from perfusion_jax.data.table import read_table
+from perfusion_jax.errors import UnavailableError
 from perfusion_jax.fleet import train_fleet
 from perfusion_jax.fleet_members import Member, load_fleet, plan, round_settings
 from perfusion_jax.fleet_report import OpenRound
@@ -100,6 +103,17 @@ def test_a_corrupt_concept_is_reported_and_the_others_finish(inputs, finished, t
     train_fleet(config, epath.Path(tmp_path / "run"))
     assert report_of(tmp_path / "run")["cup"]["state"] == "done"
     assert (tmp_path / "run" / "concepts" / "rex.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_hub_that_is_away_ends_the_run_and_fails_no_concept(inputs, tmp_path, monkeypatch):
+    def away(source):
+        raise UnavailableError(f"{source}: the hub cannot be reached")
+
+    monkeypatch.setattr("perfusion_jax.preparation._segmenter", away)
+    config = make_config(inputs, masks="segmenter", segmenter="some/clipseg")
+    with pytest.raises(UnavailableError, match="the hub cannot be reached"):
+        train_fleet(config, epath.Path(tmp_path))
+    assert not (tmp_path / "report.jsonl").exists()
 
 
 def test_a_member_that_diverges_is_marked_and_the_others_finish(inputs, finished, tmp_path, monkeypatch, capsys):
@@ -261,18 +275,24 @@ def test_finished_concepts_are_drawn_and_scored(inputs, tmp_path):
         assert (tmp_path / "run" / "samples" / f"{name}.png").exists()
 
 
-def test_as_many_members_are_learnt_at_once_as_fit(inputs, monkeypatch):
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_as_many_members_are_learnt_at_once_as_fit(inputs, monkeypatch, fsdp):
     config = make_config(inputs)
     loaded = load_fleet(config)
+    mesh = SimpleNamespace(shape={"concept": 1, "data": 1, "fsdp": fsdp})
+    # Where weights are split, the first device holds them whole besides.
+    frozen = [loaded.base.params[name] for name in parallel.STEP_PARAMS]
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen)) if fsdp > 1 else 0
     members = [Member(row, member_config(config, row)) for row in read_table(config.concepts, OVERRIDES)][:3]
     settings = round_settings(members[0].config)
     sizes = [parallel.bytes_per_chip(loaded.compiled(settings, count, 8, 2, 16)) for count in range(1, 4)]
     assert sizes == sorted(sizes)
     for fitting, size in enumerate(sizes, start=1):
-        device = SimpleNamespace(memory_stats=lambda limit=size: {"bytes_limit": limit / 0.9 + 2})
+        device = SimpleNamespace(memory_stats=lambda limit=size: {"bytes_limit": (limit + held) / 0.9 + 2})
         with monkeypatch.context() as patch:
             patch.setattr(fleet_members.jax, "local_devices", lambda device=device: [device])
-            assert {len(one.members) for one in plan(loaded, members, members, OpenRound())} == {fitting}
+            rounds = plan(dataclasses.replace(loaded, mesh=mesh), members, members, OpenRound())
+            assert {len(one.members) for one in rounds} == {fitting}
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_named_before_anything_is_learnt(inputs, tmp_path):
