@@ -1,9 +1,10 @@
 """A fleet beside runs one after the other: `python benchmarks/fleet.py --out fleet`.
 
-Learns fleets of 1, 4, 16 and 64 concepts on the embedded model, each fleet in one round, and some concepts by a run
-each; all by the command line, without validation. Everything is done with few steps and with more: the difference tells
-the time of a step, and what is left is start, compilation and preparation of the pictures. Prints both, the peak memory
-of the process, and the concepts per hour that follow for --steps steps; draws OUT/fleet.png. Needs matplotlib.
+Learns fleets of 1, 4, 16 and 64 concepts on the embedded model, each fleet in one round, and before each a concept by a
+run of its own; all by the command line, without validation. Everything is done with few steps and with more: the
+difference tells the time of a step, and what is left is start, compilation and preparation of the pictures. Prints
+both, the peak memory of the process, and the concepts per hour that follow for --steps steps; draws OUT/fleet.png.
+Needs matplotlib.
 """
 
 import json
@@ -11,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -24,9 +26,8 @@ from matplotlib import pyplot as plt
 
 OUT = flags.DEFINE_string("out", "fleet", "Folder of the plot.")
 SIZES = flags.DEFINE_multi_integer("size", [1, 4, 16, 64], "Concepts of a fleet; may be given several times.")
-RUNS = flags.DEFINE_integer("runs", 4, "Concepts that are learnt by a run each.")
-FEW = flags.DEFINE_integer("few", 5, "Steps of the shorter runs.")
-MORE = flags.DEFINE_integer("more", 20, "Steps of the longer runs.")
+FEW = flags.DEFINE_integer("few", 5, "Steps of the shorter runs; of less than 16 concepts, four times as many.")
+MORE = flags.DEFINE_integer("more", 20, "Steps of the longer runs, likewise.")
 STEPS = flags.DEFINE_integer("steps", 400, "Steps of a concept, for the concepts per hour.")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,33 +71,42 @@ def learn_singly(folder: Path, number: int, steps: int) -> tuple[float, float]:
 
 
 def main(_: list[str]) -> None:
-    few, more = FEW.value, MORE.value
     out = Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    print("| concepts | start, s | a step, s | a step for each concept, s | peak memory, GB | concepts per hour |")
-    print("| --- | --- | --- | --- | --- | --- |")
 
-    def tell(name: str, concepts: int, short: float, long: float, memory: float) -> float:
-        step = (long - short) / (more - few)
-        begin = short - few * step
-        hourly = concepts * 3600 / (begin + STEPS.value * step)
-        print(
-            f"| {name} | {begin:.1f} | {step:.3f} | {step / concepts:.4f} | {memory:.2f} | {hourly:.0f} |", flush=True
-        )
-        return begin + STEPS.value * step
+    def steps_of(concepts: int) -> list[int]:
+        """Of the shorter and the longer run: enough for the difference to be more than the noise of the start."""
+        return [steps * (4 if concepts < 16 else 1) for steps in (FEW.value, MORE.value)]
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        singles = [[learn_singly(folder, number, steps) for steps in (few, more)] for number in range(RUNS.value)]
-        (short, _), (long, memory) = np.mean(singles, axis=0)
-        single = tell("1, a run of its own", 1, short, long, memory)
-        totals, peaks = [], []
-        for size in SIZES.value:
-            (short, _), (long, memory) = (learn_fleet(folder, size, steps) for steps in (few, more))
-            totals.append(tell(f"{size} as a fleet", size, short, long, memory))
-            peaks.append(memory)
-    for size, total in zip(SIZES.value, totals, strict=True):
-        print(f"{size} concepts of {STEPS.value} steps: fleet / runs one after the other = {total / size / single:.2f}")
+        singles, fleets = [], []
+        for number, size in enumerate(SIZES.value):
+            singles.append([learn_singly(folder, number, steps) for steps in steps_of(1)])
+            fleets.append([learn_fleet(folder, size, steps) for steps in steps_of(size)])
+            print(f"measured: a run of its own, a fleet of {size}", file=sys.stderr, flush=True)
+
+    def tell(name: str, concepts: int, measured: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        (few, more), ((short, _), (long, memory)) = steps_of(concepts), measured
+        step = (long - short) / (more - few)
+        begin = short - few * step
+        total = begin + STEPS.value * step
+        print(
+            f"| {name} | {begin:.1f} | {step:.3f} | {step / concepts:.3f} | {memory:.2f} "
+            f"| {concepts * 3600 / total:.0f} |"
+        )
+        return step / concepts, total
+
+    print("| concepts | start, s | a step, s | a step for each concept, s | peak memory, GB | concepts per hour |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    single_step, single = tell("1, a run of its own", 1, np.mean(singles, axis=0))
+    told = [tell(f"{size} as a fleet", size, fleet) for size, fleet in zip(SIZES.value, fleets, strict=True)]
+    totals, peaks = [total for _, total in told], [fleet[1][1] for fleet in fleets]
+    for size, (step, total) in zip(SIZES.value, told, strict=True):
+        print(
+            f"{size} concepts of {STEPS.value} steps: fleet / runs one after the other = {total / size / single:.2f}, "
+            f"without start and compilation {step / single_step:.2f}"
+        )
     slope = np.polyfit(SIZES.value, peaks, 1)[0] if len(peaks) > 1 else float("nan")
     print(f"memory for each further concept: {1e3 * slope:.0f} MB")
 
