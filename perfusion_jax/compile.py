@@ -92,7 +92,7 @@ def describe(config: ConfigDict, topology: str) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         reason = out_of_memory(error)
         problem = f"fit ({reason}): {MEMORY_ADVICE}" if reason else f"compile: {str(error).splitlines()[0]}"
-        raise InputError(f"--topology={topology}: the step of {members} concepts does not {problem}") from error
+        raise InputError(f"--topology={topology}: the step with concepts={members} does not {problem}") from error
     return {
         "topology": topology,
         "chip": devices[0].device_kind,

@@ -34,6 +34,18 @@ def write_bytes(file: str | os.PathLike[str], data: bytes) -> None:
         raise UnavailableError(f"{path}: cannot be written ({error})") from error
 
 
+def read_text(file: epath.Path) -> str:
+    """Reads what an earlier run may have written; empty if it has not.
+
+    Raises:
+        UnavailableError: it is there and cannot be read.
+    """
+    try:
+        return file.read_text() if file.exists() else ""
+    except OSError as error:
+        raise UnavailableError(f"{file}: cannot be read ({error})") from error
+
+
 def check_writable(folder: Path) -> None:
     """Makes a folder and sees that a file can be written in it, before work is done whose result goes there.
 

@@ -8,7 +8,8 @@ finished concept is written at once, and a line of `report.jsonl` says so:
     {"name": "rex", "state": "done", "steps": 400, "seconds": 61.2, "chip_seconds": 7.7, "score": ..., "error": ""}
 
 `state` is `done`, `diverged` (its loss was no longer finite) or `failed` (its pictures cannot be used). `seconds` is
-how long its round had taken by then, `chip_seconds` its share of the chips' time, both from the round's first step.
+how long its round had taken by then, `chip_seconds` its share of the chips' time, at any moment that of one among those
+that still learn; both from the round's first step.
 
 The same command goes on inside a round that was interrupted, to the same concepts; does what is missing; tries failed
 concepts again; and leaves done and diverged ones alone, whatever has become of their lines in the table.
@@ -44,7 +45,7 @@ from perfusion_jax.training import Learning
 from perfusion_jax.validation import Validation
 from perfusion_jax.workdir import Log, begin, write_concept
 
-# Concepts that are finished between two looks at whether to stop.
+# Concepts that each process finishes between two looks at whether to stop.
 FINISHED_AT_ONCE = 8
 # Steps that are begun before the devices have taken those before them: enough to keep them busy, and few enough not to
 # wait for long when the machine is about to be taken away.
@@ -60,7 +61,7 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
         shard: (I, N): every N-th concept from the I-th on. Each job keeps its report in `shard_I_of_N/`.
 
     Raises:
-        InputError: the config, table or workdir cannot be used, or not one concept was learnt.
+        InputError: the config, table or workdir cannot be used, or not one concept of the whole table was learnt.
     """
     check(config)
     index, count = shard
@@ -71,6 +72,7 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
         problem = ""
         if distributed.is_first():
             try:
+                _check_split(workdir, count)
                 stack.enter_context(locked(folder / "lock", "take another --workdir, or another --shard of it"))
                 begin(config, folder)
             except InputError as error:
@@ -93,11 +95,27 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
         f"{len(members) - counts['done']} of {len(members)} concepts were not learnt, such as {wrong['name']}: "
         f"{wrong['error']}; all are in {report.file}. The same command tries the failed ones again"
     )
-    # What starts jobs again when they fail could not mend a concept.
-    if not counts["done"]:
+    # What starts jobs again when they fail could not mend a concept; and one shard must not stop the others.
+    if not counts["done"] and count == 1:
         raise InputError(message)
     if distributed.is_first():
         print(f"warning: {message}", file=sys.stderr)
+
+
+def _check_split(workdir: epath.Path, count: int) -> None:
+    """Makes sure that the table was not split into another number of shards before: they would overlap.
+
+    Raises:
+        InputError: it was.
+    """
+    others = [folder for folder in workdir.glob("shard_*_of_*") if not folder.name.endswith(f"_of_{count}")]
+    if count > 1 and (workdir / "config.json").exists():
+        others.append(workdir)
+    if others:
+        raise InputError(
+            f"--shard: {others[0]} is of another split of the table; keep the number of shards, or take another "
+            "--workdir"
+        )
 
 
 def _learn(
@@ -192,7 +210,7 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
     # Concepts of this round that were finished before it was interrupted, or that failed, have no slot now.
     goes_on = len(opened.members) == slots and all(a == b for a, b in zip(identities, opened.members, strict=True) if a)
     if not goes_on:
-        opened = OpenRound(steps_before=opened.steps_before, began_with=sum(map(bool, identities)))
+        opened = OpenRound(steps_before=opened.steps_before)
     most = max((len(examples.mean) for examples in run.prepared.examples.values()), default=1)
     most = max(opened.pictures, *distributed.gather(most))
     # Who has lost its slot stands still from here on, and so must not come back to it.
@@ -225,6 +243,13 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
         losses: list[jax.Array] = []
         unread: list[tuple[int, list[jax.Array]]] = []
 
+        def charge() -> None:
+            """Shares the time since the last call out among those that still learn."""
+            nonlocal opened
+            seconds = time.monotonic() - started
+            share = (seconds - opened.seconds) * chips_of(fleet.mesh) / len(waiting)
+            opened = dataclasses.replace(opened, seconds=seconds, chip_seconds=opened.chip_seconds + share)
+
         def save() -> None:
             nonlocal saved, losses
             if now > saved:
@@ -235,21 +260,24 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
                 if log is not None:
                     log.flush()
                 checkpoints.save(now, learning)
-                dataclasses.replace(opened, seconds=time.monotonic() - started).write(file)
+                charge()
+                opened.write(file)
                 saved = now
 
         while waiting:
-            due = [slot for slot in waiting if limits[slot] <= now][:FINISHED_AT_ONCE]
+            due = [slot for slot in waiting if limits[slot] <= now]
             if stop():
                 save()
                 raise KeyboardInterrupt
             if due:
                 save()
-                seconds = time.monotonic() - started
-                chip_seconds = seconds * chips_of(fleet.mesh) / opened.began_with
-                mine = _finish(run, learning, [slot for slot in due if slot in owned], seconds, chip_seconds)
-                run.report.add([line for part in distributed.gather(mine) for line in part])
-                waiting = [slot for slot in waiting if slot not in due]
+                charge()
+                mine = [slot for slot in due if slot in owned][:FINISHED_AT_ONCE]
+                lines = _finish(run, learning, mine, opened)
+                parts = distributed.gather([mine, lines])
+                run.report.add([line for _, part in parts for line in part])
+                over = {slot for part, _ in parts for slot in part}
+                waiting = [slot for slot in waiting if slot not in over]
                 continue
             learning, loss = compiled(fleet.params, fleet.metric, members, learning)
             now += 1
@@ -264,7 +292,8 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
                 _log_losses(unread, 1, log, opened.steps_before)
             if now % config.checkpoint_every == 0:
                 save()
-    OpenRound(steps_before=opened.steps_before + now).write(file)
+        # Nothing is left of the round but its last checkpoint, which nobody needs.
+        OpenRound(steps_before=opened.steps_before + now).write(file)
     distributed.wait_for_all("round is over")
 
 
@@ -299,9 +328,7 @@ def _log_losses(unread: list[tuple[int, list[jax.Array]]], left: int, log: Log |
             log(before + step, loss=float(finite.mean()), members=int(np.isfinite(values[-1]).sum()))
 
 
-def _finish(
-    run: _RoundRun, learning: Learning, slots: Sequence[int], seconds: float, chip_seconds: float
-) -> list[dict[str, Any]]:
+def _finish(run: _RoundRun, learning: Learning, slots: Sequence[int], opened: OpenRound) -> list[dict[str, Any]]:
     """Writes and scores concepts that have taken their steps; returns their lines of the report.
 
     Raises:
@@ -313,8 +340,8 @@ def _finish(
         assert member is not None
         facts: dict[str, Any] = {
             "steps": int(state.step),
-            "seconds": round(seconds, 3),
-            "chip_seconds": round(chip_seconds, 3),
+            "seconds": round(opened.seconds, 3),
+            "chip_seconds": round(opened.chip_seconds, 3),
         }
         if state.diverged:
             error = (

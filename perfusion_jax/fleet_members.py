@@ -19,7 +19,7 @@ from perfusion_jax.base_model.clip import Clip
 from perfusion_jax.config import settings_of
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.data.table import Row
-from perfusion_jax.errors import InputError, UnavailableError
+from perfusion_jax.errors import InputError, UnavailableError, out_of_memory
 from perfusion_jax.fleet_report import OpenRound
 from perfusion_jax.preparation import concept_key, load_base, load_evaluator, load_metric, prepare_data, read_pictures
 from perfusion_jax.training import Learning, Settings
@@ -198,17 +198,22 @@ def _members_at_once(fleet: Fleet, settings: Settings, side: int, wanted: int) -
     if fleet.config.members:
         return min(fleet.config.members, most * places)
     memory = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" not in memory:
-        return places * min(most, MEMBERS_BY_DEFAULT)
     prompts = len(fleet.config.templates)
 
     def bytes_for(members: int) -> int:
         return parallel.bytes_per_chip(fleet.compiled(settings, members * places, PICTURES_STEP, prompts, side))
 
-    # The first device also prepares the next round; a tenth is left for that, and where weights are split, their whole.
-    whole = jax.tree.leaves({name: fleet.base.params[name] for name in parallel.STEP_PARAMS})
-    held = sum(leaf.nbytes for leaf in whole) if fleet.mesh.shape["fsdp"] > 1 else 0
-    return places * parallel.most_that_fit(bytes_for, int(0.9 * memory["bytes_limit"]) - held, most)
+    if "bytes_limit" in memory:
+        # The first device also prepares the next round; a tenth is left for that, and where weights are split, their
+        # whole.
+        whole = jax.tree.leaves({name: fleet.base.params[name] for name in parallel.STEP_PARAMS})
+        held = sum(leaf.nbytes for leaf in whole) if fleet.mesh.shape["fsdp"] > 1 else 0
+        fitting = parallel.most_that_fit(bytes_for, int(0.9 * memory["bytes_limit"]) - held, most)
+    else:
+        fitting = min(most, MEMBERS_BY_DEFAULT)
+    # Rounds as full as each other: a slot takes its time, with a member in it or without.
+    rounds = -(-most // fitting)
+    return places * -(-most // rounds)
 
 
 def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: threading.Event) -> Prepared:
@@ -222,6 +227,7 @@ def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: thread
 
     Raises:
         UnavailableError: the hub, from which a segmenter comes, cannot be reached.
+        jax.errors.JaxRuntimeError: the memory of the first device does not suffice.
     """
     prepared = Prepared({}, {}, {}, {}, [])
     for slot in held:
@@ -234,13 +240,13 @@ def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: thread
             pictures = read_pictures(row.pictures, row.masks, row.captions)
             data = prepare_data(config, fleet.base, pictures, mask_key)
             concept = fleet.base.new_concept(config.super_category, fleet.whitening, data.prompts)
-        except UnavailableError:  # the hub is away, which is no fault of the concept's
-            raise
-        except InputError as error:
-            prepared.failures.append((slot, str(error)))
-            continue
         except Exception as error:  # storage raises what it likes; one concept must not end the others
-            prepared.failures.append((slot, f"{row.pictures}: {type(error).__name__}: {error}"))
+            if isinstance(error, UnavailableError) or out_of_memory(error):  # no fault of the concept's
+                raise
+            problem = (
+                str(error) if isinstance(error, InputError) else f"{row.pictures}: {type(error).__name__}: {error}"
+            )
+            prepared.failures.append((slot, problem))
             continue
         examples = data.examples if config.flip else _without_mirrored(data.examples)
         prepared.examples[slot] = jax.device_get(examples)

@@ -9,7 +9,7 @@ from etils import epath
 
 from perfusion_jax import distributed
 from perfusion_jax.errors import InputError
-from perfusion_jax.files import write_bytes
+from perfusion_jax.files import read_text, write_bytes
 
 OVER = ("done", "diverged")  # not tried again
 
@@ -21,16 +21,18 @@ class Report:
         file: where; the first process writes it, all read it.
 
     Raises:
-        InputError: it is there and cannot be read.
+        UnavailableError: it cannot be read.
+        InputError: it is damaged.
     """
 
     def __init__(self, file: epath.Path):
         self.file = file
+        text = read_text(file)
         try:
-            lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+            lines = map(json.loads, text.splitlines())
             self.lines: dict[str, dict[str, Any]] = {line["name"]: line for line in lines}
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{file}: cannot be read ({error!r}); delete it to learn all concepts anew") from error
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: damaged ({error!r}); delete it to learn all concepts anew") from error
 
     def is_over(self, name: str) -> bool:
         """Whether a concept is done with."""
@@ -57,14 +59,14 @@ class OpenRound:
         members: the concepts by slot (`Member.identity`); none: no round is open.
         steps_before: steps that all rounds before it took.
         seconds: that it has taken already.
-        began_with: how many concepts.
+        chip_seconds: of each concept that still learns.
         pictures: that each concept's are padded to.
     """
 
     members: list[str | None] = dataclasses.field(default_factory=list)
     steps_before: int = 0
     seconds: float = 0.0
-    began_with: int = 0
+    chip_seconds: float = 0.0
     pictures: int = 0
 
     @classmethod
@@ -72,14 +74,14 @@ class OpenRound:
         """Reads what `write` wrote.
 
         Raises:
-            InputError: it cannot be read.
+            UnavailableError: it cannot be read.
+            InputError: it is damaged.
         """
-        if not file.exists():
-            return cls()
+        text = read_text(file)
         try:
-            return cls(**json.loads(file.read_text()))
-        except (OSError, json.JSONDecodeError, TypeError) as error:
-            raise InputError(f"{file}: cannot be read ({error}); delete it to begin the round anew") from error
+            return cls(**json.loads(text)) if text else cls()
+        except (json.JSONDecodeError, TypeError) as error:
+            raise InputError(f"{file}: damaged ({error}); delete it to begin the round anew") from error
 
     def write(self, file: epath.Path) -> None:
         """Writes it; of many processes the first does.

@@ -89,7 +89,7 @@ def test_a_step_that_the_compiler_refuses_is_an_error(sd1_folder, monkeypatch, s
 
     monkeypatch.setattr(compile_lib, "compile_step", refuse)
     monkeypatch.setattr(compile_lib, "topology_devices", lambda _: jax.devices()[:1])
-    with pytest.raises(InputError, match=rf"--topology=v5e:2x4: the step of 1 concepts {told}"):
+    with pytest.raises(InputError, match=rf"--topology=v5e:2x4: the step with concepts=1 {told}"):
         compile_lib.describe(fleet.get_config(str(sd1_folder)), "v5e:2x4")
 
 

@@ -28,6 +28,7 @@ from fleet_runs import (
 
 from configs import default
 from perfusion_jax import InputError, distributed, fleet, fleet_members, parallel, training
+from perfusion_jax.checkpoints import Checkpoints
 from perfusion_jax.config import OVERRIDES, member_config
 from perfusion_jax.data.table import read_table
 from perfusion_jax.errors import UnavailableError
@@ -57,8 +58,12 @@ def test_every_concept_is_written_and_reported(finished):
     assert list(report) == sorted(STEPS, key=lambda name: STEPS[name])
     for name, line in report.items():
         assert (line["state"], line["steps"], line["error"]) == ("done", STEPS[name], "")
-        assert 0 < line["chip_seconds"] <= line["seconds"]
         assert (finished / "concepts" / f"{name}.safetensors").exists()
+    for together in (list(report)[:4], list(report)[4:]):
+        # A round's concepts have shared the time of the one chip, whatever the steps of each.
+        taken = [report[name]["chip_seconds"] for name in together]
+        assert min(taken) > 0
+        assert sum(taken) == pytest.approx(max(report[name]["seconds"] for name in together), abs=0.01)
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 5 + 6 + 1))  # rounds of 5 and 6 steps
     assert all(np.isfinite(line["loss"]) for line in lines)
@@ -105,15 +110,51 @@ def test_a_corrupt_concept_is_reported_and_the_others_finish(inputs, finished, t
     assert (tmp_path / "run" / "concepts" / "rex.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_hub_that_is_away_ends_the_run_and_fails_no_concept(inputs, tmp_path, monkeypatch):
-    def away(source):
-        raise UnavailableError(f"{source}: the hub cannot be reached")
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnavailableError("some/clipseg: the hub cannot be reached"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."),
+    ],
+)
+def test_what_is_no_fault_of_a_concept_ends_the_run(inputs, tmp_path, monkeypatch, error):
+    def fail(_):
+        raise error
 
-    monkeypatch.setattr("perfusion_jax.preparation._segmenter", away)
+    monkeypatch.setattr("perfusion_jax.preparation._segmenter", fail)
     config = make_config(inputs, masks="segmenter", segmenter="some/clipseg")
-    with pytest.raises(UnavailableError, match="the hub cannot be reached"):
+    with pytest.raises(type(error), match=str(error)):
         train_fleet(config, epath.Path(tmp_path))
     assert not (tmp_path / "report.jsonl").exists()
+
+
+def test_a_shard_without_a_concept_that_can_be_learnt_does_not_stop_the_others(inputs, tmp_path, capsys):
+    lines = (inputs / "concepts.csv").read_text().splitlines()
+    lines[1] = "lost,dog,nowhere,4,"
+    (inputs / "lost.csv").write_text("\n".join(lines) + "\n")
+    config = make_config(inputs, concepts=str(inputs / "lost.csv"))
+    train_fleet(config, epath.Path(tmp_path), shard=(0, 6))
+    assert re.search(r"warning: 1 of 1 concepts were not learnt, such as lost: .*nowhere", capsys.readouterr().err)
+
+
+def test_a_round_whose_last_checkpoint_fails_is_over(inputs, finished, tmp_path, monkeypatch):
+    """Its concepts are written and reported, and what comes after it begins where its log ends."""
+    close = Checkpoints.close
+
+    def fail(checkpoints):
+        close(checkpoints)
+        raise UnavailableError("a checkpoint cannot be written")
+
+    config = make_config(inputs, members=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "close", fail)
+        with pytest.raises(UnavailableError, match="cannot be written"):
+            train_fleet(config, epath.Path(tmp_path))
+    train_fleet(config, epath.Path(tmp_path))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 5 + 6 + 1))
+    for name in STEPS:
+        assert_same(tmp_path, finished, name)
 
 
 def test_a_member_that_diverges_is_marked_and_the_others_finish(inputs, finished, tmp_path, monkeypatch, capsys):
@@ -210,6 +251,9 @@ def test_shards_of_a_table_share_a_workdir(inputs, tmp_path):
     names = [sorted(report_of(tmp_path / f"shard_{index}_of_2")) for index in range(2)]
     assert names == [["cup", "max", "rex"], ["bob", "tom", "zoe"]]
     assert len(list((tmp_path / "concepts").iterdir())) == len(STEPS)
+    for shard in ((0, 1), (0, 3)):
+        with pytest.raises(InputError, match=r"--shard: .*shard_._of_2 is of another split of the table"):
+            train_fleet(make_config(inputs), epath.Path(tmp_path), shard)
 
 
 def stopped_after(steps, config, workdir):
@@ -293,6 +337,11 @@ def test_as_many_members_are_learnt_at_once_as_fit(inputs, monkeypatch, fsdp):
             patch.setattr(fleet_members.jax, "local_devices", lambda device=device: [device])
             rounds = plan(dataclasses.replace(loaded, mesh=mesh), members, members, OpenRound())
             assert {len(one.members) for one in rounds} == {fitting}
+    # A device that does not tell its memory takes 8; two rounds of 5 leave less idle than one of 8 and one of 1.
+    nine = [
+        Member(row._replace(name=f"{row.name}{number}"), config) for number in range(9) for row, config in members[:1]
+    ]
+    assert [len(one.members) for one in plan(loaded, nine, nine, OpenRound())] == [5, 5]
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_named_before_anything_is_learnt(inputs, tmp_path):

@@ -1,6 +1,7 @@
 """What launches a fleet on Google Cloud, without a cloud: its tools are replaced by ones that tell who called them."""
 
 import ast
+import importlib.util
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from configs import default, fleet
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-SHELLCHECK = Path(sys.executable).parent / "shellcheck"
+SHELLCHECK, HADOLINT = (Path(sys.executable).parent / name for name in ("shellcheck", "hadolint"))
 VARIABLES = {
     "PROJECT": "project",
     "ZONE": "us-west4-a",
@@ -157,7 +158,7 @@ def test_a_missing_variable_is_named(tools, script, name):
         (["create"], {"BUCKET": "gs://bucket/"}, "without a / at its end"),
         (["create"], {"NAME": "My Fleet"}, "NAME is My Fleet"),
         (["create"], {"NAME": "../x"}, "NAME is ../x"),
-        (["create"], {"SHARD": "1", "SHARDS": "many"}, "it "),
+        (["create"], {"SHARD": "1", "SHARDS": "many"}, "error: SHARD"),
     ],
 )
 @pytest.mark.parametrize("script", COMMANDS)
@@ -333,7 +334,33 @@ def test_skypilot_demands_what_it_cannot_know_and_recovers_from_spot():
         shellcheck("--shell=bash", "--exclude=SC2154", "-", script=task[part])
 
 
+@pytest.mark.skipif(importlib.util.find_spec("sky") is None, reason="SkyPilot is not installed: pip install skypilot")
+def test_skypilot_reads_the_task(tmp_path):
+    program = (
+        "import sys, yaml; from sky import Task; task = yaml.safe_load(sys.stdin);"
+        "task = Task.from_yaml_config(task, env_overrides=[('NAME', 'fleet'), ('BUCKET', 'gs://bucket')]);"
+        "print(task.resources)"
+    )
+    text = (LAUNCH / "skypilot.yaml").read_text()
+    read, misspelt = (
+        subprocess.run(
+            [sys.executable, "-c", program],
+            input=given,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HOME": str(tmp_path)},
+            cwd=ROOT,
+        )
+        for given in (text, text.replace("job_recovery", "job_recoverie"))
+    )
+    assert read.returncode == 0, read.stderr
+    assert "[Spot]" in read.stdout
+    assert "tpu-v5litepod-16" in read.stdout
+    assert "job_recoverie" in misspelt.stderr
+
+
 def test_the_image_is_built_from_files_that_are_there_and_not_ignored():
+    subprocess.run([HADOLINT, LAUNCH / "Dockerfile"], check=True)
     dockerfile = (LAUNCH / "Dockerfile").read_text()
     copied = [name for line in re.findall(r"^COPY (.+)", dockerfile, re.MULTILINE) for name in line.split()[:-1]]
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]

@@ -24,7 +24,7 @@ from etils import epath
 
 from perfusion_jax import shipped
 from perfusion_jax.base_model.text import PLACEHOLDER
-from perfusion_jax.errors import InputError
+from perfusion_jax.errors import InputError, UnavailableError
 
 NEEDED = ("name", "super_category", "pictures")
 FOLDERS = ("masks", "captions")
@@ -62,7 +62,8 @@ def read_table(source: str, overridable: Collection[str]) -> list[Row]:
         overridable: keys of the config that a line may give.
 
     Raises:
-        InputError: it cannot be read, or a line cannot be used; the message names file, line and key.
+        InputError: it is not there, or a line cannot be used; the message names file, line and key.
+        UnavailableError: its storage fails.
     """
     path = epath.Path(shipped.EXAMPLES if source == EMOJI else source)
     try:
@@ -74,8 +75,10 @@ def read_table(source: str, overridable: Collection[str]) -> list[Row]:
             rows = [_row(line, where, path.parent, overridable) for where, line in lines]
         else:
             raise InputError(f"{path}: config.concepts must be a .csv or .jsonl file, or a folder of concept folders")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (FileNotFoundError, PermissionError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
+    except OSError as error:
+        raise UnavailableError(f"{path}: cannot be read ({error})") from error
     if not rows:
         raise InputError(f"{path}: no concepts in it")
     _check_names(rows)
