@@ -21,8 +21,9 @@ def get_config(base: str = "emoji") -> ConfigDict:
     config.concepts = "emoji"
     for key in ("name", "super_category", "pictures"):
         del config[key]
-    # Concepts at once. 0: as many as fit the chips' memory by the compiler's report; where the device does not tell its
-    # memory, as a CPU, 8 for each place along the mesh's axis `concept`.
+    # Concepts at once. 0: rounds as equal as can be, of at most as many as fit the chips' memory by the compiler's
+    # report; where the device does not tell its memory, as a CPU, of at most 8 for each place along the mesh's axis
+    # `concept`.
     config.members = 0
     # Devices along concept, data (samples of one concept's batch) and fsdp (likewise, and the frozen weights); one of
     # them may be -1. Nothing is sent along concept: keep the others at 1 unless one concept does not fit on a chip.

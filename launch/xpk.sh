@@ -31,10 +31,10 @@ workload() {
 create() {
   training "$BUCKET/runs/$NAME-$1" "$1/$SHARDS"
   # xpk sends SIGTERM to the shell that it gives the command to, and restarts only on the exit statuses that are
-  # named: 1, of a run that was told to stop or has lost a host, 134, of JAX when a host has died, and 137, 139 and 143,
-  # of what was killed before it could say so. Left out is 2, of bad input.
+  # named, and on those of what was killed (from 127 on): 1 is that of a run that was told to stop or has lost a host.
+  # Left out is 2, of bad input.
   workload create --workload="$NAME-$1" --tpu-type="$ACCELERATOR" --num-slices=1 --docker-image="$IMAGE" \
-    --max-restarts=100 --restart-on-exit-codes=1,134,137,139,143 --termination-grace-period-seconds=120 \
+    --max-restarts=100 --restart-on-exit-codes=1 --termination-grace-period-seconds=120 \
     --command="exec python $(quoted "${training[@]}")"
 }
 

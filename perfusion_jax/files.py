@@ -38,12 +38,22 @@ def read_text(file: epath.Path) -> str:
     """Reads what an earlier run may have written; empty if it has not.
 
     Raises:
-        UnavailableError: it is there and cannot be read.
+        InputError, UnavailableError: it is there and cannot be read.
     """
     try:
         return file.read_text() if file.exists() else ""
     except OSError as error:
-        raise UnavailableError(f"{file}: cannot be read ({error})") from error
+        raise unreadable(file, error) from error
+
+
+def unreadable(path: epath.Path, error: OSError) -> InputError:
+    """What to raise for a file that cannot be read: an `UnavailableError` unless it would be the same the next time."""
+    # gcsfs says by its text alone that somebody has no right to read.
+    lasting = isinstance(error, _LASTING) or str(error).startswith("Forbidden")
+    return (InputError if lasting else UnavailableError)(f"{path}: cannot be read ({error})")
+
+
+_LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def check_writable(folder: Path) -> None:

@@ -9,7 +9,7 @@ finished concept is written at once, and a line of `report.jsonl` says so:
 
 `state` is `done`, `diverged` (its loss was no longer finite) or `failed` (its pictures cannot be used). `seconds` is
 how long its round had taken by then, `chip_seconds` its share of the chips' time, at any moment that of one among those
-that still learn; both from the round's first step.
+that are not finished yet; both from the round's first step.
 
 The same command goes on inside a round that was interrupted, to the same concepts; does what is missing; tries failed
 concepts again; and leaves done and diverged ones alone, whatever has become of their lines in the table.
@@ -43,7 +43,7 @@ from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.hlo_report import chips_of
 from perfusion_jax.training import Learning
 from perfusion_jax.validation import Validation
-from perfusion_jax.workdir import Log, begin, write_concept
+from perfusion_jax.workdir import Log, begin, has_results, write_concept
 
 # Concepts that each process finishes between two looks at whether to stop.
 FINISHED_AT_ONCE = 8
@@ -61,7 +61,8 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
         shard: (I, N): every N-th concept from the I-th on. Each job keeps its report in `shard_I_of_N/`.
 
     Raises:
-        InputError: the config, table or workdir cannot be used, or not one concept of the whole table was learnt.
+        InputError: the config, table or workdir cannot be used, or not one concept was learnt and there are no other
+            shards.
     """
     check(config)
     index, count = shard
@@ -109,8 +110,9 @@ def _check_split(workdir: epath.Path, count: int) -> None:
         InputError: it was.
     """
     others = [folder for folder in workdir.glob("shard_*_of_*") if not folder.name.endswith(f"_of_{count}")]
-    if count > 1 and (workdir / "config.json").exists():
+    if count > 1:
         others.append(workdir)
+    others = [folder for folder in others if has_results(folder)]
     if others:
         raise InputError(
             f"--shard: {others[0]} is of another split of the table; keep the number of shards, or take another "
@@ -244,7 +246,7 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
         unread: list[tuple[int, list[jax.Array]]] = []
 
         def charge() -> None:
-            """Shares the time since the last call out among those that still learn."""
+            """Shares the time since the last call out among those that are not finished."""
             nonlocal opened
             seconds = time.monotonic() - started
             share = (seconds - opened.seconds) * chips_of(fleet.mesh) / len(waiting)

@@ -59,7 +59,7 @@ class OpenRound:
         members: the concepts by slot (`Member.identity`); none: no round is open.
         steps_before: steps that all rounds before it took.
         seconds: that it has taken already.
-        chip_seconds: of each concept that still learns.
+        chip_seconds: of each concept that is not finished.
         pictures: that each concept's are padded to.
     """
 

@@ -31,7 +31,7 @@ def begin(config: ConfigDict, workdir: epath.Path) -> None:
         before = file.read_text() if file.exists() else ""
     except OSError as error:
         raise InputError(f"{workdir}: cannot be written ({error})") from error
-    if before and any((workdir / name).exists() for name in (METRICS, "report.jsonl")):
+    if before and has_results(workdir):
         check_same(config, before, file)
     if before == text:
         return
@@ -39,6 +39,11 @@ def begin(config: ConfigDict, workdir: epath.Path) -> None:
         write_bytes(file, text.encode())
     except UnavailableError as error:  # from the start: a wrong name, or no right to write there
         raise InputError(str(error)) from error
+
+
+def has_results(workdir: epath.Path) -> bool:
+    """Whether something was learnt in a workdir."""
+    return any((workdir / name).exists() for name in (METRICS, "report.jsonl"))
 
 
 class Log:

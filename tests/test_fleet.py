@@ -300,7 +300,7 @@ def test_a_line_that_has_changed_in_an_interrupted_round_is_learnt_as_it_is_now(
         assert_same(finished, tmp_path, name)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 2), (2, 1, 1)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 1, 2), marks=pytest.mark.slow), (2, 1, 1)])
 def test_an_interrupted_fleet_goes_on_on_another_mesh(inputs, finished, tmp_path, mesh):
     stopped_after(3, make_config(inputs, members=4), tmp_path)
     process = start(make_config(inputs, members=4, mesh=mesh), tmp_path, devices=2)

@@ -98,9 +98,11 @@ def config(inputs):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    """An undisturbed run of two processes: its workdir."""
+    """An undisturbed run of two processes, which finish their concepts one by one and not equally many: its workdir."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    finish(config, workdir)
+    one_by_one = "from perfusion_jax import fleet; fleet.FINISHED_AT_ONCE = 1"
+    for status, output in ends(start_all(config, workdir, 2, [one_by_one] * 2)):
+        assert status == 0, output
     return workdir
 
 

@@ -24,7 +24,8 @@ from etils import epath
 
 from perfusion_jax import shipped
 from perfusion_jax.base_model.text import PLACEHOLDER
-from perfusion_jax.errors import InputError, UnavailableError
+from perfusion_jax.errors import InputError
+from perfusion_jax.files import unreadable
 
 NEEDED = ("name", "super_category", "pictures")
 FOLDERS = ("masks", "captions")
@@ -75,10 +76,10 @@ def read_table(source: str, overridable: Collection[str]) -> list[Row]:
             rows = [_row(line, where, path.parent, overridable) for where, line in lines]
         else:
             raise InputError(f"{path}: config.concepts must be a .csv or .jsonl file, or a folder of concept folders")
-    except (FileNotFoundError, PermissionError, UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     except OSError as error:
-        raise UnavailableError(f"{path}: cannot be read ({error})") from error
+        raise unreadable(path, error) from error
     if not rows:
         raise InputError(f"{path}: no concepts in it")
     _check_names(rows)

@@ -239,7 +239,7 @@ class TestHub:
         again = self.run(hub, tmp_path, "owner/model", revision="main")
         assert again.stdout == first.stdout, again.stderr
 
-    @pytest.mark.parametrize("kind", ["sharded fp16", "msgpack", "pickle"])
+    @pytest.mark.parametrize("kind", ["sharded fp16", pytest.param("msgpack", marks=pytest.mark.slow), "pickle"])
     def test_other_kinds_of_weights(self, hub, tmp_path, sd1_base, kind):
         repository = tmp_path / "repository"
         options = {}

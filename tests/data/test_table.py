@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from etils import epath
 
 from configs import fleet
 from perfusion_jax import InputError, shipped
 from perfusion_jax.config import OVERRIDES, check, member_config
 from perfusion_jax.data.table import parse_shard, read_table
+from perfusion_jax.errors import UnavailableError
 
 
 def write(tmp_path, name, text):
@@ -105,6 +107,25 @@ def test_mistakes_are_named(tmp_path, name, text, message):
     file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=message):
         read_table(str(file), OVERRIDES)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError("Forbidden: storage.objects.get"), InputError),
+        (PermissionError(13, "Permission denied"), InputError),
+        (OSError(5, "Input/output error"), UnavailableError),
+    ],
+)
+def test_storage_that_fails_for_now_is_not_bad_input(tmp_path, monkeypatch, error, kind):
+    def fail(_):
+        raise error
+
+    (tmp_path / "a.csv").write_text("name,super_category,pictures\nrex,dog,rex\n")
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_bytes", fail)
+    with pytest.raises(InputError, match=r"a\.csv: cannot be read") as raised:
+        read_table(str(tmp_path / "a.csv"), OVERRIDES)
+    assert type(raised.value) is kind
 
 
 def test_folders_without_facts_are_named(tmp_path):
