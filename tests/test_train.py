@@ -133,6 +133,7 @@ def test_a_finished_run_says_so(finished, config, capsys):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on(finished, config, tmp_path):
     workdir, _ = finished
     subprocess.run(["cp", "-r", workdir, tmp_path / "run"], check=True)

@@ -304,6 +304,7 @@ def test_training_in_bfloat16_keeps_the_concept_in_float32(sd1_base, metric, con
     assert losses[1] == pytest.approx(float(losses[0]), rel=0.05)
 
 
+@pytest.mark.slow
 def test_ablations_train_what_they_say(step, concept, examples):
     def moved(settings):
         after, _ = step(settings)(examples, training.start(concept, settings), jax.random.key(0))

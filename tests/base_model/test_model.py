@@ -70,6 +70,7 @@ def test_equals_pytorch(folder, base):
     compare_with_torch(folder, base, size=32)
 
 
+@pytest.mark.slow
 def test_a_unet_on_a_grid_of_any_size_equals_pytorch(folder, base):
     rng = np.random.default_rng(0)
     encodings = rng.standard_normal((1, 16, base.context_width), dtype=np.float32)
