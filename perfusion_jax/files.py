@@ -11,6 +11,9 @@ from etils import epath
 
 from perfusion_jax.errors import InputError, UnavailableError
 
+# What would be the same the next time.
+_LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
 
 def is_local(path: str | os.PathLike[str]) -> bool:
     """Whether a path is of this machine's file system, and not of a bucket (`gs://...`)."""
@@ -51,9 +54,6 @@ def unreadable(path: epath.Path, error: OSError) -> InputError:
     # gcsfs says by its text alone that somebody has no right to read.
     lasting = isinstance(error, _LASTING) or str(error).startswith("Forbidden")
     return (InputError if lasting else UnavailableError)(f"{path}: cannot be read ({error})")
-
-
-_LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def check_writable(folder: Path) -> None:

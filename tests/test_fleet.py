@@ -338,9 +338,7 @@ def test_as_many_members_are_learnt_at_once_as_fit(inputs, monkeypatch, fsdp):
             rounds = plan(dataclasses.replace(loaded, mesh=mesh), members, members, OpenRound())
             assert {len(one.members) for one in rounds} == {fitting}
     # A device that does not tell its memory takes 8; two rounds of 5 leave less idle than one of 8 and one of 1.
-    nine = [
-        Member(row._replace(name=f"{row.name}{number}"), config) for number in range(9) for row, config in members[:1]
-    ]
+    nine = [members[0]._replace(row=members[0].row._replace(name=f"rex{number}")) for number in range(9)]
     assert [len(one.members) for one in plan(loaded, nine, nine, OpenRound())] == [5, 5]
 
 

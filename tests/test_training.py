@@ -200,7 +200,7 @@ def test_values_without_gradient_do_not_decay(sd1_base, metric, step, concept, e
         np.testing.assert_array_equal(old, new)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_target_input_moves_once_a_step_towards_the_mean_encoding(
     sd1_base, metric, step, concept, examples, accumulation
 ):
