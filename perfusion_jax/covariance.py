@@ -26,7 +26,7 @@ from tqdm import tqdm
 from perfusion_jax import command_line
 from perfusion_jax.base_model import BaseModel, load_base_model
 from perfusion_jax.errors import InputError
-from perfusion_jax.files import replacing
+from perfusion_jax.files import replacing, storage_errors
 from perfusion_jax.surgery import Params
 
 BATCH = 64  # captions
@@ -225,14 +225,13 @@ def whitening_of(covariance: np.ndarray) -> jax.Array:
 def _read_matrix(file: epath.Path) -> np.ndarray:
     if file.suffix not in (".npz", ".npy", ".safetensors"):
         raise InputError(f"{file}: a covariance is a .npz, .npy or .safetensors file")
-    try:
+    with storage_errors(file, "read"):
         data = file.read_bytes()
+    try:
         if file.suffix == ".npy":
             return np.load(io.BytesIO(data), allow_pickle=False)
         arrays = load(data) if file.suffix == ".safetensors" else _read_archive(data)
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: no such file") from error
-    except (OSError, ValueError, TypeError, EOFError, BadZipFile, SafetensorError) as error:
+    except (ValueError, TypeError, EOFError, BadZipFile, SafetensorError) as error:
         raise InputError(f"{file}: cannot be read ({error})") from error
     if "covariance" in arrays:
         return arrays["covariance"]

@@ -1,5 +1,6 @@
 """Writing files so that a kill at any moment leaves the old file or the new one, never a part."""
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -11,8 +12,16 @@ from etils import epath
 
 from perfusion_jax.errors import InputError, UnavailableError
 
-# What would be the same the next time.
-_LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+# What would be the same the next time; gcsfs calls a bad request a ValueError.
+_LASTING = (
+    FileExistsError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    ValueError,
+)
+_LASTING_NUMBERS = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -43,17 +52,31 @@ def read_text(file: epath.Path) -> str:
     Raises:
         InputError, UnavailableError: it is there and cannot be read.
     """
-    try:
+    with storage_errors(file, "read"):
         return file.read_text() if file.exists() else ""
-    except OSError as error:
-        raise unreadable(file, error) from error
 
 
-def unreadable(path: epath.Path, error: OSError) -> InputError:
-    """What to raise for a file that cannot be read: an `UnavailableError` unless it would be the same the next time."""
-    # gcsfs says by its text alone that somebody has no right to read.
-    lasting = isinstance(error, _LASTING) or str(error).startswith("Forbidden")
-    return (InputError if lasting else UnavailableError)(f"{path}: cannot be read ({error})")
+@contextmanager
+def storage_errors(path: str | os.PathLike[str], done: str) -> Iterator[None]:
+    """Within it, whatever storage raises becomes an error that says what could not be done, and whether it may later.
+
+    Args:
+        path: of a file or folder.
+        done: `read` or `written`.
+
+    Raises:
+        InputError: it would be the same the next time.
+        UnavailableError: it need not.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # gcsfs raises what its backends meet
+        # It says by its text alone that somebody has no right to something.
+        lasting = isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_NUMBERS
+        kind = InputError if lasting or str(error).startswith("Forbidden") else UnavailableError
+        raise kind(f"{os.fspath(path)}: cannot be {done} ({error})") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -109,18 +132,17 @@ def locked(file: epath.Path, advice: str) -> Iterator[None]:
 
     Raises:
         InputError: another process holds it, or the folder cannot be written to.
+        UnavailableError: storage fails.
     """
     if not is_local(file):
         yield
         return
     with ExitStack() as stack:
-        try:
+        with storage_errors(file, "written"):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             handle = stack.enter_context(Path(file).open("a"))
-        except OSError as error:
-            raise InputError(f"{file}: cannot be written ({error.strerror})") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{file}: another job is at work here; wait for it, or {advice}") from error
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"{file}: another job is at work here; wait for it, or {advice}") from error
         yield

@@ -35,8 +35,8 @@ from perfusion_jax import distributed, parallel
 from perfusion_jax.checkpoints import Checkpoints
 from perfusion_jax.config import OVERRIDES, check, member_config
 from perfusion_jax.data.table import read_table
-from perfusion_jax.errors import InputError, UnavailableError
-from perfusion_jax.files import locked
+from perfusion_jax.errors import InputError, UnavailableError, out_of_memory
+from perfusion_jax.files import locked, storage_errors
 from perfusion_jax.fleet_members import PICTURES_STEP, Fleet, Member, Prepared, Round, load_fleet, plan, prepare
 from perfusion_jax.fleet_report import OpenRound, Report
 from perfusion_jax.formats.picture_file import write_picture
@@ -63,6 +63,7 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
     Raises:
         InputError: the config, table or workdir cannot be used, or not one concept was learnt and there are no other
             shards.
+        UnavailableError: storage fails.
     """
     check(config)
     index, count = shard
@@ -70,16 +71,18 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
     members = [Member(row, member_config(config, row)) for row in rows]
     folder = workdir / f"shard_{index}_of_{count}" if count > 1 else workdir
     with ExitStack() as stack:
-        problem = ""
+        failure: InputError | None = None
         if distributed.is_first():
             try:
                 _check_split(workdir, count)
                 stack.enter_context(locked(folder / "lock", "take another --workdir, or another --shard of it"))
                 begin(config, folder)
             except InputError as error:
-                problem = str(error)
-        if problem := distributed.gather(problem)[0]:  # all end with it: it would be no help to try again
-            raise InputError(problem)
+                failure = error
+        # All end with it, and tell what started them alike whether it would help to try again.
+        problem, passing = distributed.gather([str(failure or ""), isinstance(failure, UnavailableError)])[0]
+        if problem:
+            raise (UnavailableError if passing else InputError)(problem)
         report = Report(folder / "report.jsonl")
         todo = [member for member in members if not report.is_over(member.name)]
         if todo:
@@ -108,8 +111,10 @@ def _check_split(workdir: epath.Path, count: int) -> None:
 
     Raises:
         InputError: it was.
+        UnavailableError: storage fails.
     """
-    others = [folder for folder in workdir.glob("shard_*_of_*") if not folder.name.endswith(f"_of_{count}")]
+    with storage_errors(workdir, "read"):
+        others = [folder for folder in workdir.glob("shard_*_of_*") if not folder.name.endswith(f"_of_{count}")]
     if count > 1:
         others.append(workdir)
     others = [folder for folder in others if has_results(folder)]
@@ -156,7 +161,16 @@ def _learn(
         try:
             upcoming = submit(rounds[0])
             for number, current in enumerate(rounds):
-                prepared = _result(upcoming, stop)
+                again = False
+                try:
+                    prepared = _result(upcoming, stop)
+                except jax.errors.JaxRuntimeError as error:
+                    again = number > 0 and bool(out_of_memory(error))
+                    if not again:
+                        raise
+                if again:  # the step of the round before was in memory as well; now it is not
+                    upcoming = submit(current)
+                    prepared = _result(upcoming, stop)
                 if number + 1 < len(rounds):
                     upcoming = submit(rounds[number + 1])
                 failures = {slot: error for part in distributed.gather(prepared.failures) for slot, error in part}
@@ -356,7 +370,10 @@ def _finish(run: _RoundRun, learning: Learning, slots: Sequence[int], opened: Op
         file = run.workdir / "concepts" / f"{member.name}.safetensors"
         write_concept(file, member.config, run.fleet.base, concept, int(state.step))
         if member.config.validation_prompts:
-            validation = Validation(member.config, run.fleet.base, run.fleet.clip, run.prepared.pixels[slot])
+            fleet = run.fleet
+            validation = Validation(
+                member.config, fleet.drawing_base, fleet.clip, run.prepared.pixels[slot], fleet.drawing_mesh
+            )
             drawn, sheet = validation.draw(concept)
             write_picture(run.workdir / "samples" / f"{member.name}.png", sheet)
             scores = validation.score(drawn)

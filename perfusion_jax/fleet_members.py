@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from perfusion_jax import parallel, training
+from perfusion_jax import distributed, parallel, training
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.clip import Clip
 from perfusion_jax.config import settings_of
@@ -95,6 +95,7 @@ class Fleet:
         params: those that the step reads, over the mesh.
         whitening, metric: C^-1/2 on the first device, and over the mesh.
         clip: the evaluator, or None.
+        drawing_base, drawing_mesh: the model that draws, and what devices of this process share that; None for one.
         mesh: of all devices.
         compiled: the compiled step by (settings, slots, pictures, prompts, side).
     """
@@ -105,6 +106,8 @@ class Fleet:
     whitening: jax.Array
     metric: jax.Array
     clip: Clip | None
+    drawing_base: BaseModel
+    drawing_mesh: Mesh | None
     mesh: Mesh
     compiled: Callable[..., jax.stages.Compiled]
 
@@ -124,10 +127,14 @@ def load_fleet(config: ConfigDict) -> Fleet:
     frozen = {name: base.params[name] for name in parallel.STEP_PARAMS}
     params = parallel.place(frozen, parallel.param_shardings(frozen, mesh))
     if mesh.shape["fsdp"] == 1:  # the whole weights lie on every device: one copy on the first is enough
-        base = dataclasses.replace(
-            base, params={**base.params, **jax.tree.map(lambda leaf: leaf.addressable_data(0), params)}
-        )
+        first = Mesh(jax.local_devices()[:1], ("data",))
+        base = dataclasses.replace(base, params={**base.params, **parallel.on_each(params, first)})
     whitening = load_metric(config, base)
+    drawing_base, drawing_mesh = base, None
+    if config.validation_prompts and mesh.shape["fsdp"] == 1 and jax.local_device_count() > 1:
+        drawing_mesh = Mesh(np.array(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
+        vae = jax.device_put(base.params["vae"], NamedSharding(drawing_mesh, PartitionSpec()))
+        drawing_base = dataclasses.replace(base, params={**parallel.on_each(params, drawing_mesh), "vae": vae})
 
     @functools.cache
     def compiled(settings: Settings, slots: int, pictures: int, prompts: int, side: int) -> jax.stages.Compiled:
@@ -137,7 +144,7 @@ def load_fleet(config: ConfigDict) -> Fleet:
 
     metric = parallel.place(whitening, NamedSharding(mesh, PartitionSpec()))
     clip = load_evaluator(config) if config.validation_prompts else None
-    return Fleet(config, base, params, whitening, metric, clip, mesh, compiled)
+    return Fleet(config, base, params, whitening, metric, clip, drawing_base, drawing_mesh, mesh, compiled)
 
 
 def round_settings(config: ConfigDict) -> Settings:
@@ -170,11 +177,14 @@ def plan(fleet: Fleet, table: Sequence[Member], todo: Sequence[Member], opened: 
             raise InputError(f"{everyone[0].row.where}: {error}") from error
     left = {member.identity: member for member in todo}
     rounds = []
-    # On a mesh that its slots do not go with, the open round is begun anew.
-    if any(identity in left for identity in opened.members) and len(opened.members) % places == 0:
-        slots = [left.pop(identity, None) if identity else None for identity in opened.members]
-        first = next(member for member in slots if member)
-        rounds.append(Round(tuple(slots), round_settings(first.config)))
+    slots = [left.get(identity) if identity else None for identity in opened.members]
+    # On a mesh that its slots do not go with, or on fewer chips, the open round is begun anew.
+    if (first := next(filter(None, slots), None)) and len(slots) % places == 0:
+        settings = round_settings(first.config)
+        if _fit(fleet, settings, fleet.side_of(first.config), len(slots)):
+            rounds.append(Round(tuple(slots), settings))
+            taken = set(opened.members)
+            left = {identity: member for identity, member in left.items() if identity not in taken}
     for (settings, side), everyone in groups.items():
         group = [member for member in everyone if member.identity in left]
         if not group:
@@ -197,23 +207,41 @@ def _members_at_once(fleet: Fleet, settings: Settings, side: int, wanted: int) -
     most = -(-wanted // places)
     if fleet.config.members:
         return min(fleet.config.members, most * places)
-    memory = jax.local_devices()[0].memory_stats() or {}
-    prompts = len(fleet.config.templates)
-
-    def bytes_for(members: int) -> int:
-        return parallel.bytes_per_chip(fleet.compiled(settings, members * places, PICTURES_STEP, prompts, side))
-
-    if "bytes_limit" in memory:
-        # The first device also prepares the next round; a tenth is left for that, and where weights are split, their
-        # whole.
-        whole = jax.tree.leaves({name: fleet.base.params[name] for name in parallel.STEP_PARAMS})
-        held = sum(leaf.nbytes for leaf in whole) if fleet.mesh.shape["fsdp"] > 1 else 0
-        fitting = parallel.most_that_fit(bytes_for, int(0.9 * memory["bytes_limit"]) - held, most)
-    else:
+    room = _room(fleet)
+    if room is None:
         fitting = min(most, MEMBERS_BY_DEFAULT)
+    else:
+        fitting = parallel.most_that_fit(lambda members: _taken(fleet, settings, side, members), room, most)
     # Rounds as full as each other: a slot takes its time, with a member in it or without.
     rounds = -(-most // fitting)
     return places * -(-most // rounds)
+
+
+def _fit(fleet: Fleet, settings: Settings, side: int, slots: int) -> bool:
+    """Whether so many slots may be learnt at once."""
+    if fleet.config.members:
+        return slots <= fleet.config.members
+    room, members = _room(fleet), slots // fleet.mesh.shape["concept"]
+    return room is None or parallel.fits(lambda count: _taken(fleet, settings, side, count), room, members)
+
+
+def _taken(fleet: Fleet, settings: Settings, side: int, members: int) -> int:
+    """Memory that the step takes on a chip, in bytes, with so many members at each place of the concept axis."""
+    slots, prompts = members * fleet.mesh.shape["concept"], len(fleet.config.templates)
+    return parallel.bytes_per_chip(fleet.compiled(settings, slots, PICTURES_STEP, prompts, side))
+
+
+def _room(fleet: Fleet) -> int | None:
+    """Memory that the step may take on a chip, in bytes, the same in all processes; None if devices do not tell."""
+    memory = jax.local_devices()[0].memory_stats() or {}
+    # The first device also prepares the next round, for which a tenth is left, holds the evaluator, and where weights
+    # are split, their whole.
+    more = [fleet.clip.params] if fleet.clip else []
+    if fleet.mesh.shape["fsdp"] > 1:
+        more += [fleet.base.params[name] for name in parallel.STEP_PARAMS]
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(more))
+    limits = [limit for limit in distributed.gather(memory.get("bytes_limit")) if limit is not None]
+    return int(0.9 * min(limits)) - held if limits else None
 
 
 def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: threading.Event) -> Prepared:

@@ -1,5 +1,6 @@
 """`generate`: prompts, seeds and concepts to pictures, in batches of one size so that nothing compiles twice."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from math import isfinite
 from typing import Any, NamedTuple
@@ -7,14 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from perfusion_jax import concept as concept_lib
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.edit import Gate
 from perfusion_jax.errors import InputError
 from perfusion_jax.formats.concept_file import TrainedConcept
-from perfusion_jax.samplers import DEFAULT_STEPS, make_plan
+from perfusion_jax.samplers import DEFAULT_STEPS, Plan, make_plan
 from perfusion_jax.sampling import Concepts, Guidance, draw, noise_for, to_pixels
+from perfusion_jax.surgery import Params
 
 # Concepts are padded to this many, so that up to this many can come and go without compiling anew.
 SLOTS = 4
@@ -37,8 +41,32 @@ class Drawn(NamedTuple):
     attention: np.ndarray | None
 
 
+def _draw_on(
+    mesh: Mesh | None,
+    base: BaseModel,
+    params: dict[str, Params],
+    ids: jax.Array,
+    unprompted_ids: jax.Array,
+    noise: jax.Array,
+    plan: Plan,
+    guidance: Guidance,
+    concepts: Concepts | None,
+    init_latents: jax.Array | None,
+    attention: bool,
+    on_step: Callable[[], None] | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`sampling.draw`; on a mesh, each device draws its own part of the batch and sends nothing to the others."""
+    draw_part = functools.partial(draw, base, attention=attention, on_step=on_step)
+    if mesh is not None:
+        batch, whole = P(mesh.axis_names), P()
+        of_concepts = None if concepts is None else jax.tree.map(lambda _: whole, concepts)._replace(present=batch)
+        in_specs = (whole, batch, batch, batch, whole, whole, of_concepts, whole)
+        draw_part = jax.shard_map(draw_part, mesh=mesh, in_specs=in_specs, out_specs=batch, check_vma=False)
+    return draw_part(params, ids, unprompted_ids, noise, plan, guidance, concepts, init_latents)
+
+
 # One compiled function for all: what may change without compiling anew is an array.
-compiled_draw = jax.jit(draw, static_argnames=("base", "attention", "on_step"))
+compiled_draw = jax.jit(_draw_on, static_argnames=("mesh", "base", "attention", "on_step"))
 _compiled_noise = jax.jit(noise_for, static_argnames=("base", "height", "width"))
 
 
@@ -92,6 +120,7 @@ def drawing(
     batch_size: int = 8,
     attention: bool = False,
     on_step: Callable[[], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[Drawn]:
     """Draws prompts batch by batch.
 
@@ -111,7 +140,8 @@ def drawing(
         init_strength: how much of it is drawn anew, above 0, at most 1.
         batch_size: pictures drawn at once; the last batch is padded.
         attention: also tell where the UNet looked.
-        on_step: called after every step of every batch; another function compiles anew.
+        on_step: called after every step of every batch, by every device; another function compiles anew.
+        mesh: devices that share each batch, whose size they divide; the weights of `base` lie whole on all of them.
 
     Yields:
         The next `batch_size` pictures; the last time, those that are left.
@@ -157,6 +187,7 @@ def drawing(
         count = len(ids[first : first + batch_size])
         rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # one batch size is compiled
         images, seen = compiled_draw(
+            mesh,
             base,
             base.params,
             ids[rows],
@@ -169,7 +200,7 @@ def drawing(
             attention=attention,
             on_step=on_step,
         )
-        yield Drawn(to_pixels(images[:count]), None if seen is None else np.asarray(seen[:count]))
+        yield Drawn(to_pixels(images)[:count], None if seen is None else np.asarray(seen)[:count])
 
 
 def per_concept(name: str, given: Control, defaults: Sequence[float]) -> list[float]:

@@ -108,6 +108,25 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
+def on_each(tree: Any, mesh: Mesh) -> Any:
+    """Takes arrays that lie whole on every device of a job as arrays over a mesh of some of them, without copying.
+
+    Args:
+        tree: of arrays.
+        mesh: of devices of this process.
+
+    Returns:
+        The same tree, whole on each device of the mesh.
+    """
+
+    def gather(leaf: jax.Array) -> jax.Array:
+        parts = {part.device: part.data for part in leaf.addressable_shards}
+        here = [parts[device] for device in mesh.devices.flat]
+        return jax.make_array_from_single_device_arrays(leaf.shape, NamedSharding(mesh, P()), here)
+
+    return jax.tree.map(gather, tree)
+
+
 def check_split(settings: Settings, mesh: Mesh) -> None:
     """Checks that the mesh can split a batch.
 
@@ -317,20 +336,29 @@ def most_that_fit(bytes_for: Callable[[int], int], limit: int, most: int) -> int
         jax.errors.JaxRuntimeError: likewise, by the compiler's word.
     """
 
-    def taken(members: int) -> float:
-        try:
-            return bytes_for(members)
-        except jax.errors.JaxRuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            return math.inf
-
     one = bytes_for(1)
     if one > limit:
-        raise InputError(f"one concept takes {one / 1e9:.1f} GB on a chip of {limit / 1e9:.1f} GB: {MEMORY_ADVICE}")
+        raise InputError(
+            f"one concept takes {one / 1e9:.1f} GB of a chip, where there is room for {limit / 1e9:.1f} GB: "
+            f"{MEMORY_ADVICE}"
+        )
     if most == 1:
         return 1
-    count = min(most, 1 + int((limit - one) / max(1, taken(2) - one)))
-    while count > 1 and taken(count) > limit:
+    count = min(most, 1 + int((limit - one) / max(1, _taken(bytes_for, 2) - one)))
+    while count > 1 and not fits(bytes_for, limit, count):
         count -= max(1, count // 16)
     return count
+
+
+def fits(bytes_for: Callable[[int], int], limit: int, members: int) -> bool:
+    """Whether so many members fit at each place of the concept axis; arguments as for `most_that_fit`."""
+    return _taken(bytes_for, members) <= limit
+
+
+def _taken(bytes_for: Callable[[int], int], members: int) -> float:
+    try:
+        return bytes_for(members)
+    except jax.errors.JaxRuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return math.inf

@@ -2,6 +2,7 @@
 
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from perfusion_jax.base_model import BaseModel
@@ -24,10 +25,13 @@ class Validation:
         base: the model.
         clip: the evaluator, or None.
         own: the concept's pictures, uint8 [count, side, side, 3].
+        mesh: devices that share the drawing, as for `generation.drawing`.
     """
 
-    def __init__(self, config: ConfigDict, base: BaseModel, clip: Clip | None, own: np.ndarray):
-        self._config, self._base, self._clip, self._own = config, base, clip, own
+    def __init__(
+        self, config: ConfigDict, base: BaseModel, clip: Clip | None, own: np.ndarray, mesh: Mesh | None = None
+    ):
+        self._config, self._base, self._clip, self._own, self._mesh = config, base, clip, own, mesh
 
     def draw(self, concept: Concept) -> tuple[np.ndarray, np.ndarray]:
         """Draws the validation prompts with fixed seeds.
@@ -40,6 +44,7 @@ class Validation:
         count = config.pictures_per_prompt
         prompts = [p.replace("{}", f"<{config.name}>") for p in config.validation_prompts for _ in range(count)]
         side = self._own.shape[1]
+        devices = self._mesh.size if self._mesh is not None else 1
         drawn = generate(
             self._base,
             prompts,
@@ -49,7 +54,8 @@ class Validation:
             steps=config.sampling_steps,
             height=side,
             width=side,
-            batch_size=min(8, len(prompts)),
+            batch_size=-(-min(8, len(prompts)) // devices) * devices,
+            mesh=self._mesh,
         ).reshape(-1, count, side, side, 3)
         rows = [np.concatenate([self._own[[row % len(self._own)]], pictures]) for row, pictures in enumerate(drawn)]
         return drawn, grid(rows)

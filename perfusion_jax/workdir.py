@@ -15,35 +15,44 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.concept import Concept
 from perfusion_jax.config import check_same, to_json
-from perfusion_jax.errors import InputError, UnavailableError
-from perfusion_jax.files import is_local, write_bytes
+from perfusion_jax.errors import UnavailableError
+from perfusion_jax.files import is_local, read_text, storage_errors, write_bytes
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
 
 METRICS = "metrics.jsonl"
 
 
 def begin(config: ConfigDict, workdir: epath.Path) -> None:
-    """Makes the workdir and saves the config in it; once there are results, sees that it is the same config."""
+    """Makes the workdir and saves the config in it; once there are results, sees that it is the same config.
+
+    Raises:
+        InputError: it is another config, or the workdir cannot be used.
+        UnavailableError: storage fails.
+    """
     file = workdir / "config.json"
     text = to_json(config)
-    try:
+    with storage_errors(workdir, "written"):
         workdir.mkdir(parents=True, exist_ok=True)
-        before = file.read_text() if file.exists() else ""
-    except OSError as error:
-        raise InputError(f"{workdir}: cannot be written ({error})") from error
+    before = read_text(file)
     if before and has_results(workdir):
         check_same(config, before, file)
     if before == text:
         return
     try:
         write_bytes(file, text.encode())
-    except UnavailableError as error:  # from the start: a wrong name, or no right to write there
-        raise InputError(str(error)) from error
+    except UnavailableError as error:
+        with storage_errors(file, "written"):  # from the start, it may be a wrong name, or no right to write there
+            raise error.__cause__ or error from None
 
 
 def has_results(workdir: epath.Path) -> bool:
-    """Whether something was learnt in a workdir."""
-    return any((workdir / name).exists() for name in (METRICS, "report.jsonl"))
+    """Whether something was learnt in a workdir.
+
+    Raises:
+        InputError, UnavailableError: it cannot be read.
+    """
+    with storage_errors(workdir, "read"):
+        return any((workdir / name).exists() for name in (METRICS, "report.jsonl"))
 
 
 class Log:

@@ -14,10 +14,17 @@ from checkpoints import LAYOUTS, save_checkpoint, save_full_size
 from perfusion_jax import load_base_model
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
+OPTIMISED = "--xla_backend_optimization_level="
 
 
 def pytest_configure(config):
-    """What one test or one process that it starts has compiled is not compiled again by another, until pytest ends."""
+    """Makes compiling cheap, which is most of what tests do, in this process and in those that it starts.
+
+    What one has compiled is not compiled again by another, until pytest ends; and LLVM optimises programs, which take a
+    few steps each, a little and not as much as it can (XLA_FLAGS=--xla_backend_optimization_level=3).
+    """
+    if OPTIMISED not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OPTIMISED}1".strip()
     if CACHE not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="compiled")
         config.add_cleanup(folder.cleanup)
@@ -34,6 +41,11 @@ def folder(request, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def sd1_folder(tmp_path_factory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("sd1"), "sd1")
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("small"), "sd1", small=True)
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +66,8 @@ def base(folder):
 @pytest.fixture(scope="session")
 def sd1_base(sd1_folder):
     return load_base_model(sd1_folder)
+
+
+@pytest.fixture(scope="session")
+def small_base(small_folder):
+    return load_base_model(small_folder)

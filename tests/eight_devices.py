@@ -24,9 +24,9 @@ PICTURES = 8  # that the examples are padded to
 
 
 def make_member(base, whitening, number):
-    """A concept of 3 to 7 pictures: (examples, learning, key, steps to take)."""
+    """A concept of 3, 5 or 7 pictures: (examples, learning, key, steps to take)."""
     rng = np.random.default_rng(number)
-    count = 3 + number % 5
+    count = 3 + 2 * (number // 3 % 3)
     shape = (count, 2, SIDE, SIDE, base.latent_channels)
     mean = rng.standard_normal(shape)
     if number == DIVERGES:

@@ -148,7 +148,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path, matrix):
     np.savez(tmp_path / "two.npz", a=matrix, b=matrix)
     with pytest.raises(InputError, match="no array called 'covariance'"):
         load_covariance(tmp_path / "two.npz", 8)
-    for name, message in (("missing.npy", "no such file"), ("c.pt", "is a .npz, .npy or .safetensors file")):
+    for name, message in (("missing.npy", "No such file"), ("c.pt", "is a .npz, .npy or .safetensors file")):
         with pytest.raises(InputError, match=message):
             load_covariance(tmp_path / name, 8)
     shutil.copy(tmp_path / "c.npy", tmp_path / "renamed.npz")

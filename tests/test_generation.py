@@ -26,85 +26,85 @@ def difference(one, other):
     return np.abs(one.astype(int) - other).max()
 
 
-def test_a_picture_depends_on_its_own_prompt_and_seed_alone(sd1_base):
-    rex, tom = make_concept(sd1_base, "rex"), make_concept(sd1_base, "tom", "cat", seed=1)
+def test_a_picture_depends_on_its_own_prompt_and_seed_alone(small_base):
+    rex, tom = make_concept(small_base, "rex"), make_concept(small_base, "tom", "cat", seed=1)
     prompts = ["a photo of a <rex>", "the teddy bear on the beach", "a photo of a <rex>", "my <tom>"]
-    together = generate(sd1_base, prompts, [5, 6, 7, 5], [rex, tom], **SMALL)
+    together = generate(small_base, prompts, [5, 6, 7, 5], [rex, tom], **SMALL)
     assert together.shape == (4, 32, 32, 3)
     assert together.dtype == np.uint8
-    assert difference(together[:1], generate(sd1_base, prompts[:1], [5], [rex], **SMALL)) <= 1
-    assert difference(together[1:2], generate(sd1_base, prompts[1:2], [6], **SMALL)) <= 1
-    assert difference(together[3:], generate(sd1_base, prompts[3:], [5], [tom, rex], **SMALL)) <= 1
+    assert difference(together[:1], generate(small_base, prompts[:1], [5], [rex], **SMALL)) <= 1
+    assert difference(together[1:2], generate(small_base, prompts[1:2], [6], **SMALL)) <= 1
+    assert difference(together[3:], generate(small_base, prompts[3:], [5], [tom, rex], **SMALL)) <= 1
     assert difference(together[0], together[2]) > 5
 
 
-def test_the_order_of_concepts_and_the_same_one_twice(sd1_base):
-    rex, tom = make_concept(sd1_base, "rex"), make_concept(sd1_base, "tom", "cat", seed=1)
-    one, other = (generate(sd1_base, ["<rex> and <tom>"], [0], pair, **SMALL) for pair in ([rex, tom], [tom, rex]))
+def test_the_order_of_concepts_and_the_same_one_twice(small_base):
+    rex, tom = make_concept(small_base, "rex"), make_concept(small_base, "tom", "cat", seed=1)
+    one, other = (generate(small_base, ["<rex> and <tom>"], [0], pair, **SMALL) for pair in ([rex, tom], [tom, rex]))
     assert difference(one, other) <= 1
-    twin = make_concept(sd1_base, "twin")
+    twin = make_concept(small_base, "twin")
     near = TrainedConcept(jax.tree.map(lambda leaf: leaf * (1 + 1e-7), twin.concept), twin.card)
     for again in (twin, near):
-        pictures = [some.pixels for some in drawing(sd1_base, ["<rex> and <twin>"], [0], [rex, again], **SMALL)]
+        pictures = [some.pixels for some in drawing(small_base, ["<rex> and <twin>"], [0], [rex, again], **SMALL)]
         assert np.std(pictures[0]) > 1  # finite: NaN would be one colour
 
 
-def test_a_concept_still_untrained_draws_its_super_category(sd1_base):
-    rex = make_concept(sd1_base, "rex", moved=0.0)
-    plain = generate(sd1_base, ["a photo of a dog"], [0], **SMALL)
+def test_a_concept_still_untrained_draws_its_super_category(small_base):
+    rex = make_concept(small_base, "rex", moved=0.0)
+    plain = generate(small_base, ["a photo of a dog"], [0], **SMALL)
     for closed in ({"strength": 0.0}, {"start": 1.0}, {"end": 0.0}, {"start": 0.5, "end": 0.5}):
-        assert difference(plain, generate(sd1_base, ["a photo of a <rex>"], [0], [rex], **closed, **SMALL)) <= 1
-    edited = generate(sd1_base, ["a photo of a <rex>"], [0], [rex], **SMALL)
+        assert difference(plain, generate(small_base, ["a photo of a <rex>"], [0], [rex], **closed, **SMALL)) <= 1
+    edited = generate(small_base, ["a photo of a <rex>"], [0], [rex], **SMALL)
     assert difference(plain, edited) > 1
-    early = generate(sd1_base, ["a photo of a <rex>"], [0], [rex], end=0.3, **SMALL)
+    early = generate(small_base, ["a photo of a <rex>"], [0], [rex], end=0.3, **SMALL)
     assert min(difference(early, plain), difference(early, edited)) > 1
 
 
-def test_what_changes_from_picture_to_picture_does_not_compile_anew(sd1_base):
-    rex, tom = make_concept(sd1_base, "rex"), make_concept(sd1_base, "tom", "cat", seed=1)
-    generate(sd1_base, ["a photo of a <rex>"], [0], [rex], **SMALL)
+def test_what_changes_from_picture_to_picture_does_not_compile_anew(small_base):
+    rex, tom = make_concept(small_base, "rex"), make_concept(small_base, "tom", "cat", seed=1)
+    generate(small_base, ["a photo of a <rex>"], [0], [rex], **SMALL)
     before = compiled_draw._cache_size()
-    generate(sd1_base, ["the <rex> on the beach"], [9], [rex], bias=0.4, temperature=0.1, strength=0.5, **SMALL)
-    generate(sd1_base, ["<tom> and <rex>", "a dog", "<tom>"], [1, 2, 3], [tom, rex], bias=[0.4, 0.5], **SMALL)
-    generate(sd1_base, ["a <tom>"], [0], [tom], guidance=2.0, guidance_rescale=0.5, negative_prompt="cat", **SMALL)
-    generate(sd1_base, ["a <tom>"], [0], [tom], sampler="dpm++", **SMALL)
-    generate(sd1_base, ["a <tom>"], [0], [tom], sampler="euler", **SMALL)
+    generate(small_base, ["the <rex> on the beach"], [9], [rex], bias=0.4, temperature=0.1, strength=0.5, **SMALL)
+    generate(small_base, ["<tom> and <rex>", "a dog", "<tom>"], [1, 2, 3], [tom, rex], bias=[0.4, 0.5], **SMALL)
+    generate(small_base, ["a <tom>"], [0], [tom], guidance=2.0, guidance_rescale=0.5, negative_prompt="cat", **SMALL)
+    generate(small_base, ["a <tom>"], [0], [tom], sampler="dpm++", **SMALL)
+    generate(small_base, ["a <tom>"], [0], [tom], sampler="euler", **SMALL)
     assert compiled_draw._cache_size() == before
-    generate(sd1_base, ["a <tom>"], [0], [tom], **{**SMALL, "width": 40})
+    generate(small_base, ["a <tom>"], [0], [tom], **{**SMALL, "width": 40})
     assert compiled_draw._cache_size() == before + 1
 
 
-def test_from_a_picture(sd1_base):
+def test_from_a_picture(small_base):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (32, 40, 3)).astype(np.uint8)
     options = {"steps": 10, "batch_size": 1, "init_image": image}
-    near = generate(sd1_base, ["a dog"], [0], init_strength=0.1, **options)
-    far = generate(sd1_base, ["a dog"], [0], init_strength=1.0, **options)
+    near = generate(small_base, ["a dog"], [0], init_strength=0.1, **options)
+    far = generate(small_base, ["a dog"], [0], init_strength=1.0, **options)
     assert near.shape == (1, 32, 40, 3)
-    latents = sd1_base.encode_image(sd1_base.params["vae"], jnp.asarray(image[None] / 127.5 - 1, jnp.float32)).mean
-    decoded = np.asarray(sd1_base.decode_latent(sd1_base.params["vae"], latents))
+    latents = small_base.encode_image(small_base.params["vae"], jnp.asarray(image[None] / 127.5 - 1, jnp.float32)).mean
+    decoded = np.asarray(small_base.decode_latent(small_base.params["vae"], latents))
     kept = np.clip((decoded + 1) * 127.5, 0, 255)
     assert np.abs(near - kept).mean() < 0.5 * np.abs(far - kept).mean()
     for wrong in ({"init_strength": 0.0}, {"height": 48}, {"init_image": image / 255}):
         with pytest.raises(InputError, match="init_"):
-            generate(sd1_base, ["a dog"], [0], **{**options, **wrong})
+            generate(small_base, ["a dog"], [0], **{**options, **wrong})
 
 
-def test_attention_and_progress(sd1_base):
+def test_attention_and_progress(small_base):
     steps = []
     prompts = ["a dog", "a photo of a <rex>", "<rex>"]
-    rex = make_concept(sd1_base, "rex")
+    rex = make_concept(small_base, "rex")
 
     def tick():
         steps.append(1)
 
-    watched = list(drawing(sd1_base, prompts, [0, 1, 2], [rex], attention=True, on_step=tick, **SMALL))
+    watched = list(drawing(small_base, prompts, [0, 1, 2], [rex], attention=True, on_step=tick, **SMALL))
     jax.effects_barrier()
     assert len(steps) == 2 * SMALL["steps"]  # two batches
     attention = np.concatenate([some.attention for some in watched])
     assert attention.shape == (3, 16, 16, 16)
     np.testing.assert_allclose(attention.sum(axis=-1), 1, atol=1e-4)
-    plain = generate(sd1_base, prompts, [0, 1, 2], [rex], **SMALL)
+    plain = generate(small_base, prompts, [0, 1, 2], [rex], **SMALL)
     assert difference(np.concatenate([some.pixels for some in watched]), plain) <= 1
 
 
@@ -125,11 +125,11 @@ def test_attention_and_progress(sd1_base):
         ("a <rex>", {"negative_prompt": "a <rex>"}, "names <rex>"),
     ],
 )
-def test_impossible_requests_are_refused(sd1_base, prompt, options, message):
+def test_impossible_requests_are_refused(small_base, prompt, options, message):
     with pytest.raises(InputError, match=message):
-        generate(sd1_base, [prompt], [0], [make_concept(sd1_base, "rex")], **{**SMALL, **options})
+        generate(small_base, [prompt], [0], [make_concept(small_base, "rex")], **{**SMALL, **options})
     with pytest.raises(InputError, match="1 prompts and 2 seeds"):
-        generate(sd1_base, ["a dog"], [0, 1])
+        generate(small_base, ["a dog"], [0, 1])
 
 
 def test_values_of_a_control():

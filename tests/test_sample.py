@@ -27,18 +27,18 @@ def save(base, file, name, word="dog"):
 
 
 @pytest.fixture
-def rex(sd1_base, tmp_path):
-    return save(sd1_base, tmp_path / "rex.safetensors", "rex")
+def rex(small_base, tmp_path):
+    return save(small_base, tmp_path / "rex.safetensors", "rex")
 
 
 @pytest.fixture
-def recipe(sd1_folder, rex):
+def recipe(small_folder, rex):
     """What `--concept rex --prompt "a <rex>" --num_images 2` asks for, small."""
     options = dict.fromkeys(sample.OPTIONS)
     options |= {"sampler": "ddim", "steps": 2, "guidance_rescale": 0.0, "negative_prompt": "", "lock": "local"}
     options |= {"height": 32, "width": 32, "init_strength": 0.8, "batch_size": 2}
     return sample.Recipe(
-        base={"source": str(sd1_folder), "revision": None, "variant": None},
+        base={"source": str(small_folder), "revision": None, "variant": None},
         concepts=sample.read_concepts([str(rex)]),
         prompts=["a <rex>", "a <rex>"],
         seeds=[0, 1],
@@ -60,9 +60,9 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def test_draws_pictures_tells_how_and_draws_them_again(sd1_folder, rex, tmp_path):
+def test_draws_pictures_tells_how_and_draws_them_again(small_folder, rex, tmp_path):
     out = tmp_path / "new" / "rex.png"
-    small = (f"--base={sd1_folder}", "--steps=2", "--height=32", "--width=32")
+    small = (f"--base={small_folder}", "--steps=2", "--height=32", "--width=32")
     done = run(
         f"--attention={tmp_path}/maps",
         *small,
@@ -83,20 +83,22 @@ def test_draws_pictures_tells_how_and_draws_them_again(sd1_folder, rex, tmp_path
 
     assert sorted(file.name for file in (tmp_path / "maps").iterdir()) == ["0.png", "1.png", "2.png"]
 
-    done = run("--again", out.with_name("rex_2.png"), f"--base={sd1_folder}")
+    done = run("--again", out.with_name("rex_2.png"), f"--base={small_folder}")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert (said["prompts"], said["seeds"]) == (["a photo of a <rex>"], [2])
     assert said["options"]["bias"] == [0.5]
     assert said["concepts"][0]["file"] == str(rex)
     assert set(said["versions"]) == {"perfusion_jax", "jax", "flax", "diffusers"}
-    done = run("--again", out.with_name("rex_2.png"), f"--base={sd1_folder}", "--out", tmp_path / "again.png")
+    done = run("--again", out.with_name("rex_2.png"), f"--base={small_folder}", "--out", tmp_path / "again.png")
     assert done.returncode == 0, done.stderr
     assert np.abs(pixels(tmp_path / "again.png").astype(int) - singles[2]).max() <= 1
 
 
-def test_bad_words_are_one_line_and_nothing_is_drawn(sd1_folder, rex, tmp_path):
-    done = run(f"--base={sd1_folder}", f"--concept={rex}", "--prompt=a <rex>", f"--out={tmp_path}/x.png", "--bias=1,2")
+def test_bad_words_are_one_line_and_nothing_is_drawn(small_folder, rex, tmp_path):
+    done = run(
+        f"--base={small_folder}", f"--concept={rex}", "--prompt=a <rex>", f"--out={tmp_path}/x.png", "--bias=1,2"
+    )
     assert done.returncode != 0
     assert (
         done.stderr.strip().splitlines()[-1] == "error: bias has 2 values: give one, or one for each of the 1 concepts"
@@ -108,9 +110,9 @@ def test_bad_words_are_one_line_and_nothing_is_drawn(sd1_folder, rex, tmp_path):
     assert done.stderr.strip().splitlines()[-1] == "error: give --out, the .png file to write"
 
 
-def test_a_sweep_is_a_labelled_grid(recipe, sd1_base, tmp_path):
+def test_a_sweep_is_a_labelled_grid(recipe, small_base, tmp_path):
     swept = recipe._replace(sweep=("bias", [0.4, 0.6, 0.8]))
-    sample.write(swept, sample.draw(swept, sd1_base), tmp_path / "sweep.png")
+    sample.write(swept, sample.draw(swept, small_base), tmp_path / "sweep.png")
     sheet = pixels(tmp_path / "sweep.png")
     assert sheet.shape == (20 + 2 * (20 + 128) + 4, 3 * 128 + 2 * 4, 3)
     assert (sheet[:20] < 128).any()  # words
@@ -121,49 +123,49 @@ def test_a_sweep_is_a_labelled_grid(recipe, sd1_base, tmp_path):
             sample.parse_sweep(wrong)
 
 
-def test_prompts_of_a_file_have_a_row_each(recipe, sd1_base, tmp_path):
+def test_prompts_of_a_file_have_a_row_each(recipe, small_base, tmp_path):
     (tmp_path / "prompts.txt").write_text("a <rex>\n\nthe <rex> on the beach\n")
     prompts = sample.read_prompts(None, str(tmp_path / "prompts.txt"))
     assert prompts == ["a <rex>", "the <rex> on the beach"]
     both = recipe._replace(prompts=[prompt for prompt in prompts for _ in range(2)], seeds=[0, 1, 0, 1])
-    sample.write(both, sample.draw(both, sd1_base), tmp_path / "both.png")
+    sample.write(both, sample.draw(both, small_base), tmp_path / "both.png")
     assert pixels(tmp_path / "both.png").shape == (2 * (20 + 128) + 4, 2 * 128 + 4, 3)
     for prompt, file in ((None, None), ("a dog", "prompts.txt"), (None, str(tmp_path / "none.txt"))):
         with pytest.raises(InputError, match=r"give --prompt or --prompts|none.txt: cannot be read"):
             sample.read_prompts(prompt, file)
 
 
-def test_attention_shows_every_word(recipe, sd1_base, tmp_path):
-    drawn = sample.draw(recipe, sd1_base, attention=True)
-    sample.write_attention(recipe, drawn[0], sd1_base.tokenizer, tmp_path / "maps")
+def test_attention_shows_every_word(recipe, small_base, tmp_path):
+    drawn = sample.draw(recipe, small_base, attention=True)
+    sample.write_attention(recipe, drawn[0], small_base.tokenizer, tmp_path / "maps")
     for number in range(2):
         assert pixels(tmp_path / "maps" / f"{number}.png").shape == (20 + 128, 3 * 128 + 2 * 4, 3)  # picture, a, <rex>
 
 
-def test_from_a_picture(recipe, sd1_base, tmp_path):
+def test_from_a_picture(recipe, small_base, tmp_path):
     write_picture(tmp_path / "init.png", np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8))
     start = recipe._replace(init_image=str(tmp_path / "init.png"))
-    drawn = sample.draw(start, sd1_base)[0][0].pixels
-    assert np.abs(drawn.astype(int) - sample.draw(recipe, sd1_base)[0][0].pixels).max() > 5
+    drawn = sample.draw(start, small_base)[0][0].pixels
+    assert np.abs(drawn.astype(int) - sample.draw(recipe, small_base)[0][0].pixels).max() > 5
     with pytest.raises(InputError, match=r"none.png: no such picture"):
-        sample.draw(recipe._replace(init_image=str(tmp_path / "none.png")), sd1_base)
+        sample.draw(recipe._replace(init_image=str(tmp_path / "none.png")), small_base)
 
 
-def test_concepts_by_name_twice_and_not_named(recipe, sd1_base, rex, tmp_path, capsys):
+def test_concepts_by_name_twice_and_not_named(recipe, small_base, rex, tmp_path, capsys):
     assert len(sample.read_concepts([str(rex), str(rex)])) == 1
-    other = save(sd1_base, tmp_path / "other.safetensors", "rex", "cat")
+    other = save(small_base, tmp_path / "other.safetensors", "rex", "cat")
     with pytest.raises(
         InputError, match="two concepts are called rex: give one another name, as in --concept other_rex="
     ):
-        sample.draw(recipe._replace(concepts=sample.read_concepts([str(rex), str(other)])), sd1_base)
+        sample.draw(recipe._replace(concepts=sample.read_concepts([str(rex), str(other)])), small_base)
     both = recipe._replace(concepts=sample.read_concepts([str(rex), f"tom={other}"]), prompts=["<rex> and <tom>"] * 2)
-    sample.draw(both, sd1_base)
+    sample.draw(both, small_base)
     assert "warning" not in capsys.readouterr().out
-    sample.draw(recipe._replace(concepts=both.concepts), sd1_base)
+    sample.draw(recipe._replace(concepts=both.concepts), small_base)
     assert "warning: no prompt names <tom>: the concept tom has no effect" in capsys.readouterr().out
 
 
-def test_concept_files_that_cannot_be_used(recipe, sd1_base, rex, tmp_path, monkeypatch):
+def test_concept_files_that_cannot_be_used(recipe, small_base, rex, tmp_path, monkeypatch):
     broken = {
         "cut.safetensors": rex.read_bytes()[:500],
         "edited.safetensors": rex.read_bytes().replace(b'"target_input"', b'"target_imput"'),
@@ -176,7 +178,7 @@ def test_concept_files_that_cannot_be_used(recipe, sd1_base, rex, tmp_path, monk
     for (name, data), message in zip(broken.items(), messages, strict=True):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=rf"{name}: .*{message}"):
-            sample.draw(recipe._replace(concepts=sample.read_concepts([str(tmp_path / name)])), sd1_base)
+            sample.draw(recipe._replace(concepts=sample.read_concepts([str(tmp_path / name)])), small_base)
     with pytest.raises(InputError, match="nowhere: no such concept file"):
         sample.read_concepts([str(tmp_path / "nowhere")])
 

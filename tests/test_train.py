@@ -42,8 +42,8 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def make_config(inputs, sd1_folder):
-    config = get_config(str(sd1_folder))
+def make_config(inputs, small_folder):
+    config = get_config(str(small_folder))
     config.update(
         name="rex",
         pictures=str(inputs / "rex"),
@@ -63,8 +63,8 @@ def make_config(inputs, sd1_folder):
 
 
 @pytest.fixture
-def config(inputs, sd1_folder):
-    return make_config(inputs, sd1_folder)
+def config(inputs, small_folder):
+    return make_config(inputs, small_folder)
 
 
 def flags(config):
@@ -88,21 +88,21 @@ def start(config, workdir, **environment):
 
 
 @pytest.fixture(scope="module")
-def finished(inputs, sd1_folder, tmp_path_factory):
+def finished(inputs, small_folder, tmp_path_factory):
     """The concept of an undisturbed run from the command line: (workdir, what it printed)."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     # Compiled for itself, so that what others are compared with comes from another compilation than theirs.
-    process = start(make_config(inputs, sd1_folder), workdir, JAX_ENABLE_COMPILATION_CACHE="false")
+    process = start(make_config(inputs, small_folder), workdir, JAX_ENABLE_COMPILATION_CACHE="false")
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return workdir, output
 
 
-def test_a_run_leaves_what_it_promises(finished, config, sd1_base):
+def test_a_run_leaves_what_it_promises(finished, config, small_base):
     workdir, output = finished
-    concept, card = load_concept(workdir / "concepts" / "rex.safetensors", sd1_base)
+    concept, card = load_concept(workdir / "concepts" / "rex.safetensors", small_base)
     assert (card.name, card.super_category) == ("rex", "dog")
-    before = sd1_base.new_concept("dog", np.eye(48, dtype=np.float32))
+    before = small_base.new_concept("dog", np.eye(48, dtype=np.float32))
     assert np.abs(np.asarray(concept.embedding) - before.embedding).max() > 0.001
     assert json.loads((workdir / "config.json").read_text())["name"] == "rex"
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -25,10 +25,11 @@ from etils import epath
 from perfusion_jax import shipped
 from perfusion_jax.base_model.text import PLACEHOLDER
 from perfusion_jax.errors import InputError
-from perfusion_jax.files import unreadable
+from perfusion_jax.files import read_text, storage_errors
 
 NEEDED = ("name", "super_category", "pictures")
 FOLDERS = ("masks", "captions")
+TABLES = (".csv", ".jsonl")
 EMOJI = "emoji"  # the examples that ship with the package
 
 _SCHEME = re.compile(r"[a-z0-9]+:")  # emoji:dog, tfds:..., gs://...: not relative to anything
@@ -68,18 +69,19 @@ def read_table(source: str, overridable: Collection[str]) -> list[Row]:
     """
     path = epath.Path(shipped.EXAMPLES if source == EMOJI else source)
     try:
-        if path.is_dir():
-            rows = list(_folders(path))
-        elif path.suffix in (".csv", ".jsonl"):
-            text = path.read_bytes().decode("utf-8-sig")  # Excel begins its files with a mark
+        with storage_errors(path, "read"):
+            folders = sorted(folder for folder in path.iterdir() if folder.is_dir()) if path.is_dir() else None
+            data = path.read_bytes() if folders is None and path.suffix in TABLES else b""
+        if folders is not None:
+            rows = [_folder(folder) for folder in folders]
+        elif path.suffix in TABLES:
+            text = data.decode("utf-8-sig")  # Excel begins its files with a mark
             lines = _csv_lines(path, text) if path.suffix == ".csv" else _json_lines(path, text)
             rows = [_row(line, where, path.parent, overridable) for where, line in lines]
         else:
             raise InputError(f"{path}: config.concepts must be a .csv or .jsonl file, or a folder of concept folders")
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
-    except OSError as error:
-        raise unreadable(path, error) from error
     if not rows:
         raise InputError(f"{path}: no concepts in it")
     _check_names(rows)
@@ -98,20 +100,18 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _folders(path: epath.Path) -> Iterator[Row]:
-    for folder in sorted(path.iterdir()):
-        if not folder.is_dir():
-            continue
-        file = folder / "concept.json"
-        if not file.exists():
-            raise InputError(f'{file}: missing; it must say {{"super_category": "..."}}')
-        try:
-            facts = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}: not JSON ({error})") from error
-        # What else it says of the concept is for people.
-        known = {key: facts[key] for key in ("super_category", "licence") if isinstance(facts, dict) and key in facts}
-        yield _row({"name": folder.name, "pictures": folder.name, **known}, str(file), path, ("licence",))
+def _folder(folder: epath.Path) -> Row:
+    file = folder / "concept.json"
+    text = read_text(file)
+    if not text:
+        raise InputError(f'{file}: missing; it must say {{"super_category": "..."}}')
+    try:
+        facts = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}: not JSON ({error})") from error
+    # What else it says of the concept is for people.
+    known = {key: facts[key] for key in ("super_category", "licence") if isinstance(facts, dict) and key in facts}
+    return _row({"name": folder.name, "pictures": folder.name, **known}, str(file), folder.parent, ("licence",))
 
 
 def _csv_lines(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -114,7 +114,10 @@ def test_mistakes_are_named(tmp_path, name, text, message):
     [
         (OSError("Forbidden: storage.objects.get"), InputError),
         (PermissionError(13, "Permission denied"), InputError),
+        (OSError(30, "Read-only file system"), InputError),
+        (ValueError("Bad Request"), InputError),
         (OSError(5, "Input/output error"), UnavailableError),
+        (RuntimeError("503, backend error"), UnavailableError),
     ],
 )
 def test_storage_that_fails_for_now_is_not_bad_input(tmp_path, monkeypatch, error, kind):
