@@ -183,7 +183,8 @@ class TestCommand:
         again = self.start(sd1_folder, tmp_path / "captions.txt", tmp_path / "c.npz")
         assert "is there already" in again.communicate()[0]
 
-    @pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
     def test_goes_on_after_it_was_stopped(self, sd1_folder, tmp_path, how):
         write_captions(tmp_path / "captions.txt", 30_000)
         partial = tmp_path / "c.npz.partial.npz"

@@ -213,7 +213,7 @@ def test_a_member_that_diverges_is_marked_and_the_others_finish(inputs, finished
     assert not (tmp_path / "concepts" / "tom.safetensors").exists()
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_interrupted_in_a_round_the_same_command_ends_at_the_same_concepts(inputs, finished, tmp_path, how):
     config = make_config(inputs, members=4)
     process = start(config, tmp_path / "run")
@@ -229,6 +229,7 @@ def test_interrupted_in_a_round_the_same_command_ends_at_the_same_concepts(input
         assert_same(finished, tmp_path / "run", name)
 
 
+@pytest.mark.slow
 def test_what_is_before_a_checkpoint_is_logged_however_seldom_the_log_is_written(inputs, finished, tmp_path):
     """As in a bucket, where it is written every half minute; killed as soon as a checkpoint is whole."""
     killing = """

@@ -150,6 +150,7 @@ def assert_same_concept(one, other):
         np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_ends_at_the_same_concept(finished, config, tmp_path):
     process = start(config, tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -239,7 +240,7 @@ def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
         train(config, epath.Path(tmp_path / "file" / "run"))
 
 
-@pytest.mark.parametrize("limit", [100, 3_000, 40_000])
+@pytest.mark.parametrize("limit", [100, pytest.param(3_000, marks=pytest.mark.slow), 40_000])
 def test_a_disk_that_takes_no_more_is_an_error_that_names_the_file(config, tmp_path, limit):
     """No file may grow beyond `limit` bytes: config, pictures, log, events or checkpoints fail to be written."""
     program = (

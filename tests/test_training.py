@@ -57,29 +57,29 @@ def make_concept(base, whitening):
 
 
 @pytest.fixture(scope="module")
-def metric(sd1_base):
-    return make_metric(sd1_base)
+def metric(small_base):
+    return make_metric(small_base)
 
 
 @pytest.fixture(scope="module")
-def examples(sd1_base):
-    return make_examples(sd1_base)
+def examples(small_base):
+    return make_examples(small_base)
 
 
 @pytest.fixture(scope="module")
-def concept(sd1_base, metric):
-    return make_concept(sd1_base, metric[1])
+def concept(small_base, metric):
+    return make_concept(small_base, metric[1])
 
 
 @pytest.fixture(scope="module")
-def step(sd1_base, metric):
+def step(small_base, metric):
     """The compiled step, by settings."""
 
     @functools.cache
     def make(settings):
         return jax.jit(
             lambda examples, learning, key: training.train_step(
-                sd1_base, sd1_base.params, metric[1], examples, learning, key, settings
+                small_base, small_base.params, metric[1], examples, learning, key, settings
             )
         )
 
@@ -144,7 +144,9 @@ def torch_loss_and_gradients(folder, concept, batch, covariance, settings, strai
     return loss.item(), gradients, mean_encoding.detach().numpy()
 
 
-@pytest.mark.parametrize("variant", ["perfusion", "straight_through", "textual_inversion"])
+@pytest.mark.parametrize(
+    "variant", ["perfusion", pytest.param("straight_through", marks=pytest.mark.slow), "textual_inversion"]
+)
 def test_loss_and_gradients_equal_pytorch(folder, base, variant):
     covariance, whitening = make_metric(base)
     examples, concept = make_examples(base), make_concept(base, whitening)
@@ -192,7 +194,7 @@ def test_a_step_moves_values_embedding_and_target_input_but_no_key(step, concept
     assert moved == pytest.approx(SETTINGS.embedding_rate, rel=0.01)
 
 
-def test_values_without_gradient_do_not_decay(sd1_base, metric, step, concept, examples):
+def test_values_without_gradient_do_not_decay(small_base, metric, step, concept, examples):
     """A weight decay at learning rate 0.03 would pull them to zero."""
     settings = dataclasses.replace(SETTINGS, bias=1e3)  # the gate is shut: no gradient reaches the values
     after, _ = step(settings)(examples, training.start(concept, settings), jax.random.key(0))
@@ -202,17 +204,17 @@ def test_values_without_gradient_do_not_decay(sd1_base, metric, step, concept, e
 
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_target_input_moves_once_a_step_towards_the_mean_encoding(
-    sd1_base, metric, step, concept, examples, accumulation
+    small_base, metric, step, concept, examples, accumulation
 ):
     settings = dataclasses.replace(SETTINGS, accumulation=accumulation)
     key = jax.random.key(5)
     before = training.start(concept, settings)
     after, _ = step(settings)(examples, before, key)
-    batch = training.draw_batch(jax.random.fold_in(key, 0), examples, sd1_base, settings)
+    batch = training.draw_batch(jax.random.fold_in(key, 0), examples, small_base, settings)
     encodings = np.asarray(
-        sd1_base.encode(sd1_base.params["text_encoder"], batch.ids, concept.embedding[None]), np.float64
+        small_base.encode(small_base.params["text_encoder"], batch.ids, concept.embedding[None]), np.float64
     )
-    at_concept = encodings[np.asarray(batch.ids) == sd1_base.tokenizer.vocabulary_size]
+    at_concept = encodings[np.asarray(batch.ids) == small_base.tokenizer.vocabulary_size]
     assert len(at_concept) == settings.batch_size
     expected = 0.99 * np.asarray(concept.target_input, np.float64) + 0.01 * at_concept.mean(0)
     np.testing.assert_allclose(after.concept.target_input, expected, atol=1e-5 * np.abs(expected).max())
@@ -232,34 +234,34 @@ def test_accumulation_changes_memory_and_not_the_result(step, concept, examples)
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(one).max())
 
 
-def test_the_loss_is_weighted_by_the_mask_and_not_by_its_square_or_its_scale(sd1_base, metric, examples, concept):
-    batch = training.draw_batch(jax.random.key(3), examples, sd1_base, SETTINGS)
+def test_the_loss_is_weighted_by_the_mask_and_not_by_its_square_or_its_scale(small_base, metric, examples, concept):
+    batch = training.draw_batch(jax.random.key(3), examples, small_base, SETTINGS)
     whole = jnp.ones_like(batch.masks)
     left, right = whole.at[:, :, SIDE // 2 :].set(0.0), whole.at[:, :, : SIDE // 2].set(0.0)
 
     @jax.jit
     def loss(masks: jax.Array) -> jax.Array:
         masked = batch._replace(masks=masks)
-        return training.loss(sd1_base, sd1_base.params, metric[1], concept, masked, SETTINGS)[0]
+        return training.loss(small_base, small_base.params, metric[1], concept, masked, SETTINGS)[0]
 
     np.testing.assert_allclose(loss(left) + loss(right), 2 * loss(whole), rtol=1e-5)
     np.testing.assert_allclose(loss(0.25 * left), loss(left), rtol=1e-5)
     np.testing.assert_allclose(loss(0.75 * left + 0.25 * right), 0.75 * loss(left) + 0.25 * loss(right), rtol=1e-5)
 
 
-def test_padded_pictures_are_never_drawn(sd1_base, examples):
+def test_padded_pictures_are_never_drawn(small_base, examples):
     padded = examples._replace(mean=examples.mean.at[2].set(jnp.nan), num_pictures=jnp.int32(2))
     settings = dataclasses.replace(SETTINGS, batch_size=256)
-    batch = training.draw_batch(jax.random.key(0), padded, sd1_base, settings)
+    batch = training.draw_batch(jax.random.key(0), padded, small_base, settings)
     assert jnp.isfinite(batch.latents).all()
 
 
-def test_flips_are_drawn_half_of_the_time_or_never(sd1_base, examples):
+def test_flips_are_drawn_half_of_the_time_or_never(small_base, examples):
     marked = examples._replace(masks=examples.masks.at[:, 0].set(0.0).at[:, 1].set(1.0))
     settings = dataclasses.replace(SETTINGS, batch_size=512)
-    masks = training.draw_batch(jax.random.key(0), marked, sd1_base, settings).masks
+    masks = training.draw_batch(jax.random.key(0), marked, small_base, settings).masks
     assert masks.mean() == pytest.approx(0.5, abs=0.1)
-    masks = training.draw_batch(jax.random.key(0), marked, sd1_base, dataclasses.replace(settings, flip=False)).masks
+    masks = training.draw_batch(jax.random.key(0), marked, small_base, dataclasses.replace(settings, flip=False)).masks
     assert masks.max() == 0
 
 
@@ -277,7 +279,7 @@ def test_a_concept_that_diverges_is_frozen(step, concept, examples):
         assert state.step == 0
 
 
-def test_a_gradient_that_is_not_finite_is_told_by_the_loss(sd1_base, metric, concept, examples, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_told_by_the_loss(small_base, metric, concept, examples, monkeypatch):
     @jax.custom_vjp
     def poisoned(value):
         return value
@@ -286,16 +288,16 @@ def test_a_gradient_that_is_not_finite_is_told_by_the_loss(sd1_base, metric, con
     true_loss = training.loss
     monkeypatch.setattr(training, "loss", lambda *args: (poisoned(true_loss(*args)[0]), true_loss(*args)[1]))
     before = training.start(concept, SETTINGS)
-    after, value = jax.jit(functools.partial(training.train_step, sd1_base, settings=SETTINGS))(
-        sd1_base.params, metric[1], examples, before, jax.random.key(0)
+    after, value = jax.jit(functools.partial(training.train_step, small_base, settings=SETTINGS))(
+        small_base.params, metric[1], examples, before, jax.random.key(0)
     )
     assert jnp.isnan(value)
     assert bool(after.diverged)
 
 
-def test_training_in_bfloat16_keeps_the_concept_in_float32(sd1_base, metric, concept, examples):
+def test_training_in_bfloat16_keeps_the_concept_in_float32(small_base, metric, concept, examples):
     losses = []
-    for model in (sd1_base, sd1_base.astype(jnp.bfloat16)):
+    for model in (small_base, small_base.astype(jnp.bfloat16)):
         after, value = jax.jit(functools.partial(training.train_step, model, settings=SETTINGS))(
             model.params, metric[1], examples, training.start(concept, SETTINGS), jax.random.key(0)
         )
@@ -333,10 +335,10 @@ def test_a_step_depends_on_its_number_and_not_on_what_ran_before(step, concept, 
         np.testing.assert_array_equal(one, other)
 
 
-def test_batches_have_the_shapes_they_say(sd1_base, examples):
-    batch = training.draw_batch(jax.random.key(0), examples, sd1_base, SETTINGS)
+def test_batches_have_the_shapes_they_say(small_base, examples):
+    batch = training.draw_batch(jax.random.key(0), examples, small_base, SETTINGS)
     assert isinstance(batch, Batch)
-    assert batch.latents.shape == (4, SIDE, SIDE, sd1_base.latent_channels)
+    assert batch.latents.shape == (4, SIDE, SIDE, small_base.latent_channels)
     assert batch.masks.shape == (4, SIDE, SIDE)
-    assert batch.ids.shape == (4, sd1_base.tokenizer.length)
-    assert (batch.ids == sd1_base.tokenizer.vocabulary_size).sum() == 4
+    assert batch.ids.shape == (4, small_base.tokenizer.length)
+    assert (batch.ids == small_base.tokenizer.vocabulary_size).sum() == 4

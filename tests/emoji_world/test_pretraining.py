@@ -153,6 +153,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert diffusion_training.rate_factor(10**6, None, 0, SETTINGS) == 1
 
 
+@pytest.mark.slow
 def test_a_trainer_comes_back_from_its_checkpoint(tmp_path, text_tokenizer):
     end_token = text_tokenizer.eos_token_id
     schedule = model_folder.build_scheduler().alphas_cumprod
