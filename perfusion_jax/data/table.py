@@ -104,7 +104,7 @@ def _folder(folder: epath.Path) -> Row:
     file = folder / "concept.json"
     text = read_text(file)
     if not text:
-        raise InputError(f'{file}: missing; it must say {{"super_category": "..."}}')
+        raise InputError(f'{file}: missing or empty; it must say {{"super_category": "..."}}')
     try:
         facts = json.loads(text)
     except json.JSONDecodeError as error:

@@ -139,7 +139,7 @@ def test_folders_without_facts_are_named(tmp_path):
     with pytest.raises(InputError, match=r"missing\.csv: cannot be read"):
         read_table(str(tmp_path / "missing.csv"), OVERRIDES)
     (tmp_path / "rex").mkdir()
-    with pytest.raises(InputError, match=r"rex/concept\.json: missing; it must say"):
+    with pytest.raises(InputError, match=r"rex/concept\.json: missing or empty; it must say"):
         read_table(str(tmp_path), OVERRIDES)
     (tmp_path / "rex" / "concept.json").write_text("[]")
     with pytest.raises(InputError, match=r"rex/concept\.json: super_category is missing"):
