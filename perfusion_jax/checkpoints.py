@@ -10,7 +10,7 @@ from etils import epath
 
 from perfusion_jax import distributed
 from perfusion_jax.errors import InputError, UnavailableError
-from perfusion_jax.files import is_local
+from perfusion_jax.files import is_lasting, is_local
 
 
 class _Manager(ocp.CheckpointManager):
@@ -71,12 +71,13 @@ class Checkpoints:
 
         Raises:
             InputError: there are checkpoints, and none of them can be read.
+            UnavailableError: storage fails; nothing is renamed.
         """
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         steps = sorted(self._manager.all_steps(), reverse=True)
         broken = []
         for step in steps:
-            problem = ""
+            problem, passing = "", False
             try:
                 # Not by the manager, which ends with a barrier: a process that cannot read would not come to it.
                 state = ocp.StandardCheckpointHandler().restore(
@@ -86,9 +87,14 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax raises whatever the broken bytes lead it and its backends to
                 problem = type(error).__name__
+                passing = isinstance(error, OSError) and not is_lasting(error)
             # What one process cannot read, none takes.
-            if problems := [one for one in distributed.gather(problem) if one]:
-                warn(f"{self.folder / str(step)}: cannot be read ({problems[0]}); taking the one before")
+            if problems := [one for one in distributed.gather([problem, passing]) if one[0]]:
+                for problem, passing in problems:
+                    if passing:
+                        raise UnavailableError(f"{self.folder / str(step)}: cannot be read ({problem})")
+                if distributed.is_first():
+                    warn(f"{self.folder / str(step)}: cannot be read ({problems[0][0]}); taking the one before")
                 broken.append(step)
                 continue
             if distributed.is_first():

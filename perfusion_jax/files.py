@@ -12,16 +12,21 @@ from etils import epath
 
 from perfusion_jax.errors import InputError, UnavailableError
 
-# What would be the same the next time; gcsfs calls a bad request a ValueError.
+# What would be the same the next time; gcsfs calls a bad request a ValueError, and where it is missing, that is an
+# ImportError.
 _LASTING = (
     FileExistsError,
     FileNotFoundError,
     NotADirectoryError,
     IsADirectoryError,
     PermissionError,
+    ImportError,
     ValueError,
 )
-_LASTING_NUMBERS = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
+_LASTING_NUMBERS = (
+    *(errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS),
+    *(errno.ENOLCK, errno.EOPNOTSUPP),
+)
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -70,13 +75,18 @@ def storage_errors(path: str | os.PathLike[str], done: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except (InputError, AttributeError, TypeError):  # the last two are mistakes of ours
         raise
     except Exception as error:  # gcsfs raises what its backends meet
-        # It says by its text alone that somebody has no right to something.
-        lasting = isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_NUMBERS
-        kind = InputError if lasting or str(error).startswith("Forbidden") else UnavailableError
+        kind = InputError if is_lasting(error) else UnavailableError
         raise kind(f"{os.fspath(path)}: cannot be {done} ({error})") from error
+
+
+def is_lasting(error: Exception) -> bool:
+    """Whether what storage raises would be the same the next time."""
+    if isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_NUMBERS:
+        return True
+    return str(error).startswith("Forbidden")  # gcsfs says by its text alone that somebody has no right to something
 
 
 def check_writable(folder: Path) -> None:

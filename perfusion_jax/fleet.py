@@ -11,8 +11,9 @@ finished concept is written at once, and a line of `report.jsonl` says so:
 how long its round had taken by then, `chip_seconds` its share of the chips' time, at any moment that of one among those
 that are not finished yet; both from the round's first step.
 
-The same command goes on inside a round that was interrupted, to the same concepts; does what is missing; tries failed
-concepts again; and leaves done and diverged ones alone, whatever has become of their lines in the table.
+The same command goes on inside a round that was interrupted (or begins it anew, on chips that it does not go with, or
+does not fit any more), to the same concepts; does what is missing; tries failed concepts again; and leaves done and
+diverged ones alone, whatever has become of their lines in the table.
 """
 
 import dataclasses

@@ -178,10 +178,11 @@ def plan(fleet: Fleet, table: Sequence[Member], todo: Sequence[Member], opened: 
     left = {member.identity: member for member in todo}
     rounds = []
     slots = [left.get(identity) if identity else None for identity in opened.members]
-    # On a mesh that its slots do not go with, or on fewer chips, the open round is begun anew.
-    if (first := next(filter(None, slots), None)) and len(slots) % places == 0:
-        settings = round_settings(first.config)
-        if _fit(fleet, settings, fleet.side_of(first.config), len(slots)):
+    alike = {(round_settings(member.config), fleet.side_of(member.config)) for member in slots if member}
+    # The open round is begun anew on a mesh that its slots do not go with, or where they do not fit any more.
+    if len(alike) == 1 and len(slots) % places == 0:
+        ((settings, side),) = alike
+        if _fit(fleet, settings, side, len(slots)):
             rounds.append(Round(tuple(slots), settings))
             taken = set(opened.members)
             left = {identity: member for identity, member in left.items() if identity not in taken}
@@ -254,7 +255,7 @@ def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: thread
         cancelled: set when the rest is not needed any more.
 
     Raises:
-        UnavailableError: the hub, from which a segmenter comes, cannot be reached.
+        UnavailableError: storage fails, or the hub, from which a segmenter comes, cannot be reached.
         jax.errors.JaxRuntimeError: the memory of the first device does not suffice.
     """
     prepared = Prepared({}, {}, {}, {}, [])

@@ -328,7 +328,7 @@ def most_that_fit(bytes_for: Callable[[int], int], limit: int, most: int) -> int
     Args:
         bytes_for: memory per chip that so many members take; the TPU's compiler raises `jax.errors.JaxRuntimeError`
             instead where it is more than there is.
-        limit: of a chip, bytes.
+        limit: of what there is room for on a chip, bytes.
         most: more than so many are not wanted.
 
     Raises:

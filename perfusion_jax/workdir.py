@@ -68,7 +68,7 @@ class Log:
         # A bucket takes whole files alone, and each of them about once a second.
         self._pause = 0 if is_local(workdir) else 30
         self._flushed = 0.0
-        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        lines = read_text(self._file).splitlines()
         self._lines = [line for line in lines if _step_of(line) <= step]
         self._write()
         # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the run then waits for ever.

@@ -8,6 +8,7 @@ from etils import epath
 from perfusion_jax import InputError
 from perfusion_jax import checkpoints as checkpoints_lib
 from perfusion_jax.checkpoints import Checkpoints
+from perfusion_jax.errors import UnavailableError
 
 
 def state(step):
@@ -58,6 +59,20 @@ def test_all_broken_is_an_error_and_none_is_a_start(saved, tmp_path_factory):
     with pytest.raises(InputError, match=r"none of the checkpoints \[30, 20\] can be read"):
         Checkpoints(saved, keep=2).restore(state(0), lambda line: None)
     assert Checkpoints(tmp_path_factory.mktemp("new"), keep=2).restore(state(0), pytest.fail) is None
+
+
+def test_storage_that_fails_for_now_costs_no_checkpoint(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state(1))
+    checkpoints.close()
+
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoints_lib.ocp.StandardCheckpointHandler, "restore", fail)
+    with pytest.raises(UnavailableError, match=r"1: cannot be read \(OSError\)"):
+        Checkpoints(tmp_path, keep=2).restore(state(0), pytest.fail)
+    assert (tmp_path / "1").exists()
 
 
 def test_the_name_of_a_bucket_reaches_orbax_as_it_is(monkeypatch):

@@ -151,6 +151,7 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step_and_the_same_command_
     for status, output in ended:
         assert status == 1, output
         assert "interrupted; the same command goes on where it was" in output
+    assert any(folder.name.isdigit() for folder in (workdir / "checkpoints").iterdir())
     finishes_without_doing_anything_twice(config, workdir, finished)
 
 

@@ -17,6 +17,7 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from perfusion_jax.errors import InputError
+from perfusion_jax.files import storage_errors
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 SMALLEST = 16  # pixels; there is nothing to learn from less
@@ -57,11 +58,13 @@ def read_folder(
 
     Raises:
         InputError: no such folder, no picture in it, or a file that cannot be used; the message names it.
+        UnavailableError: storage fails.
     """
     root = epath.Path(folder)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder of pictures")
-    files = sorted(file for file in root.iterdir() if file.suffix.lower() in ENDINGS and not file.is_dir())
+    with storage_errors(root, "read"):
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder of pictures")
+        files = sorted(file for file in root.iterdir() if file.suffix.lower() in ENDINGS and not file.is_dir())
     if not files:
         raise InputError(f"{root}: no pictures in it ({', '.join(ENDINGS)})")
     stems = [file.stem for file in files]
@@ -120,14 +123,17 @@ def open_picture(file: epath.Path) -> Image.Image:
 
     Raises:
         InputError: it cannot be read.
+        UnavailableError: storage fails.
     """
+    with storage_errors(file, "read"):
+        if not file.exists():
+            raise InputError(f"{file}: no such picture")
+        data = file.read_bytes()
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(file.read_bytes())))
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         if image.mode.startswith("I"):  # PIL cuts 16-bit greys off at 255 instead of scaling them
             image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
         image.load()
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: no such picture") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{file}: not a picture") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -136,12 +142,10 @@ def open_picture(file: epath.Path) -> Image.Image:
 
 
 def _caption(file: epath.Path) -> str | None:
-    if not file.exists():
-        return None
-    try:
+    with storage_errors(file, "read"):
+        if not file.exists():
+            return None
         caption = file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from error
     if caption.count("{}") != 1:
         raise InputError(f"{file}: the caption {caption!r} needs exactly one {{}}, where the concept's name goes")
     return caption

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from perfusion_jax import InputError
 from perfusion_jax.data.pictures import fit, read_folder
+from perfusion_jax.errors import UnavailableError
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -132,6 +134,16 @@ def test_bad_folders_are_refused_by_name(tmp_path, case):
     make, message = BAD[case]
     make(tmp_path)
     with pytest.raises(InputError, match=message):
+        read_folder(tmp_path)
+
+
+def test_storage_that_fails_for_now_is_no_fault_of_the_pictures(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_bytes", fail)
+    with pytest.raises(UnavailableError, match=r"a\.png: cannot be read"):
         read_folder(tmp_path)
 
 

@@ -116,6 +116,7 @@ def test_mistakes_are_named(tmp_path, name, text, message):
         (PermissionError(13, "Permission denied"), InputError),
         (OSError(30, "Read-only file system"), InputError),
         (ValueError("Bad Request"), InputError),
+        (ImportError("Please install gcsfs"), InputError),
         (OSError(5, "Input/output error"), UnavailableError),
         (RuntimeError("503, backend error"), UnavailableError),
     ],
