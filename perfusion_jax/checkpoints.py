@@ -90,9 +90,8 @@ class Checkpoints:
                 passing = isinstance(error, OSError) and not is_lasting(error)
             # What one process cannot read, none takes.
             if problems := [one for one in distributed.gather([problem, passing]) if one[0]]:
-                for problem, passing in problems:
-                    if passing:
-                        raise UnavailableError(f"{self.folder / str(step)}: cannot be read ({problem})")
+                if some := [name for name, may_pass in problems if may_pass]:
+                    raise UnavailableError(f"{self.folder / str(step)}: cannot be read ({some[0]})")
                 if distributed.is_first():
                     warn(f"{self.folder / str(step)}: cannot be read ({problems[0][0]}); taking the one before")
                 broken.append(step)

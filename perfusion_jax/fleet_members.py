@@ -212,7 +212,7 @@ def _members_at_once(fleet: Fleet, settings: Settings, side: int, wanted: int) -
     if room is None:
         fitting = min(most, MEMBERS_BY_DEFAULT)
     else:
-        fitting = parallel.most_that_fit(lambda members: _taken(fleet, settings, side, members), room, most)
+        fitting = parallel.most_that_fit(functools.partial(_taken, fleet, settings, side), room, most)
     # Rounds as full as each other: a slot takes its time, with a member in it or without.
     rounds = -(-most // fitting)
     return places * -(-most // rounds)
@@ -223,7 +223,7 @@ def _fit(fleet: Fleet, settings: Settings, side: int, slots: int) -> bool:
     if fleet.config.members:
         return slots <= fleet.config.members
     room, members = _room(fleet), slots // fleet.mesh.shape["concept"]
-    return room is None or parallel.fits(lambda count: _taken(fleet, settings, side, count), room, members)
+    return room is None or parallel.fits(functools.partial(_taken, fleet, settings, side), room, members)
 
 
 def _taken(fleet: Fleet, settings: Settings, side: int, members: int) -> int:
