@@ -10,7 +10,7 @@ from etils import epath
 
 from perfusion_jax import distributed
 from perfusion_jax.errors import InputError, UnavailableError
-from perfusion_jax.files import is_lasting, is_local
+from perfusion_jax.files import is_lasting, is_local, storage_errors
 
 
 class _Manager(ocp.CheckpointManager):
@@ -32,18 +32,16 @@ class Checkpoints:
         keep: how many of the newest are kept.
 
     Raises:
-        UnavailableError: the folder cannot be written to.
+        InputError, UnavailableError: the folder cannot be written to.
     """
 
     def __init__(self, folder: str | epath.Path, keep: int):
         self.folder = epath.Path(folder)
-        try:
+        with storage_errors(self.folder, "written"):
             self.folder.mkdir(parents=True, exist_ok=True)
             # `resolve` takes the name of a bucket for a folder's.
             self.folder = self.folder.resolve() if is_local(self.folder) else self.folder
             self._manager = _Manager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
-        except OSError as error:
-            raise UnavailableError(f"{self.folder}: cannot be written ({error})") from error
 
     def save(self, step: int, state: Any) -> None:
         """Begins to write `state`, a tree of arrays; returns as soon as it has been copied from the devices.

@@ -181,10 +181,12 @@ def load_covariance(file: str | Path, width: int) -> np.ndarray:
 
     Raises:
         InputError: it cannot be read, is of another shape, or is no covariance that can be inverted.
+        UnavailableError: storage fails.
     """
     file = epath.Path(file)
+    array = _read_matrix(file)
     try:
-        matrix = np.asarray(_read_matrix(file), np.float64)
+        matrix = np.asarray(array, np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(f"{file}: not a matrix of numbers ({error})") from error
     if matrix.shape != (width, width):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import jax
 from etils import epath
 
 from perfusion_jax.errors import InputError, UnavailableError
@@ -38,17 +39,15 @@ def write_bytes(file: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file whole or not at all, local or in a bucket (where a write is whole by itself).
 
     Raises:
-        UnavailableError: it cannot be written.
+        InputError, UnavailableError: it cannot be written.
     """
     path = epath.Path(file)
     if is_local(path):
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(data)
         return
-    try:
+    with storage_errors(path, "written"):
         path.write_bytes(data)
-    except Exception as error:  # gcsfs raises what its backends meet
-        raise UnavailableError(f"{path}: cannot be written ({error})") from error
 
 
 def read_text(file: epath.Path) -> str:
@@ -67,7 +66,7 @@ def storage_errors(path: str | os.PathLike[str], done: str) -> Iterator[None]:
 
     Args:
         path: of a file or folder.
-        done: `read` or `written`.
+        done: `read`, `written` or `deleted`.
 
     Raises:
         InputError: it would be the same the next time.
@@ -75,7 +74,9 @@ def storage_errors(path: str | os.PathLike[str], done: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, AttributeError, TypeError):  # the last two are mistakes of ours
+    except (InputError, jax.errors.JaxRuntimeError):  # the latter is of the devices or other processes
+        raise
+    except (AttributeError, TypeError):  # mistakes of ours
         raise
     except Exception as error:  # gcsfs raises what its backends meet
         kind = InputError if is_lasting(error) else UnavailableError
@@ -108,25 +109,21 @@ def replacing(file: Path) -> Iterator[Path]:
     """Gives a temporary path beside `file`, and renames it to `file` when the context ends without an error.
 
     Raises:
-        UnavailableError: the folder cannot be written to.
+        InputError, UnavailableError: it cannot be written.
     """
-    try:
+    with storage_errors(file, "written"):
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    except OSError as error:
-        raise UnavailableError(f"{file}: cannot be written ({error.strerror})") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(file)
-    except OSError as error:
-        raise UnavailableError(f"{file}: cannot be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

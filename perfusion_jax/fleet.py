@@ -138,7 +138,7 @@ def _learn(
 
     Raises:
         KeyboardInterrupt: it was told to stop, and has saved.
-        UnavailableError: something cannot be written.
+        InputError, UnavailableError: something cannot be written.
     """
     fleet = load_fleet(config)
     rounds = plan(fleet, members, todo, OpenRound.read(folder / "round.json"))
@@ -217,7 +217,7 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
 
     Raises:
         KeyboardInterrupt: it was told to stop, and has saved.
-        UnavailableError: something cannot be written.
+        InputError, UnavailableError: something cannot be written.
     """
     fleet, current, config = run.fleet, run.current, run.fleet.config
     slots, limits = len(current.members), current.limits
@@ -233,10 +233,8 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
     # Who has lost its slot stands still from here on, and so must not come back to it.
     opened = dataclasses.replace(opened, members=identities, pictures=-(-most // PICTURES_STEP) * PICTURES_STEP)
     if distributed.is_first() and not goes_on and (run.folder / "checkpoints").exists():
-        try:
+        with storage_errors(run.folder / "checkpoints", "deleted"):
             (run.folder / "checkpoints").rmtree()
-        except OSError as error:
-            raise UnavailableError(f"{run.folder / 'checkpoints'}: cannot be deleted ({error})") from error
     opened.write(file)
     distributed.wait_for_all("round")
 
@@ -349,7 +347,7 @@ def _finish(run: _RoundRun, learning: Learning, slots: Sequence[int], opened: Op
     """Writes and scores concepts that have taken their steps; returns their lines of the report.
 
     Raises:
-        UnavailableError: something cannot be written.
+        InputError, UnavailableError: something cannot be written.
     """
     lines = []
     for slot, state in parallel.read_members(learning, slots).items():

@@ -42,7 +42,7 @@ class Report:
         """Adds concepts, or replaces their lines.
 
         Raises:
-            UnavailableError: it cannot be written.
+            InputError, UnavailableError: it cannot be written.
         """
         if not lines:
             return
@@ -87,7 +87,7 @@ class OpenRound:
         """Writes it; of many processes the first does.
 
         Raises:
-            UnavailableError: it cannot be written.
+            InputError, UnavailableError: it cannot be written.
         """
         if distributed.is_first():
             write_bytes(file, json.dumps(dataclasses.asdict(self)).encode())

@@ -273,7 +273,7 @@ def write(recipe: Recipe, drawn: list[list[Drawn]], out: Path) -> None:
     """Writes pictures: a single one to `out`; several each beside it, as NAME_0.png and so on, and their grid to `out`.
 
     Raises:
-        UnavailableError: they cannot be written.
+        InputError, UnavailableError: they cannot be written.
     """
     said = recipe._asdict()
     pixels = np.stack([np.concatenate([some.pixels for some in batches]) for batches in drawn])
@@ -302,7 +302,7 @@ def write_attention(recipe: Recipe, batches: list[Drawn], tokenizer: PromptToken
     Each map is stretched from its least (dark) to its largest share of attention (light); both stand beside the word.
 
     Raises:
-        UnavailableError: they cannot be written.
+        InputError, UnavailableError: they cannot be written.
     """
     pictures = np.concatenate([some.pixels for some in batches])
     maps = np.concatenate([some.attention for some in batches if some.attention is not None])

@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import numpy as np
 from etils import epath
@@ -15,7 +14,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.concept import Concept
 from perfusion_jax.config import check_same, to_json
-from perfusion_jax.errors import UnavailableError
 from perfusion_jax.files import is_local, read_text, storage_errors, write_bytes
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
 
@@ -36,13 +34,8 @@ def begin(config: ConfigDict, workdir: epath.Path) -> None:
     before = read_text(file)
     if before and has_results(workdir):
         check_same(config, before, file)
-    if before == text:
-        return
-    try:
+    if before != text:
         write_bytes(file, text.encode())
-    except UnavailableError as error:
-        with storage_errors(file, "written"):  # from the start, it may be a wrong name, or no right to write there
-            raise error.__cause__ or error from None
 
 
 def has_results(workdir: epath.Path) -> bool:
@@ -72,7 +65,7 @@ class Log:
         self._lines = [line for line in lines if _step_of(line) <= step]
         self._write()
         # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the run then waits for ever.
-        with self._write_errors():
+        with self._events_errors():
             (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
             self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
         # Tells TensorBoard to forget what an earlier run logged after this step.
@@ -94,34 +87,30 @@ class Log:
         """Writes what is left.
 
         Raises:
-            UnavailableError: it cannot be written.
+            InputError, UnavailableError: it cannot be written.
         """
         self.flush()
-        with self._write_errors():
+        with self._events_errors():
             self._events.close()
 
     def _add(self, event: Event, step: int) -> None:
         event.step, event.wall_time = step, time.time()
-        with self._write_errors():
+        with self._events_errors():
             self._events.write_event(event)
 
     def flush(self) -> None:
         """Writes what has been logged so far; in a bucket it would otherwise wait for half a minute.
 
         Raises:
-            UnavailableError: it cannot be written.
+            InputError, UnavailableError: it cannot be written.
         """
         self._write()
-        with self._write_errors():
+        with self._events_errors():
             self._events.flush()
         self._flushed = time.monotonic()
 
-    @contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UnavailableError(f"{self._file.parent / 'tensorboard'}: cannot be written ({error})") from error
+    def _events_errors(self) -> AbstractContextManager[None]:
+        return storage_errors(self._file.parent / "tensorboard", "written")
 
     def _write(self) -> None:
         write_bytes(self._file, "".join(f"{line}\n" for line in self._lines).encode())
@@ -160,7 +149,7 @@ def write_concept(file: epath.Path, config: ConfigDict, base: BaseModel, concept
         step: optimiser steps it took.
 
     Raises:
-        UnavailableError: it cannot be written.
+        InputError, UnavailableError: it cannot be written.
     """
     card = make_card(config, base, step)
     save_concept(file, concept, card)

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import shutil
 import signal
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import WORDS
+from etils import epath
 from safetensors.numpy import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -23,6 +25,7 @@ from perfusion_jax.covariance import (
     partial_file,
     resume,
 )
+from perfusion_jax.errors import UnavailableError
 
 
 def write_captions(file, count, seed=0):
@@ -159,6 +162,18 @@ def test_files_that_cannot_be_read_are_refused(tmp_path, matrix):
     (tmp_path / "short.npz").write_bytes((tmp_path / "two.npz").read_bytes()[:100])
     with pytest.raises(InputError, match=r"short\.npz: cannot be read"):
         load_covariance(tmp_path / "short.npz", 8)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, UnavailableError), (errno.EACCES, InputError)])
+def test_storage_that_fails_for_now_tells_so(tmp_path, monkeypatch, number, kind):
+    def fail(_):
+        raise OSError(number, "failed")
+
+    (tmp_path / "c.npz").touch()
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_bytes", fail)
+    with pytest.raises(InputError, match=r"c\.npz: cannot be read") as raised:
+        load_covariance(tmp_path / "c.npz", 8)
+    assert type(raised.value) is kind
 
 
 class TestCommand:

@@ -353,7 +353,7 @@ def test_a_line_that_has_changed_in_an_interrupted_round_is_learnt_as_it_is_now(
 
 @pytest.mark.parametrize("mesh", [pytest.param((1, 1, 2), marks=pytest.mark.slow), (2, 1, 1)])
 def test_an_interrupted_fleet_goes_on_on_another_mesh(inputs, finished, tmp_path, mesh):
-    """Where weights are whole on both devices, these share the drawing of each concept's two pictures."""
+    """Where weights are whole on both devices, these share the drawing of a concept's three pictures and one more."""
     telling = """
 import jax
 from perfusion_jax import generation
@@ -368,12 +368,13 @@ def draw_and_tell(mesh, base, params, *arguments, **options):
 generation.compiled_draw = draw_and_tell
 """
     config = make_config(inputs, members=4, validation_prompts=("a {} on the moon",), sampling_steps=2)
+    config.pictures_per_prompt = 3
     stopped_after(3, config, tmp_path)
     config.mesh = mesh
     process = start(config, tmp_path, devices=2, before=f"exec({telling!r})")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    shared = "shared: [(1, 16, 16, 3), (1, 16, 16, 3)] True"
+    shared = "shared: [(2, 16, 16, 3), (2, 16, 16, 3)] True"
     assert output.count("shared:") == output.count(shared) == (len(STEPS) if mesh == (2, 1, 1) else 0), output
     for name in STEPS:
         assert_close(tmp_path, finished, name)
@@ -402,8 +403,10 @@ def test_as_many_members_are_learnt_at_once_as_fit(inputs, monkeypatch, fsdp):
     sizes = [parallel.bytes_per_chip(loaded.compiled(settings, count, 8, 2, 16)) for count in (1, 2)]
     assert sizes == sorted(sizes)
     for fitting, size in enumerate(sizes, start=1):
-        device = SimpleNamespace(memory_stats=lambda limit=size: {"bytes_limit": (limit + held) / 0.9 + 2})
+        device = SimpleNamespace(memory_stats=lambda limit=size: {"bytes_limit": 2 * ((limit + held) / 0.9 + 2)})
         with monkeypatch.context() as patch:
+            # Another process has half as much, and a third one does not tell.
+            patch.setattr(distributed, "gather", lambda memory: [memory, memory / 2, None])
             patch.setattr(fleet_members.jax, "local_devices", lambda device=device: [device])
             rounds = plan(dataclasses.replace(loaded, mesh=mesh), members, members, OpenRound())
             assert {len(one.members) for one in rounds} == {fitting}
@@ -415,6 +418,21 @@ def test_as_many_members_are_learnt_at_once_as_fit(inputs, monkeypatch, fsdp):
     # A device that does not tell its memory takes 8; two rounds of 5 leave less idle than one of 8 and one of 1.
     nine = [members[0]._replace(row=members[0].row._replace(name=f"rex{number}")) for number in range(9)]
     assert [len(one.members) for one in plan(loaded, nine, nine, OpenRound())] == [5, 5]
+
+
+def test_an_open_round_whose_members_do_not_learn_alike_any_more_is_begun_anew(inputs):
+    config = make_config(inputs, members=2)
+    members = [Member(row, member_config(config, row)) for row in read_table(config.concepts, OVERRIDES)][:4]
+    opened = OpenRound(members=[member.identity for member in members[1:3]])
+    loaded = load_fleet(config)
+
+    def names():
+        rounds = plan(loaded, members, members, opened)
+        return [[member and member.name for member in one.members] for one in rounds]
+
+    assert names() == [["tom", "cup"], ["rex", "bob"]]
+    members[1].config.batch_size = 4
+    assert names() == [["rex", "cup"], ["bob", None], ["tom"]]
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_named_before_anything_is_learnt(inputs, tmp_path):

@@ -69,7 +69,7 @@ def save_concept(file: str | Path, concept: Concept, card: ConceptCard) -> None:
     """Writes a concept, all at once or not at all.
 
     Raises:
-        UnavailableError: the file cannot be written.
+        InputError, UnavailableError: the file cannot be written.
         InputError: `concept` is several stacked ones.
     """
     if concept.embedding.ndim != 1:

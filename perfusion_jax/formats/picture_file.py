@@ -25,7 +25,7 @@ def write_picture(file: str | os.PathLike[str], pixels: np.ndarray, recipe: Mapp
         recipe: how it was drawn, as JSON; kept in the PNG's text.
 
     Raises:
-        UnavailableError: it cannot be written.
+        InputError, UnavailableError: it cannot be written.
     """
     text = PngImagePlugin.PngInfo()
     if recipe is not None:
