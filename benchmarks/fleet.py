@@ -26,7 +26,7 @@ from matplotlib import pyplot as plt
 
 OUT = flags.DEFINE_string("out", "fleet", "Folder of the plot.")
 SIZES = flags.DEFINE_multi_integer("size", [1, 4, 16, 64], "Concepts of a fleet; may be given several times.")
-FEW = flags.DEFINE_integer("few", 5, "Steps of the shorter runs; of less than 16 concepts, four times as many.")
+FEW = flags.DEFINE_integer("few", 5, "Steps of the shorter runs; of N < 16 concepts, 16 / N times as many.")
 MORE = flags.DEFINE_integer("more", 20, "Steps of the longer runs, likewise.")
 STEPS = flags.DEFINE_integer("steps", 400, "Steps of a concept, for the concepts per hour.")
 
@@ -76,7 +76,7 @@ def main(_: list[str]) -> None:
 
     def steps_of(concepts: int) -> list[int]:
         """Of the shorter and the longer run: enough for the difference to be more than the noise of the start."""
-        return [steps * (4 if concepts < 16 else 1) for steps in (FEW.value, MORE.value)]
+        return [steps * -(-16 // concepts) for steps in (FEW.value, MORE.value)]
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -14,6 +14,8 @@ from checkpoints import LAYOUTS, save_checkpoint, save_full_size
 from perfusion_jax import load_base_model
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
+# Files that take the longest begin first, so that no worker of `-n 2 --dist loadfile` is left with one at the end.
+LONG = ("test_fleet.py", "test_train.py", "test_processes.py")
 OPTIMISED = "--xla_backend_optimization_level="
 
 
@@ -30,6 +32,10 @@ def pytest_configure(config):
         config.add_cleanup(folder.cleanup)
         os.environ[CACHE] = folder.name
         jax.config.update("jax_compilation_cache_dir", folder.name)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session", params=sorted(LAYOUTS))
