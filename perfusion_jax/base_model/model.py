@@ -259,6 +259,7 @@ def load_base_model(
 
     Raises:
         InputError: it cannot be found, read, or run; the message names the file.
+        UnavailableError: storage or the hub fails.
     """
     folder = find_folder(str(source), revision, variant)
     base = _architecture(str(source), folder, dtype)

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from perfusion_jax import shipped
 from perfusion_jax.errors import InputError, UnavailableError
+from perfusion_jax.files import storage_errors
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 _SMALL_FILES = ("model_index.json", "*/*config.json", "tokenizer/*")
@@ -111,13 +112,15 @@ def read_config(file: Path, *classes: str) -> dict[str, Any]:
 
     Raises:
         InputError: no such file, not JSON, or another class.
+        UnavailableError: storage fails.
     """
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: missing; the folder is not complete") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not JSON ({error})") from error
+    with storage_errors(file, "read"):
+        try:
+            config = json.loads(file.read_text())
+        except FileNotFoundError as error:
+            raise InputError(f"{file}: missing; the folder is not complete") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: not JSON ({error})") from error
     if not isinstance(config, dict):
         raise InputError(f"{file}: not a JSON object")
     named = [config["_class_name"]] if "_class_name" in config else config.get("architectures") or [None]

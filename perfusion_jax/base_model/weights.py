@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from perfusion_jax.errors import InputError
+from perfusion_jax.files import storage_errors
 
 FlaxPath = tuple[str, ...]
 
@@ -90,25 +91,29 @@ class _Safetensors:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{file}: not a complete safetensors file ({error}); it may be a broken download: fetch it again"
-        ) from error
+    with storage_errors(file, "read"):
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                yield opened
+        except SafetensorError as error:
+            raise InputError(
+                f"{file}: not a complete safetensors file ({error}); it may be a broken download: fetch it again"
+            ) from error
 
 
 class _Msgpack:
     """The tensors of a Flax msgpack checkpoint, by path; they can only be read all at once, in the file's dtype."""
 
     def __init__(self, file: Path):
-        try:
-            with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-                tree = serialization.msgpack_restore(buffer)  # type: ignore[arg-type]  # reads any buffer
-            self._leaves: dict[str, np.ndarray] = {"/".join(p): leaf for p, leaf in flatten_dict(tree).items()}
-        except Exception as error:  # msgpack and flax raise whatever the broken bytes lead them to
-            raise InputError(f"{file}: not a complete Flax msgpack file ({error}); fetch it again") from error
+        with storage_errors(file, "read"):
+            try:
+                with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+                    tree = serialization.msgpack_restore(buffer)  # type: ignore[arg-type]  # reads any buffer
+                self._leaves: dict[str, np.ndarray] = {"/".join(p): leaf for p, leaf in flatten_dict(tree).items()}
+            except OSError:
+                raise
+            except Exception as error:  # msgpack and flax raise whatever the broken bytes lead them to
+                raise InputError(f"{file}: not a complete Flax msgpack file ({error}); fetch it again") from error
 
     def names(self) -> set[str]:
         return {name for name in self._leaves if not name.endswith(_BUFFERS)}
@@ -130,6 +135,7 @@ def find_checkpoint(folder: Path, variant: str | None) -> Checkpoint:
 
     Raises:
         InputError: there are none that can be read safely.
+        UnavailableError: storage fails.
     """
     infix = f".{variant}" if variant else ""
     for stem in ("diffusion_pytorch_model", "model"):
@@ -149,10 +155,11 @@ def find_checkpoint(folder: Path, variant: str | None) -> Checkpoint:
 
 
 def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{index}: not an index of safetensors shards ({error!r})") from error
+    with storage_errors(index, "read"):
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index}: not an index of safetensors shards ({error!r})") from error
     files = [index.parent / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -189,6 +196,7 @@ def read_tree(checkpoint: Checkpoint, expected: Mapping[str, Any], dtype: jnp.dt
 
     Raises:
         InputError: tensors are missing, unexpected, of another shape, or not finite; all of them are named.
+        UnavailableError: storage fails.
     """
     flat = flatten_dict(expected)
     names = {path: name for path in flat if (name := checkpoint.find(path)) is not None}

@@ -1,11 +1,13 @@
 """What can be loaded, from where, and what is said when it cannot."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import flax.serialization
 import jax
@@ -326,6 +328,22 @@ def test_broken_json(broken, file, text, message):
 def test_truncated_safetensors(broken):
     (broken / WEIGHTS).write_bytes((broken / WEIGHTS).read_bytes()[:-1000])
     with pytest.raises(InputError, match=f"{WEIGHTS}: not a complete safetensors file"):
+        load_base_model(broken)
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "vae/diffusion_flax_model.msgpack"])
+def test_storage_that_fails_for_now_may_be_tried_again(broken, sd1_base, monkeypatch, file):
+    next((broken / "vae").glob("*.safetensors")).unlink()
+    (broken / "vae/diffusion_flax_model.msgpack").write_bytes(flax.serialization.to_bytes(sd1_base.params["vae"]))
+    open_file = Path.open
+
+    def fail(path, *arguments, **options):
+        if path == broken / file:
+            raise OSError(errno.EIO, "Input/output error")
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(UnavailableError, match=f"{file}: cannot be read .*Input/output error"):
         load_base_model(broken)
 
 
