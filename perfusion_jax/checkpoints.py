@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from perfusion_jax import distributed
-from perfusion_jax.errors import InputError, UnavailableError
+from perfusion_jax.errors import InputError, UnavailableError, of_the_runtime
 from perfusion_jax.files import is_lasting, is_local, storage_errors
 
 
@@ -81,9 +81,9 @@ class Checkpoints:
                 state = ocp.StandardCheckpointHandler().restore(
                     self.folder / str(step) / "default", args=ocp.args.StandardRestore(shapes)
                 )
-            except jax.errors.JaxRuntimeError:  # of the devices or other processes, not of the file
-                raise
             except Exception as error:  # Orbax raises whatever the broken bytes lead it and its backends to
+                if of_the_runtime(error):
+                    raise
                 problem = type(error).__name__
                 passing = isinstance(error, OSError) and not is_lasting(error)
             # What one process cannot read, none takes.
@@ -119,9 +119,9 @@ class Checkpoints:
     def _write_errors(self) -> Iterator[None]:
         try:
             yield
-        except jax.errors.JaxRuntimeError:  # of the devices or other processes, not of the folder
-            raise
         except Exception as error:  # Orbax hands on whatever its threads and backends met
+            if of_the_runtime(error):
+                raise
             raise UnavailableError(
                 f"{self.folder}: a checkpoint cannot be written ({error}); older ones are kept"
             ) from error

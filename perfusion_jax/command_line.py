@@ -78,7 +78,11 @@ def run(
         try:
             return app.parse_flags_with_usage(arguments)
         except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:  # of a config file
-            print(f"error: {error}", file=sys.stderr)
+            # ml_collections hands a KeyError on inside another one; its text is the quoted form of what it was given.
+            cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+            missing = isinstance(cause, KeyError)
+            problem = f"--config: no such key: {cause.args[0]}".replace("\n", ". ") if missing else error
+            print(f"error: {problem}", file=sys.stderr)
             sys.exit(BAD_INPUT)
 
     app.run(guarded, flags_parser=parse)

@@ -119,8 +119,8 @@ def text(told: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in told["mesh"].items())
     return "\n".join(
         [
-            f"{told['topology']}: {told['devices']} devices {told['chip']}; mesh {mesh}; {told['members']} concepts, "
-            f"{told['samples_per_device']} samples a device",
+            f"{told['topology']}: {told['devices']} devices {told['chip']}; mesh {mesh}; {told['members']} concepts "
+            f"in all, {told['samples_per_device']} samples on each device",
             "per device and step, as the compiler estimates:",
             f"  work         {device['flops'] / 1e12:.2f} TFLOP",
             f"  traffic      {gigabytes['traffic']} of HBM; operations access {gigabytes['accessed']}, "
@@ -131,8 +131,8 @@ def text(told: dict[str, Any]) -> str:
             + ("fits" if device["fits"] else "DOES NOT FIT"),
             f"  collectives  {'; '.join(crossing) or 'none'}",
             "bound by the chip's published peaks (not a measurement; no run is faster):",
-            f"  step         {device['bound_seconds'] * 1e3:.1f} ms (computing {device['compute_seconds'] * 1e3:.1f}, "
-            f"memory {device['memory_seconds'] * 1e3:.1f})",
+            f"  step         {device['bound_seconds'] * 1e3:.4g} ms (computing {device['compute_seconds'] * 1e3:.4g}, "
+            f"memory {device['memory_seconds'] * 1e3:.4g})",
             f"  concepts     {told['bound_concepts_per_hour']:.0f} per hour",
         ]
     )

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from perfusion_jax import command_line
-from perfusion_jax.errors import InputError, UnavailableError, out_of_memory
+from perfusion_jax.errors import InputError, UnavailableError, of_the_runtime, out_of_memory
 
 # A process that says nothing for so long counts as dead, and the others end: seconds.
 HEARTBEAT = 60
@@ -52,8 +52,8 @@ def job(coordinator_address: str | None, num_processes: int | None, process_id: 
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or out_of_memory(error):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not of_the_runtime(error) or jax.process_count() == 1 or out_of_memory(error):
             raise
         raise SystemExit(
             f"error: process {jax.process_index()} cannot go on with the other {jax.process_count() - 1} ({error}); if "

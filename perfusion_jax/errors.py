@@ -1,4 +1,10 @@
-"""The errors that end a program with their message alone."""
+"""The errors that end a program with their message alone, and what JAX's own are about."""
+
+import re
+
+import jax
+
+_FAILED = re.compile("(CANCELLED|UNKNOWN|DEADLINE_EXCEEDED|ABORTED|INTERNAL|UNAVAILABLE): ")
 
 
 class InputError(ValueError):
@@ -7,6 +13,13 @@ class InputError(ValueError):
 
 class UnavailableError(InputError):
     """Storage, the hub or another process fails where nothing is known to be wrong: to try again may help."""
+
+
+def of_the_runtime(error: Exception) -> bool:
+    """Whether an error is of the devices or of other processes; JAX raises a few of these as a plain ValueError."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or (
+        type(error) is ValueError and _FAILED.match(str(error)) is not None
+    )
 
 
 def out_of_memory(error: Exception) -> str:

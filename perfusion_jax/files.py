@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import jax
 from etils import epath
 
-from perfusion_jax.errors import InputError, UnavailableError
+from perfusion_jax.errors import InputError, UnavailableError, of_the_runtime
 
 # What would be the same the next time; gcsfs calls a bad request a ValueError, and where it is missing, that is an
 # ImportError.
@@ -74,11 +73,11 @@ def storage_errors(path: str | os.PathLike[str], done: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, jax.errors.JaxRuntimeError):  # the latter is of the devices or other processes
-        raise
-    except (AttributeError, TypeError):  # mistakes of ours
+    except (InputError, AttributeError, TypeError):  # the latter two are mistakes of ours
         raise
     except Exception as error:  # gcsfs raises what its backends meet
+        if of_the_runtime(error):
+            raise
         kind = InputError if is_lasting(error) else UnavailableError
         raise kind(f"{os.fspath(path)}: cannot be {done} ({error})") from error
 

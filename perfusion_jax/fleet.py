@@ -5,15 +5,16 @@
 Concepts are learnt in rounds of as many as fit; the pictures of the next round are prepared while one is learnt. A
 finished concept is written at once, and a line of `report.jsonl` says so:
 
-    {"name": "rex", "state": "done", "steps": 400, "seconds": 61.2, "chip_seconds": 7.7, "score": ..., "error": ""}
+    {"name": "rex", "state": "done", "steps": 400, "seconds": 61.2, "chip_seconds": 7.7, "error": "",
+     "row": "0f3a..."}
 
 `state` is `done`, `diverged` (its loss was no longer finite) or `failed` (its pictures cannot be used). `seconds` is
 how long its round had taken by then, `chip_seconds` its share of the chips' time, at any moment that of one among those
-that are not finished yet; both from the round's first step.
+that are not finished yet; both from the round's first step. `row` is a digest of its line of the table.
 
 The same command goes on inside a round that was interrupted (or begins it anew, on chips that it does not go with, or
 does not fit any more), to the same concepts; does what is missing; tries failed concepts again; and leaves done and
-diverged ones alone, whatever has become of their lines in the table.
+diverged ones alone, and says so if their lines in the table are others now.
 """
 
 import dataclasses
@@ -86,6 +87,7 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
             raise (UnavailableError if passing else InputError)(problem)
         report = Report(folder / "report.jsonl")
         todo = [member for member in members if not report.is_over(member.name)]
+        _warn_of_changed_rows(members, report)
         if todo:
             _learn(config, workdir, folder, members, todo, report)
     lines = [report.lines[member.name] for member in members]
@@ -105,6 +107,21 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
         raise InputError(message)
     if distributed.is_first():
         print(f"warning: {message}", file=sys.stderr)
+
+
+def _warn_of_changed_rows(members: Sequence[Member], report: Report) -> None:
+    changed = [
+        member
+        for member in members
+        if report.is_over(member.name) and report.lines[member.name].get("row", member.digest) != member.digest
+    ]
+    if changed and distributed.is_first():
+        print(
+            f"warning: {changed[0].row.where}: {len(changed)} of the concepts that are over, such as "
+            f"{changed[0].name}, were learnt by other lines of the table and stay as they are; delete their lines of "
+            f"{report.file} to learn them anew",
+            file=sys.stderr,
+        )
 
 
 def _check_split(workdir: epath.Path, count: int) -> None:
@@ -150,6 +167,15 @@ def _learn(
         tqdm(total=steps, unit="step", desc="fleet", disable=not distributed.is_first()) as bar,
     ):
 
+        def skip(left_out: int) -> None:  # steps that are not taken in this run do not count for its rate
+            if not bar.disable:
+                bar.n, bar.initial, bar.last_print_n = (
+                    bar.n + left_out,
+                    bar.initial + left_out,
+                    bar.last_print_n + left_out,
+                )
+                bar.refresh()
+
         def advance(taken: int) -> None:
             bar.update(taken)
             if rate := bar.format_dict["rate"]:
@@ -178,9 +204,9 @@ def _learn(
                 failed = [(current.members[slot], error) for slot, error in failures.items()]
                 report.add([_line(member, "failed", error=error) for member, error in failed if member])
                 left = current.without(failures)
-                advance(sum(current.limits) - sum(left.limits))
+                skip(sum(current.limits) - sum(left.limits))
                 if any(left.members):
-                    _learn_round(_RoundRun(fleet, left, prepared, workdir, folder, report, advance), stop)
+                    _learn_round(_RoundRun(fleet, left, prepared, workdir, folder, report, advance, skip), stop)
         finally:
             cancelled.set()
 
@@ -196,7 +222,8 @@ def _result(future: "Future[Prepared]", stop: Callable[[], bool]) -> Prepared:
 
 def _line(member: Member, state: str, **facts: Any) -> dict[str, Any]:
     """A concept's line of the report."""
-    return {"name": member.name, "state": state, "steps": 0, "seconds": 0.0, "chip_seconds": 0.0, "error": ""} | facts
+    line = {"name": member.name, "state": state, "steps": 0, "seconds": 0.0, "chip_seconds": 0.0, "error": ""}
+    return line | {"row": member.digest} | facts
 
 
 @dataclasses.dataclass
@@ -210,6 +237,7 @@ class _RoundRun:
     folder: epath.Path
     report: Report
     advance: Callable[[int], None]
+    skip: Callable[[int], None]
 
 
 def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
@@ -251,7 +279,7 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
         if restored is not None:
             learning, now = restored
         saved = now
-        run.advance(sum(min(now, limits[slot]) for slot in waiting))
+        run.skip(sum(min(now, limits[slot]) for slot in waiting))
         log = None
         if distributed.is_first():
             log = stack.enter_context(closing(Log(run.folder, opened.steps_before + now)))

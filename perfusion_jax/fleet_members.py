@@ -42,10 +42,15 @@ class Member(NamedTuple):
         return self.row.name
 
     @property
-    def identity(self) -> str:
-        """The name and a digest of the row: a state that was learnt by another row is not this concept's."""
+    def digest(self) -> str:
+        """Of the row: what was learnt by another row is not this concept's."""
         row = json.dumps(self.row._replace(where="")._asdict(), sort_keys=True)
-        return f"{self.name} {hashlib.sha256(row.encode()).hexdigest()[:16]}"
+        return hashlib.sha256(row.encode()).hexdigest()[:16]
+
+    @property
+    def identity(self) -> str:
+        """The name and the digest of the row."""
+        return f"{self.name} {self.digest}"
 
 
 class Round(NamedTuple):

@@ -1,6 +1,7 @@
-"""Learns one concept.
+"""Learns a concept, or a table of them if the config names one.
 
     python -m perfusion_jax.train --config configs/dog.py --workdir runs/dog [--config.KEY=VALUE ...]
+    python -m perfusion_jax.train --config configs/fleet.py --workdir runs/fleet [--config.concepts=TABLE]
 
 The same command goes on where an interrupted one was. `--config configs/dog.py:sd15` learns it on Stable Diffusion 1.5.
 """
@@ -29,6 +30,7 @@ from perfusion_jax.concept import Concept
 from perfusion_jax.config import check, is_fleet, settings_of
 from perfusion_jax.data.table import parse_shard
 from perfusion_jax.errors import InputError
+from perfusion_jax.files import locked
 from perfusion_jax.fleet import train_fleet
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.parallel import MEMORY_ADVICE
@@ -62,20 +64,22 @@ def train(config: ConfigDict, workdir: epath.Path) -> Path:
         The concept's file.
 
     Raises:
-        InputError: the config or something it names cannot be used, or the loss is no longer finite.
+        InputError: the config or something it names cannot be used, another job is at work in the workdir, or the loss
+            is no longer finite.
     """
     check(config)
     result = workdir / "concepts" / f"{config.name}.safetensors"
-    begin(config, workdir)
-    with closing(Checkpoints(workdir / "checkpoints", config.keep_checkpoints)) as checkpoints:
-        if checkpoints.latest() >= config.steps and result.exists():
-            print(f"finished already, after {checkpoints.latest()} steps: {result}")
-            return result
-        base = load_base(config)
-        run = learn(config, base, workdir, checkpoints)
-    if int(run.learning.step) < config.steps:
-        raise KeyboardInterrupt
-    return finish(config, base, run, result)
+    with locked(workdir / "lock", "take another --workdir"):
+        begin(config, workdir)
+        with closing(Checkpoints(workdir / "checkpoints", config.keep_checkpoints)) as checkpoints:
+            if checkpoints.latest() >= config.steps and result.exists():
+                print(f"finished already, after {checkpoints.latest()} steps: {result}")
+                return result
+            base = load_base(config)
+            run = learn(config, base, workdir, checkpoints)
+        if int(run.learning.step) < config.steps:
+            raise KeyboardInterrupt
+        return finish(config, base, run, result)
 
 
 def learn(config: ConfigDict, base: BaseModel, workdir: epath.Path, checkpoints: Checkpoints) -> Run:

@@ -1,5 +1,6 @@
 """Checkpoints survive truncation: the one before is taken, and it is said."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +74,18 @@ def test_storage_that_fails_for_now_costs_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(UnavailableError, match=r"1: cannot be read \(OSError\)"):
         Checkpoints(tmp_path, keep=2).restore(state(0), pytest.fail)
     assert (tmp_path / "1").exists()
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("lost"), ValueError("UNKNOWN: Gloo AllGather failed")])
+def test_the_loss_of_a_process_while_saving_is_no_fault_of_the_folder(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    monkeypatch.setattr(checkpoints_lib.ocp.CheckpointManager, "save", fail)
+    with pytest.raises(type(error)) as raised:
+        checkpoints.save(1, state(1))
+    assert raised.value is error
 
 
 def test_the_name_of_a_bucket_reaches_orbax_as_it_is(monkeypatch):

@@ -68,7 +68,15 @@ def test_a_lock_is_held_by_one(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("lost"), TypeError("a mistake"), InputError("bad")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("lost"),
+        ValueError("UNKNOWN: Gloo AllGather failed"),
+        TypeError("a mistake"),
+        InputError("bad"),
+    ],
+)
 def test_what_is_not_of_storage_stays_what_it_is(tmp_path, error):
     with pytest.raises(type(error)) as raised, storage_errors(tmp_path, "read"):
         raise error

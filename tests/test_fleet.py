@@ -86,6 +86,21 @@ def test_a_finished_fleet_does_nothing_more(inputs, finished, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*.safetensors")}
 
 
+def test_a_finished_concept_whose_line_has_changed_stays_and_that_is_told(inputs, finished, capsys):
+    before, table = (finished / "concepts" / "max.safetensors").read_bytes(), (inputs / "concepts.csv").read_text()
+    (inputs / "concepts.csv").write_text(table.replace("max,dog,max,4", "max,dog,zoe,4"))
+    try:
+        train_fleet(make_config(inputs, members=4), epath.Path(finished))
+    finally:
+        (inputs / "concepts.csv").write_text(table)
+    warning = capsys.readouterr().err
+    assert "concepts.csv:" in warning
+    assert "1 of the concepts that are over, such as max, were learnt by other lines" in warning
+    assert (finished / "concepts" / "max.safetensors").read_bytes() == before
+    train_fleet(make_config(inputs, members=4), epath.Path(finished))
+    assert "other lines" not in capsys.readouterr().err
+
+
 def test_another_config_is_refused(inputs, finished):
     with pytest.raises(InputError, match="this workdir is of another config"):
         train_fleet(make_config(inputs, bias=0.5), epath.Path(finished))
@@ -172,7 +187,9 @@ def test_a_shard_without_a_concept_that_can_be_learnt_does_not_stop_the_others(i
     (inputs / "lost.csv").write_text("\n".join(lines) + "\n")
     config = make_config(inputs, concepts=str(inputs / "lost.csv"))
     train_fleet(config, epath.Path(tmp_path), shard=(0, 6))
-    assert re.search(r"warning: 1 of 1 concepts were not learnt, such as lost: .*nowhere", capsys.readouterr().err)
+    told = capsys.readouterr().err
+    assert re.search(r"warning: 1 of 1 concepts were not learnt, such as lost: .*nowhere", told)
+    assert "concepts/h" not in told  # none was learnt
 
 
 def test_a_round_whose_last_checkpoint_fails_is_over(inputs, finished, tmp_path, monkeypatch):

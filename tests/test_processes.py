@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from etils import epath
 from fleet_runs import ROOT, STEPS, assert_close, assert_same, make_config, start, wait_for_lines, write_inputs
@@ -186,6 +187,14 @@ def test_a_host_that_does_not_find_the_others_tells_whether_to_try_again(monkeyp
     with pytest.raises(InputError, match="cannot join the others") as caught, distributed.job(None, None, None):
         pass
     assert isinstance(caught.value, UnavailableError) == to_be_tried_again
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("lost"), ValueError("UNKNOWN: Gloo AllGather failed")])
+def test_what_the_loss_of_another_process_raises_names_the_process(monkeypatch, error):
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    with pytest.raises(SystemExit, match="process 0 cannot go on with the other 1"), distributed.job(None, None, None):
+        raise error
 
 
 def tells_that_another_is_lost(output):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 
 from configs.dog import get_config
 from perfusion_jax import InputError, training
+from perfusion_jax.files import locked
 from perfusion_jax.formats.concept_file import load_concept
 from perfusion_jax.train import train
 
@@ -122,7 +124,7 @@ def test_a_run_leaves_what_it_promises(finished, config, small_base):
         assert masks.size == (3 * 128 + 8, 2 * 128 + 4)
     assert any((workdir / "tensorboard").iterdir())
     assert f"{workdir}/concepts/rex.safetensors" in output
-    assert "python -m perfusion_jax.sample --concept" in output
+    assert re.search(r"python[\d.]* -m perfusion_jax.sample --concept", output)
 
 
 def test_a_finished_run_says_so(finished, config, capsys):
@@ -234,9 +236,15 @@ def test_a_workdir_of_another_config_is_refused(finished, config):
         train(config, epath.Path(finished[0]))
 
 
+def test_a_second_job_on_one_workdir_is_refused(config, tmp_path):
+    with locked(tmp_path / "lock", ""), pytest.raises(InputError, match="lock: another job is at work here"):
+        train(config, epath.Path(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["lock"]
+
+
 def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/run: cannot be written"):
+    with pytest.raises(InputError, match=r"file/run/lock: cannot be written"):
         train(config, epath.Path(tmp_path / "file" / "run"))
 
 
@@ -273,4 +281,5 @@ def test_wrong_words_on_the_command_line_are_named(config, tmp_path, wrong):
     )
     assert process.returncode != 0
     assert wrong.split("=")[wrong.startswith("--config=")].removeprefix("--config.") in process.stderr
+    assert "\\n" not in process.stderr  # a message, and not the quoted form of one
     assert "Traceback" not in process.stderr

@@ -79,7 +79,10 @@ def read_table(source: str, overridable: Collection[str]) -> list[Row]:
             lines = _csv_lines(path, text) if path.suffix == ".csv" else _json_lines(path, text)
             rows = [_row(line, where, path.parent, overridable) for where, line in lines]
         else:
-            raise InputError(f"{path}: config.concepts must be a .csv or .jsonl file, or a folder of concept folders")
+            found = "" if path.exists() else "no such file or folder; "
+            raise InputError(
+                f"{path}: {found}config.concepts must be a .csv or .jsonl file, or a folder of concept folders"
+            )
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if not rows:

@@ -133,7 +133,7 @@ def test_storage_that_fails_for_now_is_not_bad_input(tmp_path, monkeypatch, erro
 
 
 def test_folders_without_facts_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere: config\.concepts must be"):
+    with pytest.raises(InputError, match=r"nowhere: no such file or folder; config\.concepts must be"):
         read_table(str(tmp_path / "nowhere"), OVERRIDES)
     with pytest.raises(InputError, match="no concepts in it"):
         read_table(str(tmp_path), OVERRIDES)
