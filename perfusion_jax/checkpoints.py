@@ -1,5 +1,6 @@
 """Training state on disk: Orbax checkpoints, asynchronous, the last few kept."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,20 @@ from etils import epath
 
 from perfusion_jax import distributed
 from perfusion_jax.errors import InputError, UnavailableError, of_the_runtime
-from perfusion_jax.files import is_lasting, is_local, storage_errors
+from perfusion_jax.files import is_local, storage_errors
+
+# How TensorStore's errors begin that are of storage; those of broken bytes are DATA_LOSS, OUT_OF_RANGE, and others.
+_STORAGE = re.compile(
+    "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE"
+    "|UNKNOWN): "
+)
+
+
+def _of_storage(error: Exception) -> bool:
+    """Whether a checkpoint cannot be read for what storage does, and not for what is in it."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)
+    return any(_STORAGE.match(str(one)) for one in (error, error.__cause__))
 
 
 class _Manager(ocp.CheckpointManager):
@@ -85,7 +99,7 @@ class Checkpoints:
                 if of_the_runtime(error):
                     raise
                 problem = type(error).__name__
-                passing = isinstance(error, OSError) and not is_lasting(error)
+                passing = _of_storage(error)
             # What one process cannot read, none takes.
             if problems := [one for one in distributed.gather([problem, passing]) if one[0]]:
                 if some := [name for name, may_pass in problems if may_pass]:

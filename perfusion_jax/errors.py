@@ -18,7 +18,10 @@ class UnavailableError(InputError):
 def of_the_runtime(error: Exception) -> bool:
     """Whether an error is of the devices or of other processes; JAX raises a few of these as a plain ValueError."""
     return isinstance(error, jax.errors.JaxRuntimeError) or (
-        type(error) is ValueError and _FAILED.match(str(error)) is not None
+        # TensorStore's errors begin alike; they are of storage, and name their spec or driver.
+        type(error) is ValueError
+        and _FAILED.match(str(error)) is not None
+        and not any(word in str(error) for word in ("tensorstore", " driver", "os_error_code"))
     )
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that a kill at any moment leaves the old file or the new one, never a part."""
+"""Files: written so that a kill leaves the old one or the new one, never a part; what failures mean; locks."""
 
 import errno
 import fcntl
@@ -56,7 +56,10 @@ def read_text(file: epath.Path) -> str:
         InputError, UnavailableError: it is there and cannot be read.
     """
     with storage_errors(file, "read"):
-        return file.read_text() if file.exists() else ""
+        try:
+            return file.read_text()
+        except FileNotFoundError:  # and not by `exists`, for which what storage fails to tell of is not there
+            return ""
 
 
 @contextmanager

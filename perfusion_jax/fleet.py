@@ -6,11 +6,12 @@ Concepts are learnt in rounds of as many as fit; the pictures of the next round 
 finished concept is written at once, and a line of `report.jsonl` says so:
 
     {"name": "rex", "state": "done", "steps": 400, "seconds": 61.2, "chip_seconds": 7.7, "error": "",
-     "row": "0f3a..."}
+     "row": "0f3a...", "image_similarity": ..., "text_similarity": ..., "prompt_precision": ..., "score": ...}
 
 `state` is `done`, `diverged` (its loss was no longer finite) or `failed` (its pictures cannot be used). `seconds` is
 how long its round had taken by then, `chip_seconds` its share of the chips' time, at any moment that of one among those
-that are not finished yet; both from the round's first step. `row` is a digest of its line of the table.
+that are not finished yet; both from the round's first step. `row` is a digest of what its line of the table says, with
+the places of its pictures.
 
 The same command goes on inside a round that was interrupted (or begins it anew, on chips that it does not go with, or
 does not fit any more), to the same concepts; does what is missing; tries failed concepts again; and leaves done and

@@ -19,7 +19,7 @@ from perfusion_jax.base_model.clip import Clip
 from perfusion_jax.config import settings_of
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.data.table import Row
-from perfusion_jax.errors import InputError, UnavailableError, out_of_memory
+from perfusion_jax.errors import InputError, UnavailableError, of_the_runtime
 from perfusion_jax.fleet_report import OpenRound
 from perfusion_jax.preparation import concept_key, load_base, load_evaluator, load_metric, prepare_data, read_pictures
 from perfusion_jax.training import Learning, Settings
@@ -261,7 +261,7 @@ def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: thread
 
     Raises:
         UnavailableError: storage fails, or the hub, from which a segmenter comes, cannot be reached.
-        jax.errors.JaxRuntimeError: the memory of the first device does not suffice.
+        jax.errors.JaxRuntimeError: the first device fails, or its memory does not suffice.
     """
     prepared = Prepared({}, {}, {}, {}, [])
     for slot in held:
@@ -275,7 +275,7 @@ def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: thread
             data = prepare_data(config, fleet.base, pictures, mask_key)
             concept = fleet.base.new_concept(config.super_category, fleet.whitening, data.prompts)
         except Exception as error:  # storage raises what it likes; one concept must not end the others
-            if isinstance(error, UnavailableError) or out_of_memory(error):  # no fault of the concept's
+            if isinstance(error, UnavailableError) or of_the_runtime(error):  # no fault of the concept's
                 raise
             problem = (
                 str(error) if isinstance(error, InputError) else f"{row.pictures}: {type(error).__name__}: {error}"

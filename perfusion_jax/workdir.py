@@ -44,8 +44,7 @@ def has_results(workdir: epath.Path) -> bool:
     Raises:
         InputError, UnavailableError: it cannot be read.
     """
-    with storage_errors(workdir, "read"):
-        return any((workdir / name).exists() for name in (METRICS, "report.jsonl"))
+    return any(read_text(workdir / name) for name in (METRICS, "report.jsonl"))
 
 
 class Log:

@@ -1,5 +1,7 @@
 """Checkpoints survive truncation: the one before is taken, and it is said."""
 
+import errno
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,18 +64,26 @@ def test_all_broken_is_an_error_and_none_is_a_start(saved, tmp_path_factory):
     assert Checkpoints(tmp_path_factory.mktemp("new"), keep=2).restore(state(0), pytest.fail) is None
 
 
-def test_storage_that_fails_for_now_costs_no_checkpoint(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(1, state(1))
-    checkpoints.close()
+@pytest.mark.parametrize("part", ["index", "arrays"])
+def test_storage_that_fails_for_now_costs_no_checkpoint(saved, monkeypatch, part):
+    if part == "index":
+        restore = checkpoints_lib.ocp.StandardCheckpointHandler.restore
 
-    def fail(*_, **__):
-        raise OSError(5, "Input/output error")
+        def fail(self, folder, **options):
+            if folder.parent.name == "30":
+                raise OSError(errno.EIO, "Input/output error")
+            return restore(self, folder, **options)
 
-    monkeypatch.setattr(checkpoints_lib.ocp.StandardCheckpointHandler, "restore", fail)
-    with pytest.raises(UnavailableError, match=r"1: cannot be read \(OSError\)"):
-        Checkpoints(tmp_path, keep=2).restore(state(0), pytest.fail)
-    assert (tmp_path / "1").exists()
+        monkeypatch.setattr(checkpoints_lib.ocp.StandardCheckpointHandler, "restore", fail)
+    else:
+        files = list((saved / "30" / "default" / "d").iterdir())
+        assert files
+        for file in files:  # nobody can open a link to itself
+            file.unlink()
+            file.symlink_to(file.name)
+    with pytest.raises(UnavailableError, match="30: cannot be read"):
+        Checkpoints(saved, keep=2).restore(state(0), pytest.fail)
+    assert sorted(folder.name for folder in saved.iterdir()) == ["20", "30"]
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("lost"), ValueError("UNKNOWN: Gloo AllGather failed")])

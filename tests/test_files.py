@@ -10,7 +10,7 @@ from etils import epath
 
 from perfusion_jax import InputError
 from perfusion_jax.errors import UnavailableError
-from perfusion_jax.files import locked, replacing, storage_errors, write_bytes
+from perfusion_jax.files import locked, read_text, replacing, storage_errors, write_bytes
 
 
 def failing(error):
@@ -85,3 +85,10 @@ def test_what_is_not_of_storage_stays_what_it_is(tmp_path, error):
         raise error
     assert raised.value is error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_looked_at_is_not_taken_for_missing(tmp_path):
+    assert read_text(epath.Path(tmp_path / "file")) == ""
+    (tmp_path / "file").symlink_to("file")  # to itself
+    with pytest.raises(InputError, match="file: cannot be read"):
+        read_text(epath.Path(tmp_path / "file"))

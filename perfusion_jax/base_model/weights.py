@@ -92,6 +92,7 @@ class _Safetensors:
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     with storage_errors(file, "read"):
+        file.open("rb").close()  # safetensors tells of a file that cannot be opened as one that is not there
         try:
             with safe_open(file, framework="numpy") as opened:
                 yield opened

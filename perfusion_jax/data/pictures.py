@@ -82,9 +82,11 @@ def read_folder(
 
 
 def _mask_files(folder: epath.Path, stems: Sequence[str]) -> dict[str, epath.Path]:
-    if not folder.is_dir():
-        return {}
-    files = {file.stem: file for file in folder.iterdir() if file.suffix.lower() in ENDINGS}
+    with storage_errors(folder, "read"):
+        try:
+            files = {file.stem: file for file in folder.iterdir() if file.suffix.lower() in ENDINGS}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
     unmatched = sorted(files.keys() - set(stems))
     if unmatched:
         raise InputError(f"{files[unmatched[0]]}: a mask of no picture: its name must be a picture's")
@@ -126,9 +128,10 @@ def open_picture(file: epath.Path) -> Image.Image:
         UnavailableError: storage fails.
     """
     with storage_errors(file, "read"):
-        if not file.exists():
-            raise InputError(f"{file}: no such picture")
-        data = file.read_bytes()
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError as error:
+            raise InputError(f"{file}: no such picture") from error
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         if image.mode.startswith("I"):  # PIL cuts 16-bit greys off at 255 instead of scaling them
@@ -143,9 +146,10 @@ def open_picture(file: epath.Path) -> Image.Image:
 
 def _caption(file: epath.Path) -> str | None:
     with storage_errors(file, "read"):
-        if not file.exists():
+        try:
+            caption = file.read_text().strip()
+        except FileNotFoundError:
             return None
-        caption = file.read_text().strip()
     if caption.count("{}") != 1:
         raise InputError(f"{file}: the caption {caption!r} needs exactly one {{}}, where the concept's name goes")
     return caption

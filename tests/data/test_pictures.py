@@ -147,6 +147,14 @@ def test_storage_that_fails_for_now_is_no_fault_of_the_pictures(tmp_path, monkey
         read_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["masks", "a.txt"])
+def test_what_cannot_be_looked_at_is_not_taken_for_missing(tmp_path, name):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / name).symlink_to(name)  # to itself
+    with pytest.raises(InputError, match=f"{name}: cannot be read"):
+        read_folder(tmp_path)
+
+
 def test_a_missing_folder_is_named():
     with pytest.raises(InputError, match="/nowhere: no such folder"):
         read_folder("/nowhere")
