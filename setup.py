@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "perfusion_jax" / "__init__
 # diffusers 0.39 is the last release with Flax models; so is transformers 4. Neither `[flax]` extra is used: they pin jax <= 0.4.13.
 DEPENDENCIES = [
     "absl-py>=2.1",
-    "array_record>=0.8",
+    "array_record>=0.8.3",  # the first that reads gs:// paths
     "diffusers==0.39.*",
     "etils[epath]>=1.10",
     "flax>=0.12.8",

@@ -23,10 +23,9 @@ _LASTING = (
     ImportError,
     ValueError,
 )
-_LASTING_NUMBERS = (
-    *(errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS),
-    *(errno.ENOLCK, errno.EOPNOTSUPP),
-)
+_LASTING_NUMBERS = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)
+# Mistakes of ours, and no memory: nothing that storage does.
+_NOT_OF_STORAGE = (AttributeError, TypeError, LookupError, AssertionError, MemoryError)
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -62,6 +61,19 @@ def read_text(file: epath.Path) -> str:
             return ""
 
 
+def entries(folder: epath.Path) -> list[epath.Path] | None:
+    """What is in a folder, sorted; None if there is no such folder.
+
+    Raises:
+        InputError, UnavailableError: it cannot be read.
+    """
+    with storage_errors(folder, "read"):
+        try:
+            return sorted(folder.iterdir())
+        except (FileNotFoundError, NotADirectoryError):  # and not by `is_dir`, as in `read_text`
+            return None
+
+
 @contextmanager
 def storage_errors(path: str | os.PathLike[str], done: str) -> Iterator[None]:
     """Within it, whatever storage raises becomes an error that says what could not be done, and whether it may later.
@@ -76,7 +88,7 @@ def storage_errors(path: str | os.PathLike[str], done: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, AttributeError, TypeError):  # the latter two are mistakes of ours
+    except (InputError, *_NOT_OF_STORAGE):
         raise
     except Exception as error:  # gcsfs raises what its backends meet
         if of_the_runtime(error):
@@ -96,14 +108,12 @@ def check_writable(folder: Path) -> None:
     """Makes a folder and sees that a file can be written in it, before work is done whose result goes there.
 
     Raises:
-        InputError: it cannot.
+        InputError, UnavailableError: it cannot.
     """
-    try:
+    with storage_errors(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
 
 
 @contextmanager

@@ -10,8 +10,7 @@ finished concept is written at once, and a line of `report.jsonl` says so:
 
 `state` is `done`, `diverged` (its loss was no longer finite) or `failed` (its pictures cannot be used). `seconds` is
 how long its round had taken by then, `chip_seconds` its share of the chips' time, at any moment that of one among those
-that are not finished yet; both from the round's first step. `row` is a digest of what its line of the table says, with
-the places of its pictures.
+that are not finished yet; both from the round's first step. `row` is a digest of what its line of the table says.
 
 The same command goes on inside a round that was interrupted (or begins it anew, on chips that it does not go with, or
 does not fit any more), to the same concepts; does what is missing; tries failed concepts again; and leaves done and
@@ -37,7 +36,7 @@ from tqdm import tqdm
 from perfusion_jax import distributed, parallel
 from perfusion_jax.checkpoints import Checkpoints
 from perfusion_jax.config import OVERRIDES, check, member_config
-from perfusion_jax.data.table import read_table
+from perfusion_jax.data.table import Row, read_table
 from perfusion_jax.errors import InputError, UnavailableError, out_of_memory
 from perfusion_jax.files import locked, storage_errors
 from perfusion_jax.fleet_members import PICTURES_STEP, Fleet, Member, Prepared, Round, load_fleet, plan, prepare
@@ -71,7 +70,7 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
     check(config)
     index, count = shard
     rows = read_table(config.concepts, OVERRIDES)[index::count]
-    members = [Member(row, member_config(config, row)) for row in rows]
+    members = [Member(row, member_config(config, row)) for row in rows if not row.problem]
     folder = workdir / f"shard_{index}_of_{count}" if count > 1 else workdir
     with ExitStack() as stack:
         failure: InputError | None = None
@@ -87,20 +86,22 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
         if problem:
             raise (UnavailableError if passing else InputError)(problem)
         report = Report(folder / "report.jsonl")
+        broken = [row for row in rows if row.problem and not report.is_over(row.name)]
+        report.add([_line(row, "failed", error=row.problem) for row in broken])
         todo = [member for member in members if not report.is_over(member.name)]
-        _warn_of_changed_rows(members, report)
+        _warn_of_changed_rows(rows, report)
         if todo:
             _learn(config, workdir, folder, members, todo, report)
-    lines = [report.lines[member.name] for member in members]
+    lines = [report.lines[row.name] for row in rows]
     counts = {state: sum(line["state"] == state for line in lines) for state in ("done", "diverged", "failed")}
     summary = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
     if distributed.is_first():
-        print(f"{len(members)} concepts: {summary}; {workdir / 'concepts'}, {report.file}")
-    if counts["done"] == len(members):
+        print(f"{len(lines)} concepts: {summary}; {workdir / 'concepts'}, {report.file}")
+    if counts["done"] == len(lines):
         return
     wrong = next(line for line in lines if line["state"] != "done")
     message = (
-        f"{len(members) - counts['done']} of {len(members)} concepts were not learnt, such as {wrong['name']}: "
+        f"{len(lines) - counts['done']} of {len(lines)} concepts were not learnt, such as {wrong['name']}: "
         f"{wrong['error']}; all are in {report.file}. The same command tries the failed ones again"
     )
     # What starts jobs again when they fail could not mend a concept; and one shard must not stop the others.
@@ -110,15 +111,13 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
         print(f"warning: {message}", file=sys.stderr)
 
 
-def _warn_of_changed_rows(members: Sequence[Member], report: Report) -> None:
+def _warn_of_changed_rows(rows: Sequence[Row], report: Report) -> None:
     changed = [
-        member
-        for member in members
-        if report.is_over(member.name) and report.lines[member.name].get("row", member.digest) != member.digest
+        row for row in rows if report.is_over(row.name) and report.lines[row.name].get("row", row.digest) != row.digest
     ]
     if changed and distributed.is_first():
         print(
-            f"warning: {changed[0].row.where}: {len(changed)} of the concepts that are over, such as "
+            f"warning: {changed[0].where}: {len(changed)} of the concepts that are over, such as "
             f"{changed[0].name}, were learnt by other lines of the table and stay as they are; delete their lines of "
             f"{report.file} to learn them anew",
             file=sys.stderr,
@@ -170,11 +169,9 @@ def _learn(
 
         def skip(left_out: int) -> None:  # steps that are not taken in this run do not count for its rate
             if not bar.disable:
-                bar.n, bar.initial, bar.last_print_n = (
-                    bar.n + left_out,
-                    bar.initial + left_out,
-                    bar.last_print_n + left_out,
-                )
+                bar.n += left_out
+                bar.initial += left_out
+                bar.last_print_n += left_out
                 bar.refresh()
 
         def advance(taken: int) -> None:
@@ -189,21 +186,20 @@ def _learn(
         try:
             upcoming = submit(rounds[0])
             for number, current in enumerate(rounds):
-                again = False
+                prepared = None
                 try:
                     prepared = _result(upcoming, stop)
                 except jax.errors.JaxRuntimeError as error:
-                    again = number > 0 and bool(out_of_memory(error))
-                    if not again:
+                    if number == 0 or not out_of_memory(error):
                         raise
-                if again:  # the step of the round before was in memory as well; now it is not
-                    upcoming = submit(current)
+                if prepared is None:  # not in the handler, where the error still holds the arrays of what failed
+                    upcoming = submit(current)  # the step of the round before was in memory as well; now it is not
                     prepared = _result(upcoming, stop)
                 if number + 1 < len(rounds):
                     upcoming = submit(rounds[number + 1])
                 failures = {slot: error for part in distributed.gather(prepared.failures) for slot, error in part}
                 failed = [(current.members[slot], error) for slot, error in failures.items()]
-                report.add([_line(member, "failed", error=error) for member, error in failed if member])
+                report.add([_line(member.row, "failed", error=error) for member, error in failed if member])
                 left = current.without(failures)
                 skip(sum(current.limits) - sum(left.limits))
                 if any(left.members):
@@ -221,10 +217,10 @@ def _result(future: "Future[Prepared]", stop: Callable[[], bool]) -> Prepared:
     return future.result()
 
 
-def _line(member: Member, state: str, **facts: Any) -> dict[str, Any]:
+def _line(row: Row, state: str, **facts: Any) -> dict[str, Any]:
     """A concept's line of the report."""
-    line = {"name": member.name, "state": state, "steps": 0, "seconds": 0.0, "chip_seconds": 0.0, "error": ""}
-    return line | {"row": member.digest} | facts
+    line = {"name": row.name, "state": state, "steps": 0, "seconds": 0.0, "chip_seconds": 0.0, "error": ""}
+    return line | {"row": row.digest} | facts
 
 
 @dataclasses.dataclass
@@ -392,7 +388,7 @@ def _finish(run: _RoundRun, learning: Learning, slots: Sequence[int], opened: Op
                 f"the loss or its gradient was not finite at step {int(state.step) + 1}: lower values_rate and "
                 "embedding_rate, or try config.dtype='float32'"
             )
-            lines.append(_line(member, "diverged", **facts, error=error))
+            lines.append(_line(member.row, "diverged", **facts, error=error))
             continue
         concept = jax.tree.map(jax.numpy.asarray, state.concept)
         file = run.workdir / "concepts" / f"{member.name}.safetensors"
@@ -412,5 +408,5 @@ def _finish(run: _RoundRun, learning: Learning, slots: Sequence[int], opened: Op
                     "prompt_precision": scores.precision,
                     "score": scores.score,
                 }
-        lines.append(_line(member, "done", **facts))
+        lines.append(_line(member.row, "done", **facts))
     return lines

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -42,15 +40,9 @@ class Member(NamedTuple):
         return self.row.name
 
     @property
-    def digest(self) -> str:
-        """Of the row: what was learnt by another row is not this concept's."""
-        row = json.dumps(self.row._replace(where="")._asdict(), sort_keys=True)
-        return hashlib.sha256(row.encode()).hexdigest()[:16]
-
-    @property
     def identity(self) -> str:
         """The name and the digest of the row."""
-        return f"{self.name} {self.digest}"
+        return f"{self.name} {self.row.digest}"
 
 
 class Round(NamedTuple):
@@ -126,6 +118,7 @@ def load_fleet(config: ConfigDict) -> Fleet:
 
     Raises:
         InputError: something that the config names cannot be used.
+        UnavailableError: it cannot be read for now.
     """
     mesh = parallel.make_mesh(config.mesh)
     base = load_base(config)

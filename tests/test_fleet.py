@@ -111,17 +111,22 @@ def test_a_corrupt_concept_is_reported_and_the_others_finish(inputs, finished, t
         shutil.copytree(inputs / name, tmp_path / "table" / name)
         (tmp_path / "table" / name / "concept.json").write_text('{"super_category": "dog"}')
     (tmp_path / "table" / "cup" / "0.png").write_text("no picture")
+    (tmp_path / "table" / "tom").mkdir()
     config = make_config(inputs, concepts=str(tmp_path / "table"))
     train_fleet(config, epath.Path(tmp_path / "run"))
     told = capsys.readouterr().err
-    assert re.search(r"warning: 1 of 3 concepts were not learnt, such as cup: .*0\.png: not a picture", told)
+    assert re.search(r"warning: 2 of 4 concepts were not learnt, such as cup: .*0\.png: not a picture", told)
     report = report_of(tmp_path / "run")
-    assert {name: line["state"] for name, line in report.items()} == {"rex": "done", "max": "done", "cup": "failed"}
+    states = {"rex": "done", "max": "done", "cup": "failed", "tom": "failed"}
+    assert {name: line["state"] for name, line in report.items()} == states
+    assert "tom/concept.json: missing or empty" in report["tom"]["error"]
     # Mended, the same command does what is missing, and nothing else.
     before = (tmp_path / "run" / "concepts" / "rex.safetensors").stat().st_mtime_ns
     shutil.copy(inputs / "cup" / "0.png", tmp_path / "table" / "cup" / "0.png")
+    shutil.copytree(inputs / "tom", tmp_path / "table" / "tom", dirs_exist_ok=True)
+    (tmp_path / "table" / "tom" / "concept.json").write_text('{"super_category": "cat"}')
     train_fleet(config, epath.Path(tmp_path / "run"))
-    assert report_of(tmp_path / "run")["cup"]["state"] == "done"
+    assert {line["state"] for line in report_of(tmp_path / "run").values()} == {"done"}
     assert (tmp_path / "run" / "concepts" / "rex.safetensors").stat().st_mtime_ns == before
 
 

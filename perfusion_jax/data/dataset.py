@@ -8,6 +8,7 @@ copied as it is; `config.pictures = "tfds:gs://bucket/datasets/concepts/1.0.0#do
 
 import io
 import re
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +20,10 @@ from PIL import Image
 
 from perfusion_jax.data.pictures import Picture, read_folder
 from perfusion_jax.errors import InputError
+from perfusion_jax.files import entries, is_local, storage_errors
 
 PREFIX = "tfds:"
+INFO = "dataset_info.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -82,22 +85,34 @@ def write_dataset(folders: epath.Path, out: epath.Path) -> epath.Path:
     """Turns a folder of concept folders into a dataset, and returns where it is.
 
     Raises:
-        InputError: there are no concept folders, one is called something that no split can be, or a picture cannot be
-            read.
+        InputError: there are no concept folders, one is called something that no split can be, a picture cannot be
+            read, or the dataset is there already, or cannot be written.
+        UnavailableError: storage fails.
     """
-    if not folders.is_dir():
+    inside = entries(folders)
+    if inside is None:
         raise InputError(f"{folders}: no such folder")
-    concepts = {folder.name: folder for folder in sorted(folders.iterdir()) if folder.is_dir()}
+    concepts = {folder.name: folder for folder in inside if not folder.name.startswith(".") and not folder.is_file()}
     if not concepts:
         raise InputError(f"{folders}: no folders of concepts in it")
     for name in concepts:
         if not _NAME.fullmatch(name):
             raise InputError(f"{folders / name}: name it with letters, digits, '-' and '_' alone")
-    builder = Concepts(folders=concepts, data_dir=str(out))
-    if (builder.data_path / "dataset_info.json").exists():
-        raise InputError(f"{builder.data_path}: is there already; delete it to make it anew")
-    builder.download_and_prepare()
-    return epath.Path(builder.data_path)
+    with tempfile.TemporaryDirectory() as temporary:
+        # ArrayRecord writes local files alone.
+        builder = Concepts(folders=concepts, data_dir=str(out) if is_local(out) else temporary)
+        made = epath.Path(builder.data_path)
+        where = made if is_local(out) else out / builder.name / str(builder.version)
+        with storage_errors(where, "written"):
+            if (where / INFO).exists():
+                raise InputError(f"{where}: is there already; delete it to make it anew")
+            builder.download_and_prepare()
+            if where != made:
+                where.mkdir(parents=True, exist_ok=True)
+                # The file by which a dataset is known comes last: a part of one is none.
+                for file in sorted(made.iterdir(), key=lambda file: file.name == INFO):
+                    (where / file.name).write_bytes(file.read_bytes())
+    return where
 
 
 def read_split(source: str) -> list[Picture]:
@@ -107,24 +122,32 @@ def read_split(source: str) -> list[Picture]:
         source: `tfds:FOLDER#CONCEPT`.
 
     Raises:
-        InputError: no such dataset or split.
+        InputError: no such dataset or split, or it is broken.
+        UnavailableError: storage fails.
     """
     folder, _, split = source.removeprefix(PREFIX).partition("#")
-    try:
-        builder = tfds.builder_from_directory(folder)
-    except (OSError, ValueError, AssertionError, tfds.core.registered.DatasetNotFoundError) as error:
-        raise InputError(f"{folder}: not a dataset of tensorflow_datasets ({error})") from error
-    if split not in builder.info.splits:
-        raise InputError(f"{folder}: no concept {split!r}; it has {', '.join(sorted(builder.info.splits))}")
-    pictures = [
-        Picture(
-            name=_string(row["name"]),
-            pixels=row["image"],
-            mask=row["mask"][..., 0].astype(np.float32) / 255 if row["has_mask"] else None,
-            caption=_string(row["caption"]) or None,
-        )
-        for row in builder.as_data_source(split=split)
-    ]
+    with storage_errors(folder, "read"):
+        try:
+            (epath.Path(folder) / INFO).read_bytes()  # tfds would call it missing, whatever storage does
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"{folder}: not a dataset of tensorflow_datasets: no {INFO} in it") from error
+        try:
+            builder = tfds.builder_from_directory(folder)
+            if split not in builder.info.splits:
+                raise InputError(f"{folder}: no concept {split!r}; it has {', '.join(sorted(builder.info.splits))}")
+            pictures = [
+                Picture(
+                    name=_string(row["name"]),
+                    pixels=row["image"],
+                    mask=row["mask"][..., 0].astype(np.float32) / 255 if row["has_mask"] else None,
+                    caption=_string(row["caption"]) or None,
+                )
+                for row in builder.as_data_source(split=split)
+            ]
+        except (InputError, OSError, MemoryError):
+            raise
+        except Exception as error:  # broken files, of which each library raises something of its own
+            raise InputError(f"{folder}: concept {split!r} cannot be read ({error})") from error
     return sorted(pictures, key=lambda picture: picture.name)
 
 

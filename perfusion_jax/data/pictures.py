@@ -17,7 +17,7 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from perfusion_jax.errors import InputError
-from perfusion_jax.files import storage_errors
+from perfusion_jax.files import entries, storage_errors
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 SMALLEST = 16  # pixels; there is nothing to learn from less
@@ -61,10 +61,11 @@ def read_folder(
         UnavailableError: storage fails.
     """
     root = epath.Path(folder)
+    inside = entries(root)
+    if inside is None:
+        raise InputError(f"{root}: no such folder of pictures")
     with storage_errors(root, "read"):
-        if not root.is_dir():
-            raise InputError(f"{root}: no such folder of pictures")
-        files = sorted(file for file in root.iterdir() if file.suffix.lower() in ENDINGS and not file.is_dir())
+        files = [file for file in inside if file.suffix.lower() in ENDINGS and not file.is_dir()]
     if not files:
         raise InputError(f"{root}: no pictures in it ({', '.join(ENDINGS)})")
     stems = [file.stem for file in files]
@@ -74,7 +75,7 @@ def read_folder(
             f"{root}: two pictures are called {twice[0]!r}: masks and captions go by that name; rename one"
         )
     for given in (masks, captions):
-        if given is not None and not epath.Path(given).is_dir():
+        if given is not None and entries(epath.Path(given)) is None:
             raise InputError(f"{given}: no such folder")
     mask_files = _mask_files(epath.Path(masks) if masks is not None else root / "masks", stems)
     caption_root = epath.Path(captions) if captions is not None else root
@@ -82,11 +83,10 @@ def read_folder(
 
 
 def _mask_files(folder: epath.Path, stems: Sequence[str]) -> dict[str, epath.Path]:
-    with storage_errors(folder, "read"):
-        try:
-            files = {file.stem: file for file in folder.iterdir() if file.suffix.lower() in ENDINGS}
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
+    inside = entries(folder)
+    if inside is None:
+        return {}
+    files = {file.stem: file for file in inside if file.suffix.lower() in ENDINGS}
     unmatched = sorted(files.keys() - set(stems))
     if unmatched:
         raise InputError(f"{files[unmatched[0]]}: a mask of no picture: its name must be a picture's")

@@ -10,10 +10,12 @@ other column is a key of the config, which it overrides for that concept; an emp
 `.jsonl` is an object of the same keys. Paths are relative to the table.
 
 A folder of folders has one concept in each, called as its folder is, with a `concept.json` that has at least
-`{"super_category": "dog"}` (and perhaps `licence`) beside the pictures.
+`{"super_category": "dog"}` (and perhaps `licence`) beside the pictures. What cannot be used of one folder is that
+concept's failure; a line of a table that cannot be used is an error before anything is learnt.
 """
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -24,8 +26,8 @@ from etils import epath
 
 from perfusion_jax import shipped
 from perfusion_jax.base_model.text import PLACEHOLDER
-from perfusion_jax.errors import InputError
-from perfusion_jax.files import read_text, storage_errors
+from perfusion_jax.errors import InputError, UnavailableError
+from perfusion_jax.files import entries, read_text, storage_errors
 
 NEEDED = ("name", "super_category", "pictures")
 FOLDERS = ("masks", "captions")
@@ -44,7 +46,9 @@ class Row(NamedTuple):
         pictures: as `config.pictures`.
         masks, captions: folders, or empty.
         overrides: values of keys of the config.
+        said: all of it as the line says it, where pictures are relative to the table.
         where: the line that says so, for messages.
+        problem: why it cannot be used, or empty.
     """
 
     name: str
@@ -53,7 +57,14 @@ class Row(NamedTuple):
     masks: str
     captions: str
     overrides: dict[str, Any]
+    said: dict[str, Any]
     where: str
+    problem: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Of what the line says: what was learnt by another line is not this concept's."""
+        return hashlib.sha256(json.dumps(self.said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_table(source: str, overridable: Collection[str]) -> list[Row]:
@@ -68,23 +79,7 @@ def read_table(source: str, overridable: Collection[str]) -> list[Row]:
         UnavailableError: its storage fails.
     """
     path = epath.Path(shipped.EXAMPLES if source == EMOJI else source)
-    try:
-        with storage_errors(path, "read"):
-            folders = sorted(folder for folder in path.iterdir() if folder.is_dir()) if path.is_dir() else None
-            data = path.read_bytes() if folders is None and path.suffix in TABLES else b""
-        if folders is not None:
-            rows = [_folder(folder) for folder in folders]
-        elif path.suffix in TABLES:
-            text = data.decode("utf-8-sig")  # Excel begins its files with a mark
-            lines = _csv_lines(path, text) if path.suffix == ".csv" else _json_lines(path, text)
-            rows = [_row(line, where, path.parent, overridable) for where, line in lines]
-        else:
-            found = "" if path.exists() else "no such file or folder; "
-            raise InputError(
-                f"{path}: {found}config.concepts must be a .csv or .jsonl file, or a folder of concept folders"
-            )
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+    rows = _lines(path, overridable) if path.suffix in TABLES else _folders(path)
     if not rows:
         raise InputError(f"{path}: no concepts in it")
     _check_names(rows)
@@ -103,8 +98,42 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _lines(path: epath.Path, overridable: Collection[str]) -> list[Row]:
+    with storage_errors(path, "read"):
+        data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")  # Excel begins its files with a mark
+        lines = _csv_lines(path, text) if path.suffix == ".csv" else _json_lines(path, text)
+        return [_row(line, where, path.parent, overridable) for where, line in lines]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+
+
+def _folders(path: epath.Path) -> list[Row]:
+    inside = entries(path)
+    if inside is None:
+        raise InputError(
+            f"{path}: no such folder; config.concepts must be one of concept folders, or a .csv or .jsonl file"
+        )
+    with storage_errors(path, "read"):
+        # Where storage does not say what something is, the concept's own file tells of it.
+        return [_folder(folder) for folder in inside if not folder.name.startswith(".") and not folder.is_file()]
+
+
 def _folder(folder: epath.Path) -> Row:
     file = folder / "concept.json"
+    said = {"name": folder.name, "pictures": folder.name}
+    try:
+        # What else the file says of the concept is for people.
+        said |= {key: value for key, value in _facts(file).items() if key in ("super_category", "licence")}
+        return _row(said, str(file), folder.parent, ("licence",))
+    except UnavailableError:
+        raise
+    except InputError as error:
+        return Row(folder.name, "", str(folder), "", "", {}, said, str(file), str(error))
+
+
+def _facts(file: epath.Path) -> dict[str, Any]:
     text = read_text(file)
     if not text:
         raise InputError(f'{file}: missing or empty; it must say {{"super_category": "..."}}')
@@ -112,9 +141,9 @@ def _folder(folder: epath.Path) -> Row:
         facts = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{file}: not JSON ({error})") from error
-    # What else it says of the concept is for people.
-    known = {key: facts[key] for key in ("super_category", "licence") if isinstance(facts, dict) and key in facts}
-    return _row({"name": folder.name, "pictures": folder.name, **known}, str(file), folder.parent, ("licence",))
+    if not isinstance(facts, dict):
+        raise InputError(f'{file}: not an object, such as {{"super_category": "..."}}')
+    return facts
 
 
 def _csv_lines(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -169,7 +198,7 @@ def _row(facts: dict[str, Any], where: str, parent: epath.Path, overridable: Col
     for key in ("pictures", *FOLDERS):
         if texts[key] and not _SCHEME.match(texts[key]):
             texts[key] = str(parent / texts[key])
-    return Row(**texts, overrides=overrides, where=where)
+    return Row(**texts, overrides=overrides, said=facts, where=where)
 
 
 def _check_names(rows: list[Row]) -> None:

@@ -9,8 +9,10 @@ from etils import epath
 from PIL import Image
 
 from perfusion_jax import InputError
+from perfusion_jax.data import dataset
 from perfusion_jax.data.dataset import read_split, write_dataset
 from perfusion_jax.data.pictures import read_folder
+from perfusion_jax.errors import UnavailableError
 
 
 @pytest.fixture
@@ -57,6 +59,39 @@ def test_the_command_works_without_tensorflow(folders, tmp_path):
     where, imported = done.stdout.splitlines()[-2:]
     assert imported == "False"
     assert len(read_split(f"tfds:{where}#rex")) == 3
+
+
+def test_a_dataset_for_a_bucket_is_made_here_and_copied(folders, tmp_path, monkeypatch):
+    local = write_dataset(folders, epath.Path(tmp_path / "local"))
+    monkeypatch.setattr(dataset, "is_local", lambda _: False)
+    copied = write_dataset(folders, epath.Path(tmp_path / "bucket"))
+    assert copied == epath.Path(tmp_path / "bucket" / "concepts" / "1.0.0")
+    assert sorted(file.name for file in copied.iterdir()) == sorted(file.name for file in local.iterdir())
+    assert len(read_split(f"tfds:{copied}#rex")) == 3
+    with pytest.raises(InputError, match="is there already"):
+        write_dataset(folders, epath.Path(tmp_path / "bucket"))
+
+
+def test_broken_datasets_are_named(folders, tmp_path):
+    where = write_dataset(folders, epath.Path(tmp_path / "out"))
+    (shard,) = where.glob("concepts-rex.*")
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"1\.0\.0: concept 'rex' cannot be read \(Corrupted"):
+        read_split(f"tfds:{where}#rex")
+    assert len(read_split(f"tfds:{where}#my-cup")) == 1
+    (where / "dataset_info.json").write_text("{")
+    with pytest.raises(InputError, match=r"1\.0\.0: concept 'rex' cannot be read \(Failed to load JSON"):
+        read_split(f"tfds:{where}#rex")
+
+
+def test_storage_that_fails_for_now_is_no_fault_of_a_dataset(folders, tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    where = write_dataset(folders, epath.Path(tmp_path / "out"))
+    monkeypatch.setattr(type(where), "read_bytes", fail)
+    with pytest.raises(UnavailableError, match=r"1\.0\.0: cannot be read"):
+        read_split(f"tfds:{where}#rex")
 
 
 def test_bad_input_is_named(folders, tmp_path):

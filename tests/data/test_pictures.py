@@ -145,6 +145,10 @@ def test_storage_that_fails_for_now_is_no_fault_of_the_pictures(tmp_path, monkey
     monkeypatch.setattr(type(epath.Path(tmp_path)), "read_bytes", fail)
     with pytest.raises(UnavailableError, match=r"a\.png: cannot be read"):
         read_folder(tmp_path)
+    # Nor is a folder missing that cannot be looked into.
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "iterdir", fail)
+    with pytest.raises(UnavailableError, match=f"{tmp_path}: cannot be read"):
+        read_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["masks", "a.txt"])

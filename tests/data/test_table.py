@@ -98,7 +98,11 @@ HEAD = "name,super_category,pictures"
         ("a.jsonl", '{"name": "rex"\n', r"a\.jsonl:1: not JSON"),
         ("a.jsonl", '\n["rex"]\n', r"a\.jsonl:2: not an object"),
         ("a.jsonl", '{"name": "rex", "super_category": "dog", "pictures": 3}', r"a\.jsonl:1: pictures is 3"),
-        ("a.txt", "rex", r"a\.txt: config\.concepts must be a \.csv or \.jsonl file"),
+        (
+            "a.txt",
+            "rex",
+            r"a\.txt: no such folder; config\.concepts must be one of concept folders, or a \.csv or \.jsonl",
+        ),
         ("a.csv", "\udcff", r"a\.csv: cannot be read"),
     ],
 )
@@ -132,22 +136,56 @@ def test_storage_that_fails_for_now_is_not_bad_input(tmp_path, monkeypatch, erro
     assert type(raised.value) is kind
 
 
+def test_folders_that_storage_does_not_tell_of_are_not_left_out(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    (tmp_path / "rex").mkdir()
+    kind = type(epath.Path(tmp_path))
+    # As gcsfs has it: whatever fails, something is neither a file nor a folder.
+    monkeypatch.setattr(kind, "is_file", lambda _: False)
+    monkeypatch.setattr(kind, "is_dir", lambda _: False)
+    monkeypatch.setattr(kind, "read_text", fail)
+    with pytest.raises(UnavailableError, match=r"rex/concept\.json: cannot be read"):
+        read_table(str(tmp_path), OVERRIDES)
+    monkeypatch.setattr(kind, "iterdir", fail)
+    with pytest.raises(UnavailableError, match=f"{tmp_path}: cannot be read"):
+        read_table(str(tmp_path), OVERRIDES)
+
+
+def test_what_a_line_says_does_not_depend_on_where_the_table_is(tmp_path):
+    digests = set()
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        digests |= {row.digest for row in rows_of(tmp_path / name, "a.csv", f"{HEAD}\nrex,dog,rex\n")}
+    assert len(digests) == 1
+    digests |= {row.digest for row in rows_of(tmp_path, "a.csv", f"{HEAD},steps\nrex,dog,rex,5\nrex2,dog,rex,\n")}
+    assert len(digests) == 3
+
+
 def test_folders_without_facts_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere: no such file or folder; config\.concepts must be"):
+    with pytest.raises(InputError, match=r"nowhere: no such folder; config\.concepts must be"):
         read_table(str(tmp_path / "nowhere"), OVERRIDES)
     with pytest.raises(InputError, match="no concepts in it"):
         read_table(str(tmp_path), OVERRIDES)
     with pytest.raises(InputError, match=r"missing\.csv: cannot be read"):
         read_table(str(tmp_path / "missing.csv"), OVERRIDES)
-    (tmp_path / "rex").mkdir()
-    with pytest.raises(InputError, match=r"rex/concept\.json: missing or empty; it must say"):
-        read_table(str(tmp_path), OVERRIDES)
-    (tmp_path / "rex" / "concept.json").write_text("[]")
-    with pytest.raises(InputError, match=r"rex/concept\.json: super_category is missing"):
-        read_table(str(tmp_path), OVERRIDES)
-    (tmp_path / "rex" / "concept.json").write_text("{")
-    with pytest.raises(InputError, match=r"rex/concept\.json: not JSON"):
-        read_table(str(tmp_path), OVERRIDES)
+    (tmp_path / ".git").mkdir()
+    for name, text, problem in (
+        ("rex", None, "missing or empty; it must say"),
+        ("tom", "[]", "not an object, such as"),
+        ("bob", "{}", "super_category is missing"),
+        ("max", "{", "not JSON"),
+        ("zoe", '{"super_category": "dog"}', ""),
+    ):
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "concept.json").write_text(text)
+        row = next(row for row in read_table(str(tmp_path), OVERRIDES) if row.name == name)
+        # One concept's failure, which the others need not wait for.
+        assert row.problem.startswith(f"{tmp_path / name / 'concept.json'}: {problem}" if problem else "")
+        assert bool(row.problem) == bool(problem)
+    assert len(read_table(str(tmp_path), OVERRIDES)) == 5
 
 
 @pytest.mark.parametrize(
