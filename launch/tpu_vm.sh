@@ -124,7 +124,9 @@ case $command in
 esac
 need_run
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
-[[ -z ${SHARD:-} || $SHARD =~ ^[0-9]+/[0-9]+$ ]] || die "SHARD is $SHARD; it looks like 0/4"
+if [[ -n ${SHARD:-} ]] && ! { [[ $SHARD =~ ^[0-9]+/[0-9]+$ ]] && ((10#${SHARD%/*} < 10#${SHARD#*/})); }; then
+  die "SHARD is $SHARD; it must be I/N, with I from 0 to N - 1"
+fi
 case $command in
   stop) on all stop ;;
   status)

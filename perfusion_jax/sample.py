@@ -354,7 +354,9 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("concept", [], "concept file, or NAME=FILE to call it <NAME>; may be given several times")
     flags.DEFINE_string("prompt", None, "what to draw; concepts by <name>")
     flags.DEFINE_string("prompts", None, "file of prompts, one on a line, in place of --prompt")
-    flags.DEFINE_string("out", None, "the .png file to write")
+    flags.DEFINE_string(
+        "out", None, "the .png file to write; of several pictures it is the grid, and each is beside it, as NAME_0.png"
+    )
     flags.DEFINE_string("again", None, "tell how this picture was drawn; with --out, draw it again")
     flags.DEFINE_string("base", "emoji", "base model: emoji, a folder or a hub id")
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")

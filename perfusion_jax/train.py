@@ -66,6 +66,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> Path:
     Raises:
         InputError: the config or something it names cannot be used, another job is at work in the workdir, or the loss
             is no longer finite.
+        UnavailableError: storage or the hub fails.
     """
     check(config)
     result = workdir / "concepts" / f"{config.name}.safetensors"

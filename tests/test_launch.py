@@ -159,6 +159,7 @@ def test_a_missing_variable_is_named(tools, script, name):
         (["create"], {"NAME": "My Fleet"}, "NAME is My Fleet"),
         (["create"], {"NAME": "../x"}, "NAME is ../x"),
         (["create"], {"SHARD": "1", "SHARDS": "many"}, "error: SHARD"),
+        (["create"], {"SHARD": "2/2", "SHARDS": "0"}, "error: SHARD"),
     ],
 )
 @pytest.mark.parametrize("script", COMMANDS)
