@@ -126,6 +126,8 @@ def _folder(folder: epath.Path) -> Row:
     try:
         # What else the file says of the concept is for people.
         said |= {key: value for key, value in _facts(file).items() if key in ("super_category", "licence")}
+        if not isinstance(said.get("licence", ""), str):
+            raise InputError(f"{file}: licence is {said['licence']!r}; it must be text")
         return _row(said, str(file), folder.parent, ("licence",))
     except UnavailableError:
         raise

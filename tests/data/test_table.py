@@ -176,6 +176,7 @@ def test_folders_without_facts_are_named(tmp_path):
         ("tom", "[]", "not an object, such as"),
         ("bob", "{}", "super_category is missing"),
         ("max", "{", "not JSON"),
+        ("cup", '{"super_category": "cup", "licence": 3}', "licence is 3; it must be text"),
         ("zoe", '{"super_category": "dog"}', ""),
     ):
         (tmp_path / name).mkdir()
@@ -185,7 +186,7 @@ def test_folders_without_facts_are_named(tmp_path):
         # One concept's failure, which the others need not wait for.
         assert row.problem.startswith(f"{tmp_path / name / 'concept.json'}: {problem}" if problem else "")
         assert bool(row.problem) == bool(problem)
-    assert len(read_table(str(tmp_path), OVERRIDES)) == 5
+    assert len(read_table(str(tmp_path), OVERRIDES)) == 6
 
 
 @pytest.mark.parametrize(
