@@ -76,8 +76,17 @@ def run(
 
     def parse(arguments: list[str]) -> list[str]:
         try:
-            return app.parse_flags_with_usage(arguments)
-        except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:  # of a config file
+            left = flags.FLAGS(arguments)
+            if "config" in flags.FLAGS:
+                getattr(flags.FLAGS.config, "lock", None)  # a config file that cannot be read says so when looked at
+            return left
+        except flags.Error as error:
+            print(f"error: {error}; see --help", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+        except OSError as error:
+            print(f"error: --config: {str(error).splitlines()[-1].strip()}", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+        except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:  # of a config file
             # ml_collections hands a KeyError on inside another one; its text is the quoted form of what it was given.
             cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
             missing = isinstance(cause, KeyError)

@@ -3,7 +3,7 @@
     python -m perfusion_jax.compile --config configs/fleet.py:sd15 --topology v5e:16x16 [--json]
 
 Neither a TPU nor weights are needed: the base model's configs and tokenizer are enough (`--config.base=FOLDER`), and
-`pip install perfusion_jax[tpu]` brings the compiler. `--config.members=0` takes one concept for each place along the
+`pip install -e '.[tpu]'` brings the compiler. `--config.members=0` takes one concept for each place along the
 mesh's axis `concept`.
 """
 
@@ -38,7 +38,7 @@ def topology_devices(name: str) -> list[jax.Device]:
         InputError: the compiler is not installed, or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("libtpu, the compiler for TPUs, is not installed: pip install perfusion_jax[tpu]")
+        raise InputError("libtpu, the compiler for TPUs, is not installed: pip install -e '.[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud what machine this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here holds a TPU
     # A v4 chip is one device to JAX; without this the compiler takes its two cores for two.
@@ -122,7 +122,7 @@ def text(told: dict[str, Any]) -> str:
             f"{told['topology']}: {told['devices']} devices {told['chip']}; mesh {mesh}; {told['members']} concepts "
             f"in all, {told['samples_per_device']} samples on each device",
             "per device and step, as the compiler estimates:",
-            f"  work         {device['flops'] / 1e12:.2f} TFLOP",
+            f"  work         {device['flops'] / 1e12:.4g} TFLOP",
             f"  traffic      {gigabytes['traffic']} of HBM; operations access {gigabytes['accessed']}, "
             "most of it in vector memory",
             f"  arguments    {gigabytes['arguments']}",

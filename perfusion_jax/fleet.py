@@ -96,7 +96,7 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
     counts = {state: sum(line["state"] == state for line in lines) for state in ("done", "diverged", "failed")}
     summary = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
     if distributed.is_first():
-        print(f"{len(lines)} concepts: {summary}; {workdir / 'concepts'}, {report.file}")
+        print(f"{len(lines)} concept{'s' if len(lines) > 1 else ''}: {summary}; {workdir / 'concepts'}, {report.file}")
     if counts["done"] == len(lines):
         return
     wrong = next(line for line in lines if line["state"] != "done")
@@ -176,8 +176,8 @@ def _learn(
 
         def advance(taken: int) -> None:
             bar.update(taken)
-            if rate := bar.format_dict["rate"]:
-                bar.set_postfix_str(f"{3600 * rate * len(todo) / steps:.0f} concepts/h", refresh=False)
+            rate = bar.format_dict["rate"]
+            bar.set_postfix_str(f"{3600 * rate * len(todo) / steps:.0f} concepts/h" if rate else "", refresh=False)
 
         def submit(current: Round) -> "Future[Prepared]":
             held, _ = parallel.slot_owners(fleet.mesh, len(current.members))
@@ -186,6 +186,7 @@ def _learn(
         try:
             upcoming = submit(rounds[0])
             for number, current in enumerate(rounds):
+                bar.set_postfix_str("preparing pictures")
                 prepared = None
                 try:
                     prepared = _result(upcoming, stop)
@@ -203,6 +204,7 @@ def _learn(
                 left = current.without(failures)
                 skip(sum(current.limits) - sum(left.limits))
                 if any(left.members):
+                    bar.set_postfix_str("compiling")
                     _learn_round(_RoundRun(fleet, left, prepared, workdir, folder, report, advance, skip), stop)
         finally:
             cancelled.set()

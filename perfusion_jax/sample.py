@@ -1,7 +1,7 @@
 """Draws pictures, of concepts or of the plain model.
 
     python -m perfusion_jax.sample --concept runs/dog/concepts/dog.safetensors \\
-        --prompt "a photo of <dog> on the beach" --out dog.png
+        --prompt "a photo of a <dog> on the beach" --out dog.png
 
 A prompt names a concept by `<name>`; without `--concept` the plain model draws. Several pictures are written each to a
 file of its own, and all to one grid. Every file says how it was drawn:

@@ -19,7 +19,7 @@ from perfusion_jax.parallel import make_mesh
 from perfusion_jax.training import Settings
 
 needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install perfusion_jax[tpu]"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
 )
 SIDE = 64  # latents of 32 x 32: enough tokens for the attention kernel
 
@@ -139,5 +139,5 @@ def test_an_unknown_topology_is_named():
 
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install perfusion_jax\[tpu\]"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[tpu\]'"):
         compile_lib.topology_devices("v5e:2x4")

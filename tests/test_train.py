@@ -268,18 +268,3 @@ def test_a_disk_that_takes_no_more_is_an_error_that_names_the_file(config, tmp_p
     assert f"error: {tmp_path / 'run'}" in process.stderr
     assert "cannot be written" in process.stderr
     assert "Traceback" not in process.stderr.split("error: ")[-1]
-
-
-@pytest.mark.parametrize("wrong", ["--config.stepz=3", "--config.steps=many", "--config=nowhere.py"])
-def test_wrong_words_on_the_command_line_are_named(config, tmp_path, wrong):
-    process = subprocess.run(
-        [sys.executable, "-m", "perfusion_jax.train", *flags(config), wrong, f"--workdir={tmp_path}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode != 0
-    assert wrong.split("=")[wrong.startswith("--config=")].removeprefix("--config.") in process.stderr
-    assert "\\n" not in process.stderr  # a message, and not the quoted form of one
-    assert "Traceback" not in process.stderr

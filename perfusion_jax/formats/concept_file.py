@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +79,26 @@ def save_concept(file: str | Path, concept: Concept, card: ConceptCard) -> None:
         for layer, output in getattr(concept, kind).items():
             tensors[f"{kind}.{_dotted(layer)}"] = output
     metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in dataclasses.asdict(card).items()}}
-    write_bytes(file, save({name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}, metadata))
+    data = save({name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}, metadata)
+    write_bytes(file, _with_sorted_metadata(data))
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """Makes equal concepts equal files: `save` writes metadata in an order of chance."""
+    header = _header(data)
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + _header_size(data) :]
+
+
+def _header_size(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little")
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """Of a safetensors file: JSON after its length in 8 bytes."""
+    return json.loads(data[8 : 8 + _header_size(data)])
 
 
 def read_card(file: str | Path) -> ConceptCard:
@@ -109,8 +128,7 @@ def _read(file: epath.Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
     try:
         data = file.read_bytes()
         tensors = load(data)
-        # The header, which `load` has checked: its length in 8 bytes, then JSON.
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        metadata = _header(data).get("__metadata__", {})  # `load` has checked it
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such concept file") from error
     except (SafetensorError, OSError) as error:

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="pretraining needs the extra: pip install perfusion_jax[pretrain]")
-pytest.importorskip("resvg_py", reason="pretraining needs the extra: pip install perfusion_jax[pretrain]")
+torch = pytest.importorskip("torch", reason="pretraining needs the extra: pip install -e '.[pretrain]'")
+pytest.importorskip("resvg_py", reason="pretraining needs the extra: pip install -e '.[pretrain]'")
 
 from diffusers import StableDiffusionPipeline  # noqa: E402
 

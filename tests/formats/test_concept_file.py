@@ -51,6 +51,13 @@ def test_what_was_saved_is_read(file, concept, card, sd1_base):
     assert [path.name for path in file.parent.iterdir()] == ["rex.safetensors"]
 
 
+def test_equal_concepts_are_equal_files(file, concept, card):
+    before = file.read_bytes()
+    for _ in range(5):
+        save_concept(file, concept, card)
+        assert file.read_bytes() == before
+
+
 def test_tensors_have_plain_names(file):
     names = set(load_file(file))
     assert {"embedding", "target_input", "dual"} < names
