@@ -11,20 +11,32 @@ from etils import epath
 
 from perfusion_jax import distributed
 from perfusion_jax.errors import InputError, UnavailableError, of_the_runtime
-from perfusion_jax.files import is_local, storage_errors
+from perfusion_jax.files import entries, is_lasting, is_local, of_storage, storage_errors
 
 # How TensorStore's errors begin that are of storage; those of broken bytes are DATA_LOSS, OUT_OF_RANGE, and others.
-_STORAGE = re.compile(
-    "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE"
-    "|UNKNOWN): "
+_PASSING = re.compile(
+    "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE|UNKNOWN): "
 )
+_LASTING = "PERMISSION_DENIED: "
 
 
-def _of_storage(error: Exception) -> bool:
-    """Whether a checkpoint cannot be read for what storage does, and not for what is in it."""
-    if isinstance(error, OSError):
-        return not isinstance(error, FileNotFoundError)
-    return any(_STORAGE.match(str(one)) for one in (error, error.__cause__))
+def _storage_error(error: Exception, folder: epath.Path) -> type[InputError] | None:
+    """What to raise where a checkpoint cannot be read for what storage does; None if it is for what is in it."""
+    for one in (error, error.__cause__):
+        if one is None:
+            continue
+        if _PASSING.match(str(one)):
+            return UnavailableError
+        if str(one).startswith(_LASTING):
+            return InputError
+        if of_storage(one) and not isinstance(one, FileNotFoundError):
+            return InputError if is_lasting(one) else UnavailableError
+    if isinstance(error, FileNotFoundError):  # or so it is said of what cannot be looked at
+        try:
+            entries(folder)
+        except InputError as other:
+            return type(other)
+    return None
 
 
 class _Manager(ocp.CheckpointManager):
@@ -83,27 +95,32 @@ class Checkpoints:
 
         Raises:
             InputError: there are checkpoints, and none of them can be read.
-            UnavailableError: storage fails; nothing is renamed.
+            InputError, UnavailableError: storage fails, or tells processes different things; nothing is renamed.
         """
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         steps = sorted(self._manager.all_steps(), reverse=True)
+        if any(seen != steps for seen in distributed.gather(steps)):
+            raise UnavailableError(f"{self.folder}: not all processes see the same checkpoints in it")
         broken = []
         for step in steps:
-            problem, passing = "", False
+            folder = self.folder / str(step) / "default"
+            problem, kind = "", None
             try:
                 # Not by the manager, which ends with a barrier: a process that cannot read would not come to it.
-                state = ocp.StandardCheckpointHandler().restore(
-                    self.folder / str(step) / "default", args=ocp.args.StandardRestore(shapes)
-                )
+                state = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(shapes))
             except Exception as error:  # Orbax raises whatever the broken bytes lead it and its backends to
                 if of_the_runtime(error):
                     raise
                 problem = type(error).__name__
-                passing = _of_storage(error)
+                kind = _storage_error(error, folder)
             # What one process cannot read, none takes.
-            if problems := [one for one in distributed.gather([problem, passing]) if one[0]]:
-                if some := [name for name, may_pass in problems if may_pass]:
-                    raise UnavailableError(f"{self.folder / str(step)}: cannot be read ({some[0]})")
+            told = distributed.gather([problem, kind is not None, kind is UnavailableError])
+            if problems := [one for one in told if one[0]]:
+                if of_storage := [one for one in problems if one[1]]:
+                    name, _, passing = max(of_storage, key=lambda one: one[2])
+                    raise (UnavailableError if passing else InputError)(
+                        f"{self.folder / str(step)}: cannot be read ({name})"
+                    )
                 if distributed.is_first():
                     warn(f"{self.folder / str(step)}: cannot be read ({problems[0][0]}); taking the one before")
                 broken.append(step)

@@ -78,6 +78,31 @@ def gather(mine: Any) -> list[Any]:
     return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths, strict=True)]
 
 
+def from_first(make: Callable[[], Any]) -> Any:
+    """What the first process makes, on all of them: anything that JSON takes. All must call it.
+
+    Files that all go by are read like this: others may see them later, or not, and would do other things.
+
+    Raises:
+        InputError, UnavailableError: on all of them, what `make` raises on the first.
+    """
+    if jax.process_count() == 1:
+        return make()
+    made, problem, passing = None, "", False
+    if is_first():
+        try:
+            made = make()
+        except InputError as error:
+            problem, passing = str(error), isinstance(error, UnavailableError)
+    data = np.frombuffer(json.dumps([made, problem, passing]).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    told = multihost_utils.broadcast_one_to_all(data if is_first() else np.zeros(length, np.uint8))
+    made, problem, passing = json.loads(bytes(told))
+    if problem:
+        raise (UnavailableError if passing else InputError)(problem)
+    return made
+
+
 def wait_for_all(what: str) -> None:
     """Returns when all processes have come here."""
     if jax.process_count() > 1:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from absl import logging
 from etils import epath
 
 from perfusion_jax.errors import InputError, UnavailableError, of_the_runtime
@@ -23,9 +24,13 @@ _LASTING = (
     ImportError,
     ValueError,
 )
-_LASTING_NUMBERS = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP)
+_LASTING_NUMBERS = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
 # Mistakes of ours, and no memory: nothing that storage does.
-_NOT_OF_STORAGE = (AttributeError, TypeError, LookupError, AssertionError, MemoryError)
+_NOT_OF_STORAGE = (AttributeError, TypeError, AssertionError, MemoryError)
+# What reaches a bucket raises errors of its own kinds.
+_BACKENDS = ("aiohttp.", "fsspec.", "gcsfs.", "google.auth.")
+# Some network file systems have no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -97,7 +102,12 @@ def storage_errors(path: str | os.PathLike[str], done: str) -> Iterator[None]:
         raise kind(f"{os.fspath(path)}: cannot be {done} ({error})") from error
 
 
-def is_lasting(error: Exception) -> bool:
+def of_storage(error: BaseException) -> bool:
+    """Whether an error is of storage, and not of what is in a file."""
+    return isinstance(error, OSError) or f"{type(error).__module__}.".startswith(_BACKENDS)
+
+
+def is_lasting(error: BaseException) -> bool:
     """Whether what storage raises would be the same the next time."""
     if isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_NUMBERS:
         return True
@@ -142,8 +152,8 @@ def replacing(file: Path) -> Iterator[Path]:
 def locked(file: epath.Path, advice: str) -> Iterator[None]:
     """Holds a lock that no other process can take; the system lets go of it when this process ends, however it ends.
 
-    A bucket has no locks: there nothing is held, and whatever starts the jobs must not start two of them. (If it does,
-    both compute the same concepts, and write the same files whole.)
+    A bucket has no locks, nor have some network file systems: there nothing is held, and whatever starts the jobs must
+    not start two of them. (If it does, both compute the same concepts, and write the same files whole.)
 
     Args:
         file: is made with its folder, and stays.
@@ -164,4 +174,8 @@ def locked(file: epath.Path, advice: str) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(f"{file}: another job is at work here; wait for it, or {advice}") from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                logging.warning("%s: no locks here (%s): see to it that no other job is at work", file, error.strerror)
         yield

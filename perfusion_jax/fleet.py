@@ -8,9 +8,10 @@ finished concept is written at once, and a line of `report.jsonl` says so:
     {"name": "rex", "state": "done", "steps": 400, "seconds": 61.2, "chip_seconds": 7.7, "error": "",
      "row": "0f3a...", "image_similarity": ..., "text_similarity": ..., "prompt_precision": ..., "score": ...}
 
-`state` is `done`, `diverged` (its loss was no longer finite) or `failed` (its pictures cannot be used). `seconds` is
-how long its round had taken by then, `chip_seconds` its share of the chips' time, at any moment that of one among those
-that are not finished yet; both from the round's first step. `row` is a digest of what its line of the table says.
+`state` is `done`, `diverged` (its loss was no longer finite) or `failed` (its folder or pictures cannot be used).
+`seconds` is how long its round had taken by then, `chip_seconds` its share of the chips' time, at any moment that of
+one among those that are not finished yet; both from the round's first step. `row` is a digest of what its line of the
+table says.
 
 The same command goes on inside a round that was interrupted (or begins it anew, on chips that it does not go with, or
 does not fit any more), to the same concepts; does what is missing; tries failed concepts again; and leaves done and
@@ -37,7 +38,7 @@ from perfusion_jax import distributed, parallel
 from perfusion_jax.checkpoints import Checkpoints
 from perfusion_jax.config import OVERRIDES, check, member_config
 from perfusion_jax.data.table import Row, read_table
-from perfusion_jax.errors import InputError, UnavailableError, out_of_memory
+from perfusion_jax.errors import InputError, out_of_memory
 from perfusion_jax.files import locked, storage_errors
 from perfusion_jax.fleet_members import PICTURES_STEP, Fleet, Member, Prepared, Round, load_fleet, plan, prepare
 from perfusion_jax.fleet_report import OpenRound, Report
@@ -69,22 +70,18 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
     """
     check(config)
     index, count = shard
-    rows = read_table(config.concepts, OVERRIDES)[index::count]
+    table = distributed.from_first(lambda: read_table(config.concepts, OVERRIDES)[index::count])
+    rows = [Row(*fields) for fields in table]
     members = [Member(row, member_config(config, row)) for row in rows if not row.problem]
     folder = workdir / f"shard_{index}_of_{count}" if count > 1 else workdir
     with ExitStack() as stack:
-        failure: InputError | None = None
-        if distributed.is_first():
-            try:
-                _check_split(workdir, count)
-                stack.enter_context(locked(folder / "lock", "take another --workdir, or another --shard of it"))
-                begin(config, folder)
-            except InputError as error:
-                failure = error
-        # All end with it, and tell what started them alike whether it would help to try again.
-        problem, passing = distributed.gather([str(failure or ""), isinstance(failure, UnavailableError)])[0]
-        if problem:
-            raise (UnavailableError if passing else InputError)(problem)
+
+        def take() -> None:
+            _check_split(workdir, count)
+            stack.enter_context(locked(folder / "lock", "take another --workdir, or another --shard of it"))
+            begin(config, folder)
+
+        distributed.from_first(take)
         report = Report(folder / "report.jsonl")
         broken = [row for row in rows if row.problem and not report.is_over(row.name)]
         report.add([_line(row, "failed", error=row.problem) for row in broken])
@@ -112,9 +109,8 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
 
 
 def _warn_of_changed_rows(rows: Sequence[Row], report: Report) -> None:
-    changed = [
-        row for row in rows if report.is_over(row.name) and report.lines[row.name].get("row", row.digest) != row.digest
-    ]
+    over = [row for row in rows if report.is_over(row.name) and not row.problem]
+    changed = [row for row in over if report.lines[row.name].get("row", row.digest) != row.digest]
     if changed and distributed.is_first():
         print(
             f"warning: {changed[0].where}: {len(changed)} of the concepts that are over, such as "
@@ -259,9 +255,9 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
     most = max(opened.pictures, *distributed.gather(most))
     # Who has lost its slot stands still from here on, and so must not come back to it.
     opened = dataclasses.replace(opened, members=identities, pictures=-(-most // PICTURES_STEP) * PICTURES_STEP)
-    if distributed.is_first() and not goes_on and (run.folder / "checkpoints").exists():
+    if distributed.is_first() and not goes_on:
         with storage_errors(run.folder / "checkpoints", "deleted"):
-            (run.folder / "checkpoints").rmtree()
+            (run.folder / "checkpoints").rmtree(missing_ok=True)
     opened.write(file)
     distributed.wait_for_all("round")
 

@@ -41,7 +41,7 @@ class Member(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """The name and the digest of the row."""
+        """The name and the digest of the row: what was learnt by another row is not this concept's."""
         return f"{self.name} {self.row.digest}"
 
 
@@ -255,6 +255,7 @@ def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: thread
     Raises:
         UnavailableError: storage fails, or the hub, from which a segmenter comes, cannot be reached.
         jax.errors.JaxRuntimeError: the first device fails, or its memory does not suffice.
+        MemoryError: the host's does not.
     """
     prepared = Prepared({}, {}, {}, {}, [])
     for slot in held:
@@ -268,7 +269,7 @@ def prepare(fleet: Fleet, current: Round, held: Sequence[int], cancelled: thread
             data = prepare_data(config, fleet.base, pictures, mask_key)
             concept = fleet.base.new_concept(config.super_category, fleet.whitening, data.prompts)
         except Exception as error:  # storage raises what it likes; one concept must not end the others
-            if isinstance(error, UnavailableError) or of_the_runtime(error):  # no fault of the concept's
+            if isinstance(error, (UnavailableError, MemoryError)) or of_the_runtime(error):  # no fault of the concept's
                 raise
             problem = (
                 str(error) if isinstance(error, InputError) else f"{row.pictures}: {type(error).__name__}: {error}"

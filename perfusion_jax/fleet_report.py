@@ -18,16 +18,16 @@ class Report:
     """report.jsonl, rewritten as a whole each time, so that it is never cut off.
 
     Args:
-        file: where; the first process writes it, all read it.
+        file: where; the first process reads and writes it.
 
     Raises:
-        UnavailableError: it cannot be read.
-        InputError: it is damaged.
+        InputError: it is damaged, or cannot be read.
+        UnavailableError: it cannot be read for now.
     """
 
     def __init__(self, file: epath.Path):
         self.file = file
-        text = read_text(file)
+        text = distributed.from_first(lambda: read_text(file))
         try:
             lines = map(json.loads, text.splitlines())
             self.lines: dict[str, dict[str, Any]] = {line["name"]: line for line in lines}
@@ -71,13 +71,13 @@ class OpenRound:
 
     @classmethod
     def read(cls, file: epath.Path) -> "OpenRound":
-        """Reads what `write` wrote.
+        """Reads what `write` wrote; of many processes the first does.
 
         Raises:
-            UnavailableError: it cannot be read.
-            InputError: it is damaged.
+            InputError: it is damaged, or cannot be read.
+            UnavailableError: it cannot be read for now.
         """
-        text = read_text(file)
+        text = distributed.from_first(lambda: read_text(file))
         try:
             return cls(**json.loads(text)) if text else cls()
         except (json.JSONDecodeError, TypeError) as error:

@@ -83,7 +83,8 @@ def read_pictures(source: str, masks: str = "", captions: str = "") -> list[Pict
         masks, captions: folders of them, if they are not where the pictures are.
 
     Raises:
-        InputError: they cannot be read, or the package has no such example.
+        InputError: they cannot be used, or the package has no such example.
+        UnavailableError: storage fails.
     """
     if source.startswith(dataset.PREFIX):
         if masks or captions:

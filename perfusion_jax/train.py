@@ -87,7 +87,7 @@ def learn(config: ConfigDict, base: BaseModel, workdir: epath.Path, checkpoints:
     """Takes the steps that are left, or those until it is told to stop; all of it is saved when it returns.
 
     Raises:
-        InputError: as for `train`.
+        InputError, UnavailableError: as for `train`.
     """
     clip = load_evaluator(config)
     whitening = load_metric(config, base)

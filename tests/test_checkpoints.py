@@ -64,26 +64,62 @@ def test_all_broken_is_an_error_and_none_is_a_start(saved, tmp_path_factory):
     assert Checkpoints(tmp_path_factory.mktemp("new"), keep=2).restore(state(0), pytest.fail) is None
 
 
-@pytest.mark.parametrize("part", ["index", "arrays"])
-def test_storage_that_fails_for_now_costs_no_checkpoint(saved, monkeypatch, part):
-    if part == "index":
-        restore = checkpoints_lib.ocp.StandardCheckpointHandler.restore
+BucketError = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
 
-        def fail(self, folder, **options):
-            if folder.parent.name == "30":
-                raise OSError(errno.EIO, "Input/output error")
-            return restore(self, folder, **options)
 
-        monkeypatch.setattr(checkpoints_lib.ocp.StandardCheckpointHandler, "restore", fail)
-    else:
-        files = list((saved / "30" / "default" / "d").iterdir())
-        assert files
-        for file in files:  # nobody can open a link to itself
-            file.unlink()
-            file.symlink_to(file.name)
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.EIO, "Input/output error"), UnavailableError),
+        (BucketError("503, backend error"), UnavailableError),
+        (ValueError('UNAVAILABLE: Error opening "zarr" driver'), UnavailableError),
+        (ValueError('PERMISSION_DENIED: Error opening "zarr" driver'), InputError),
+        (PermissionError(errno.EACCES, "Permission denied"), InputError),
+        (OSError("Forbidden: storage.objects.get"), InputError),
+    ],
+)
+def test_what_storage_does_costs_no_checkpoint(saved, monkeypatch, error, kind):
+    def fail(*_, **__):
+        raise error
+
+    checkpoints = Checkpoints(saved, keep=2)
+    monkeypatch.setattr(checkpoints_lib.ocp.StandardCheckpointHandler, "restore", fail)
+    with pytest.raises(InputError, match="30: cannot be read") as raised:
+        checkpoints.restore(state(0), pytest.fail)
+    assert type(raised.value) is kind
+    assert sorted(folder.name for folder in saved.iterdir()) == ["20", "30"]
+
+
+def test_arrays_that_cannot_be_opened_cost_no_checkpoint(saved):
+    files = list((saved / "30" / "default" / "d").iterdir())
+    assert files
+    for file in files:  # nobody can open a link to itself
+        file.unlink()
+        file.symlink_to(file.name)
     with pytest.raises(UnavailableError, match="30: cannot be read"):
         Checkpoints(saved, keep=2).restore(state(0), pytest.fail)
     assert sorted(folder.name for folder in saved.iterdir()) == ["20", "30"]
+
+
+def test_what_is_called_missing_because_it_cannot_be_looked_at_costs_no_checkpoint(saved, monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError("no structure could be identified")
+
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    checkpoints = Checkpoints(saved, keep=2)
+    monkeypatch.setattr(checkpoints_lib.ocp.StandardCheckpointHandler, "restore", missing)
+    monkeypatch.setattr(type(epath.Path(saved)), "iterdir", fail)
+    with pytest.raises(UnavailableError, match="30: cannot be read"):
+        checkpoints.restore(state(0), pytest.fail)
+    assert (saved / "30").exists()
+
+
+def test_processes_that_see_different_checkpoints_take_none(saved, monkeypatch):
+    monkeypatch.setattr(checkpoints_lib.distributed, "gather", lambda mine: [mine, [20]])
+    with pytest.raises(UnavailableError, match="not all processes see the same checkpoints"):
+        Checkpoints(saved, keep=2).restore(state(0), pytest.fail)
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("lost"), ValueError("UNKNOWN: Gloo AllGather failed")])

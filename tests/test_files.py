@@ -57,6 +57,13 @@ def test_a_lock_that_cannot_be_held_is_named(tmp_path, monkeypatch, error, kind)
     assert type(raised.value) is kind
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog, number):
+    monkeypatch.setattr(fcntl, "flock", failing(OSError(number, "no such thing")))
+    with locked(epath.Path(tmp_path / "lock"), ""):
+        assert "lock: no locks here (no such thing)" in caplog.text
+
+
 def test_a_lock_is_held_by_one(tmp_path):
     lock = epath.Path(tmp_path / "folder" / "lock")
     with locked(lock, "take another folder"):

@@ -136,6 +136,7 @@ def test_a_corrupt_concept_is_reported_and_the_others_finish(inputs, finished, t
         UnavailableError("some/clipseg: the hub cannot be reached"),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."),
         jax.errors.JaxRuntimeError("INTERNAL: Core halted unexpectedly"),
+        MemoryError("of the host"),
     ],
 )
 def test_what_is_no_fault_of_a_concept_ends_the_run(inputs, tmp_path, monkeypatch, error):

@@ -111,7 +111,7 @@ class _Msgpack:
                 with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
                     tree = serialization.msgpack_restore(buffer)  # type: ignore[arg-type]  # reads any buffer
                 self._leaves: dict[str, np.ndarray] = {"/".join(p): leaf for p, leaf in flatten_dict(tree).items()}
-            except OSError:
+            except (OSError, MemoryError):
                 raise
             except Exception as error:  # msgpack and flax raise whatever the broken bytes lead them to
                 raise InputError(f"{file}: not a complete Flax msgpack file ({error}); fetch it again") from error

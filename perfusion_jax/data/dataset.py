@@ -20,7 +20,7 @@ from PIL import Image
 
 from perfusion_jax.data.pictures import Picture, read_folder
 from perfusion_jax.errors import InputError
-from perfusion_jax.files import entries, is_local, storage_errors
+from perfusion_jax.files import entries, is_local, of_storage, storage_errors
 
 PREFIX = "tfds:"
 INFO = "dataset_info.json"
@@ -144,9 +144,9 @@ def read_split(source: str) -> list[Picture]:
                 )
                 for row in builder.as_data_source(split=split)
             ]
-        except (InputError, OSError, MemoryError):
-            raise
-        except Exception as error:  # broken files, of which each library raises something of its own
+        except Exception as error:  # of broken files each library raises something of its own
+            if isinstance(error, (InputError, MemoryError)) or of_storage(error):
+                raise
             raise InputError(f"{folder}: concept {split!r} cannot be read ({error})") from error
     return sorted(pictures, key=lambda picture: picture.name)
 

@@ -10,8 +10,8 @@ other column is a key of the config, which it overrides for that concept; an emp
 `.jsonl` is an object of the same keys. Paths are relative to the table.
 
 A folder of folders has one concept in each, called as its folder is, with a `concept.json` that has at least
-`{"super_category": "dog"}` (and perhaps `licence`) beside the pictures. What cannot be used of one folder is that
-concept's failure; a line of a table that cannot be used is an error before anything is learnt.
+`{"super_category": "dog"}` (and perhaps `licence`) beside the pictures. A folder that cannot be used is its concept's
+failure; a line of a table that cannot be used is an error before anything is learnt.
 """
 
 import csv
@@ -74,6 +74,9 @@ def read_table(source: str, overridable: Collection[str]) -> list[Row]:
         source: a `.csv` or `.jsonl` file, a folder of concept folders, or `emoji` for the examples that ship.
         overridable: keys of the config that a line may give.
 
+    Returns:
+        The concepts; of a folder that cannot be used with the `problem`.
+
     Raises:
         InputError: it is not there, or a line cannot be used; the message names file, line and key.
         UnavailableError: its storage fails.
@@ -82,8 +85,10 @@ def read_table(source: str, overridable: Collection[str]) -> list[Row]:
     rows = _lines(path, overridable) if path.suffix in TABLES else _folders(path)
     if not rows:
         raise InputError(f"{path}: no concepts in it")
-    _check_names(rows)
-    return rows
+    problems = [row.problem or problem for row, problem in zip(rows, _name_problems(rows), strict=True)]
+    if path.suffix in TABLES and any(problems):
+        raise InputError(next(filter(None, problems)))
+    return [row._replace(problem=problem) for row, problem in zip(rows, problems, strict=True)]
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -141,7 +146,7 @@ def _facts(file: epath.Path) -> dict[str, Any]:
         raise InputError(f'{file}: missing or empty; it must say {{"super_category": "..."}}')
     try:
         facts = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers and nesting without end
         raise InputError(f"{file}: not JSON ({error})") from error
     if not isinstance(facts, dict):
         raise InputError(f'{file}: not an object, such as {{"super_category": "..."}}')
@@ -166,7 +171,7 @@ def _cell(key: str, text: str) -> Any:
         return text
     try:
         return json.loads(text.lower())
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -177,7 +182,7 @@ def _json_lines(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, An
         where = f"{path}:{number}"
         try:
             facts = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error})") from error
         if not isinstance(facts, dict):
             raise InputError(f'{where}: not an object, such as {{"name": "rex", ...}}')
@@ -203,12 +208,14 @@ def _row(facts: dict[str, Any], where: str, parent: epath.Path, overridable: Col
     return Row(**texts, overrides=overrides, said=facts, where=where)
 
 
-def _check_names(rows: list[Row]) -> None:
+def _name_problems(rows: list[Row]) -> Iterator[str]:
     seen: dict[str, Row] = {}
     for row in rows:
-        if not PLACEHOLDER.fullmatch(f"<{row.name}>"):
-            raise InputError(f"{row.where}: name is {row.name!r}; it must be letters, digits, '-' and '_'")
         # Some file systems take Rex and rex for one.
         earlier = seen.setdefault(row.name.casefold(), row)
-        if earlier is not row:
-            raise InputError(f"{row.where}: name is {row.name!r}, as in {earlier.where}; rename one")
+        if not PLACEHOLDER.fullmatch(f"<{row.name}>"):
+            yield f"{row.where}: name is {row.name!r}; it must be letters, digits, '-' and '_'"
+        elif earlier is not row:
+            yield f"{row.where}: name is {row.name!r}, as in {earlier.where}; rename one"
+        else:
+            yield ""

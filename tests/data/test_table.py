@@ -177,7 +177,11 @@ def test_folders_without_facts_are_named(tmp_path):
         ("bob", "{}", "super_category is missing"),
         ("max", "{", "not JSON"),
         ("cup", '{"super_category": "cup", "licence": 3}', "licence is 3; it must be text"),
-        ("zoe", '{"super_category": "dog"}', ""),
+        ("big", '{"size": ' + "9" * 5000 + "}", "not JSON"),
+        ("deep", "[" * 100_000, "not JSON"),
+        ("my dog", '{"super_category": "dog"}', "name is 'my dog'; it must be letters"),
+        ("Zoe", '{"super_category": "dog"}', ""),
+        ("zoe", '{"super_category": "dog"}', "name is 'zoe', as in "),
     ):
         (tmp_path / name).mkdir()
         if text is not None:
@@ -186,7 +190,7 @@ def test_folders_without_facts_are_named(tmp_path):
         # One concept's failure, which the others need not wait for.
         assert row.problem.startswith(f"{tmp_path / name / 'concept.json'}: {problem}" if problem else "")
         assert bool(row.problem) == bool(problem)
-    assert len(read_table(str(tmp_path), OVERRIDES)) == 6
+    assert len(read_table(str(tmp_path), OVERRIDES)) == 10
 
 
 @pytest.mark.parametrize(
