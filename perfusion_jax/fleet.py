@@ -265,7 +265,6 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
     compiled = fleet.compiled(current.settings, slots, *step_arguments)
     _, owned = parallel.slot_owners(fleet.mesh, slots)
     waiting = [slot for slot, limit in enumerate(limits) if limit]
-    started = time.monotonic() - opened.seconds
 
     with ExitStack() as stack:
         checkpoints = stack.enter_context(closing(Checkpoints(run.folder / "checkpoints", config.keep_checkpoints)))
@@ -278,6 +277,7 @@ def _learn_round(run: _RoundRun, stop: Callable[[], bool]) -> None:
         log = None
         if distributed.is_first():
             log = stack.enter_context(closing(Log(run.folder, opened.steps_before + now)))
+        started = time.monotonic() - opened.seconds
         losses: list[jax.Array] = []
         unread: list[tuple[int, list[jax.Array]]] = []
 
