@@ -20,23 +20,23 @@ _PASSING = re.compile(
 _LASTING = "PERMISSION_DENIED: "
 
 
-def _storage_error(error: Exception, folder: epath.Path) -> type[InputError] | None:
-    """What to raise where a checkpoint cannot be read for what storage does; None if it is for what is in it."""
+def _to_blame(error: Exception, folder: epath.Path) -> str:
+    """Why a checkpoint cannot be read: its `content`, `storage`, or storage `for now`."""
     for one in (error, error.__cause__):
         if one is None:
             continue
         if _PASSING.match(str(one)):
-            return UnavailableError
+            return "for now"
         if str(one).startswith(_LASTING):
-            return InputError
+            return "storage"
         if of_storage(one) and not isinstance(one, FileNotFoundError):
-            return InputError if is_lasting(one) else UnavailableError
+            return "storage" if is_lasting(one) else "for now"
     if isinstance(error, FileNotFoundError):  # or so it is said of what cannot be looked at
         try:
             entries(folder)
         except InputError as other:
-            return type(other)
-    return None
+            return "for now" if isinstance(other, UnavailableError) else "storage"
+    return "content"
 
 
 class _Manager(ocp.CheckpointManager):
@@ -104,7 +104,7 @@ class Checkpoints:
         broken = []
         for step in steps:
             folder = self.folder / str(step) / "default"
-            problem, kind = "", None
+            problem = blame = ""
             try:
                 # Not by the manager, which ends with a barrier: a process that cannot read would not come to it.
                 state = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(shapes))
@@ -112,17 +112,14 @@ class Checkpoints:
                 if of_the_runtime(error):
                     raise
                 problem = type(error).__name__
-                kind = _storage_error(error, folder)
+                blame = _to_blame(error, folder)
             # What one process cannot read, none takes.
-            told = distributed.gather([problem, kind is not None, kind is UnavailableError])
-            if problems := [one for one in told if one[0]]:
-                if of_storage := [one for one in problems if one[1]]:
-                    name, _, passing = max(of_storage, key=lambda one: one[2])
-                    raise (UnavailableError if passing else InputError)(
-                        f"{self.folder / str(step)}: cannot be read ({name})"
-                    )
+            if problems := {why: name for why, name in distributed.gather([blame, problem]) if why}:
+                for why, kind in (("for now", UnavailableError), ("storage", InputError)):
+                    if why in problems:
+                        raise kind(f"{self.folder / str(step)}: cannot be read ({problems[why]})")
                 if distributed.is_first():
-                    warn(f"{self.folder / str(step)}: cannot be read ({problems[0][0]}); taking the one before")
+                    warn(f"{self.folder / str(step)}: cannot be read ({problems['content']}); taking the one before")
                 broken.append(step)
                 continue
             if distributed.is_first():

@@ -81,17 +81,15 @@ def run(
                 getattr(flags.FLAGS.config, "lock", None)  # a config file that cannot be read says so when looked at
             return left
         except flags.Error as error:
-            print(f"error: {error}; see --help", file=sys.stderr)
-            sys.exit(BAD_INPUT)
+            problem = f"{error}; see --help"
         except OSError as error:
-            print(f"error: --config: {str(error).splitlines()[-1].strip()}", file=sys.stderr)
-            sys.exit(BAD_INPUT)
+            problem = f"--config: {str(error).splitlines()[-1].strip()}"
         except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:  # of a config file
             # ml_collections hands a KeyError on inside another one; its text is the quoted form of what it was given.
             cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
             missing = isinstance(cause, KeyError)
-            problem = f"--config: no such key: {cause.args[0]}".replace("\n", ". ") if missing else error
-            print(f"error: {problem}", file=sys.stderr)
-            sys.exit(BAD_INPUT)
+            problem = f"--config: no such key: {cause.args[0]}".replace("\n", ". ") if missing else str(error)
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
 
     app.run(guarded, flags_parser=parse)

@@ -79,6 +79,21 @@ def entries(folder: epath.Path) -> list[epath.Path] | None:
             return None
 
 
+def subfolders(folder: epath.Path) -> list[epath.Path] | None:
+    """What is in a folder but hidden ones and files, sorted; None if there is no such folder.
+
+    Where storage does not say what something is, it is among them: what is read of it then tells.
+
+    Raises:
+        InputError, UnavailableError: it cannot be read.
+    """
+    inside = entries(folder)
+    if inside is None:
+        return None
+    with storage_errors(folder, "read"):
+        return [entry for entry in inside if not entry.name.startswith(".") and not entry.is_file()]
+
+
 @contextmanager
 def storage_errors(path: str | os.PathLike[str], done: str) -> Iterator[None]:
     """Within it, whatever storage raises becomes an error that says what could not be done, and whether it may later.

@@ -24,6 +24,7 @@ def test_mistakes_in_a_command_are_told_in_a_line(tmp_path, arguments, message):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == BAD_INPUT
     assert "Traceback" not in ended.stderr
+    assert "\\n" not in ended.stderr  # a message, and not the quoted form of one
     assert ended.stderr.splitlines()[-1].startswith(f"error: {message}")
     assert not list(tmp_path.iterdir())
 

@@ -81,6 +81,7 @@ def test_a_lock_is_held_by_one(tmp_path):
         jax.errors.JaxRuntimeError("lost"),
         ValueError("UNKNOWN: Gloo AllGather failed"),
         TypeError("a mistake"),
+        MemoryError("of the host"),
         InputError("bad"),
     ],
 )

@@ -128,6 +128,12 @@ def test_a_corrupt_concept_is_reported_and_the_others_finish(inputs, finished, t
     train_fleet(config, epath.Path(tmp_path / "run"))
     assert {line["state"] for line in report_of(tmp_path / "run").values()} == {"done"}
     assert (tmp_path / "run" / "concepts" / "rex.safetensors").stat().st_mtime_ns == before
+    # A folder that breaks when its concept is done already changes nothing.
+    (tmp_path / "table" / "tom" / "concept.json").unlink()
+    capsys.readouterr()
+    train_fleet(config, epath.Path(tmp_path / "run"))
+    assert {line["state"] for line in report_of(tmp_path / "run").values()} == {"done"}
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from PIL import Image
 
 from perfusion_jax.data.pictures import Picture, read_folder
 from perfusion_jax.errors import InputError
-from perfusion_jax.files import entries, is_local, of_storage, storage_errors
+from perfusion_jax.files import is_local, of_storage, storage_errors, subfolders
 
 PREFIX = "tfds:"
 INFO = "dataset_info.json"
@@ -89,10 +89,10 @@ def write_dataset(folders: epath.Path, out: epath.Path) -> epath.Path:
             read, or the dataset is there already, or cannot be written.
         UnavailableError: storage fails.
     """
-    inside = entries(folders)
+    inside = subfolders(folders)
     if inside is None:
         raise InputError(f"{folders}: no such folder")
-    concepts = {folder.name: folder for folder in inside if not folder.name.startswith(".") and not folder.is_file()}
+    concepts = {folder.name: folder for folder in inside}
     if not concepts:
         raise InputError(f"{folders}: no folders of concepts in it")
     for name in concepts:

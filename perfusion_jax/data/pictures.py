@@ -74,18 +74,18 @@ def read_folder(
         raise InputError(
             f"{root}: two pictures are called {twice[0]!r}: masks and captions go by that name; rename one"
         )
-    for given in (masks, captions):
-        if given is not None and entries(epath.Path(given)) is None:
-            raise InputError(f"{given}: no such folder")
-    mask_files = _mask_files(epath.Path(masks) if masks is not None else root / "masks", stems)
+    mask_root = epath.Path(masks) if masks is not None else root / "masks"
+    mask_entries = entries(mask_root)
+    if masks is not None and mask_entries is None:
+        raise InputError(f"{masks}: no such folder")
     caption_root = epath.Path(captions) if captions is not None else root
+    if captions is not None and entries(caption_root) is None:
+        raise InputError(f"{captions}: no such folder")
+    mask_files = {} if mask_entries is None else _mask_files(mask_root, mask_entries, stems)
     return [_read(file, mask_files.get(file.stem), caption_root / f"{file.stem}.txt") for file in files]
 
 
-def _mask_files(folder: epath.Path, stems: Sequence[str]) -> dict[str, epath.Path]:
-    inside = entries(folder)
-    if inside is None:
-        return {}
+def _mask_files(folder: epath.Path, inside: Sequence[epath.Path], stems: Sequence[str]) -> dict[str, epath.Path]:
     files = {file.stem: file for file in inside if file.suffix.lower() in ENDINGS}
     unmatched = sorted(files.keys() - set(stems))
     if unmatched:

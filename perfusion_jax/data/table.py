@@ -27,7 +27,7 @@ from etils import epath
 from perfusion_jax import shipped
 from perfusion_jax.base_model.text import PLACEHOLDER
 from perfusion_jax.errors import InputError, UnavailableError
-from perfusion_jax.files import entries, read_text, storage_errors
+from perfusion_jax.files import read_text, storage_errors, subfolders
 
 NEEDED = ("name", "super_category", "pictures")
 FOLDERS = ("masks", "captions")
@@ -115,14 +115,12 @@ def _lines(path: epath.Path, overridable: Collection[str]) -> list[Row]:
 
 
 def _folders(path: epath.Path) -> list[Row]:
-    inside = entries(path)
+    inside = subfolders(path)
     if inside is None:
         raise InputError(
             f"{path}: no such folder; config.concepts must be one of concept folders, or a .csv or .jsonl file"
         )
-    with storage_errors(path, "read"):
-        # Where storage does not say what something is, the concept's own file tells of it.
-        return [_folder(folder) for folder in inside if not folder.name.startswith(".") and not folder.is_file()]
+    return [_folder(folder) for folder in inside]
 
 
 def _folder(folder: epath.Path) -> Row:

@@ -84,12 +84,20 @@ def test_broken_datasets_are_named(folders, tmp_path):
         read_split(f"tfds:{where}#rex")
 
 
-def test_storage_that_fails_for_now_is_no_fault_of_a_dataset(folders, tmp_path, monkeypatch):
-    def fail(_):
-        raise OSError(5, "Input/output error")
+BucketError = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BucketError("503, backend error")])
+@pytest.mark.parametrize("part", ["info", "rest"])
+def test_storage_that_fails_for_now_is_no_fault_of_a_dataset(folders, tmp_path, monkeypatch, part, error):
+    def fail(*_, **__):
+        raise error
 
     where = write_dataset(folders, epath.Path(tmp_path / "out"))
-    monkeypatch.setattr(type(where), "read_bytes", fail)
+    if part == "info":
+        monkeypatch.setattr(type(where), "read_bytes", fail)
+    else:
+        monkeypatch.setattr(dataset.tfds, "builder_from_directory", fail)
     with pytest.raises(UnavailableError, match=r"1\.0\.0: cannot be read"):
         read_split(f"tfds:{where}#rex")
 
