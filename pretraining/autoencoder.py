@@ -23,7 +23,7 @@ class Settings:
     adam_rate: float = 2e-3
     warm_up_steps: int = 200
     average_decay: float = 0.998
-    kl_weight: float = 1e-4
+    kl_weight: float = 5e-4
     # Share of the steps in which latents are turned, mirrored or shrunk before they are decoded, and the picture with
     # them (EQ-VAE, arXiv 2502.09509): latents that move as pictures do are easier to denoise.
     equivariance_share: float = 0.25

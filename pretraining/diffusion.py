@@ -230,11 +230,18 @@ class Trainer:
         training_tools.save_checkpoint(path, state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes back a checkpoint's contents."""
-        self.model.load_state_dict(state["model"])
+        """Takes back a checkpoint, or what `lightened` left of it: then the averaged weights are trained on."""
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.model.load_state_dict(state.get("model", state["average"]))
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.samples, self.decay_start = state["step"], state["samples"], state["decay_start"]
+
+
+def lightened(state: dict[str, Any]) -> dict[str, Any]:
+    """A tenth of a checkpoint, to be sent or kept: the averaged weights in half precision."""
+    average = {name: value.half() if value.is_floating_point() else value for name, value in state["average"].items()}
+    return {"average": average, **{name: state[name] for name in ("step", "samples", "decay_start")}}
 
 
 def make_trainer(

@@ -113,8 +113,8 @@ def _merge_nearest(parts: list[_Part]) -> list[_Part]:
     return [part for number, part in enumerate(parts) if number not in (first, second)] + [merged]
 
 
-def centre(coverages: np.ndarray) -> np.ndarray:
-    """Crop float [parts, side, side] to what is visible, centre it on a square, scale to PIXELS: uint8."""
+def centre(coverages: np.ndarray, pixels: int = PIXELS) -> np.ndarray:
+    """Crop float [parts, side, side] to what is visible, centre it on a square, scale that to `pixels`: uint8."""
     visible = coverages.sum(0) > 0.03
     rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
@@ -122,7 +122,7 @@ def centre(coverages: np.ndarray) -> np.ndarray:
     square = np.zeros((len(coverages), side, side), np.float32)
     down, across = (side - (bottom - top)) // 2, (side - (right - left)) // 2
     square[:, down : down + bottom - top, across : across + right - left] = coverages[:, top:bottom, left:right]
-    scaled = [np.asarray(Image.fromarray(part).resize((PIXELS, PIXELS), Image.Resampling.HAMMING)) for part in square]
+    scaled = [np.asarray(Image.fromarray(part).resize((pixels, pixels), Image.Resampling.HAMMING)) for part in square]
     return np.clip(np.round(np.stack(scaled) * 255), 0, 255).astype(np.uint8)
 
 

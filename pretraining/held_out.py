@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pretraining import drawings, individuals, things, vendors
+from pretraining import drawings, individuals, places, scenes, things, vendors
 
 
 @functools.cache
@@ -41,19 +41,19 @@ def solid(name: str) -> np.ndarray | None:
     return None if file is None else np.asarray(Image.open(io.BytesIO(file)).convert("RGBA"))
 
 
-def sprite(vendor: str, name: str) -> np.ndarray | None:
-    """A held-out drawing, cropped and centred: float32 [4, PIXELS, PIXELS], premultiplied RGBA in [0, 1]; None if not
+def sprite(vendor: str, name: str, pixels: int = drawings.PIXELS) -> np.ndarray | None:
+    """A held-out drawing, cropped and centred: float32 [4, pixels, pixels], premultiplied RGBA in [0, 1]; None if not
     drawn."""
     if vendor == "fluent-flat":
         svg = vendors.svg(vendor, name)
-        picture = None if svg is None else drawings.rasterise(svg, drawings.RASTER_PIXELS)
+        picture = None if svg is None else drawings.rasterise(svg, 2 * pixels)
     else:
         found = solid(name)
         picture = None if found is None else found.astype(np.float32) / 255
     if picture is None:
         return None
     premultiplied = np.concatenate([picture[..., :3] * picture[..., 3:], picture[..., 3:]], -1)
-    return drawings.centre(premultiplied.transpose(2, 0, 1)).astype(np.float32) / 255
+    return drawings.centre(premultiplied.transpose(2, 0, 1), pixels).astype(np.float32) / 255
 
 
 @functools.cache
@@ -64,13 +64,84 @@ def all_sprites(vendor: str) -> tuple[tuple[things.Entry, ...], torch.Tensor]:
     return tuple(entry for entry, _ in drawn), torch.from_numpy(np.stack([picture for _, picture in drawn]))
 
 
+@functools.cache
+def kinds(least: int = 2) -> tuple[str, ...]:
+    """Common kinds of which the held-out vendors have at least `least` drawings, in the order of the table."""
+    drawn = [entry.kind for vendor in vendors.HELD_OUT for entry in all_sprites(vendor)[0] if entry.common]
+    return tuple(kind for kind in things.kinds() if drawn.count(kind) >= least)
+
+
+def individuals_of(kind: str, count: int, seed: int) -> torch.Tensor:
+    """Different individuals of a kind: float [count, 4, PIXELS, PIXELS], premultiplied RGBA.
+
+    Half of them at most are drawings as they are, of both vendors; the others are these drawings in other colours.
+
+    Args:
+        kind: a word of `kinds`.
+        count: how many.
+        seed: chooses drawings and colours, together with the kind.
+    """
+    generator = torch.Generator().manual_seed((seed << 32) + things.kinds().index(kind))
+    known = [
+        (vendor, entry.name, picture)
+        for vendor in vendors.HELD_OUT
+        for entry, picture in zip(*all_sprites(vendor), strict=True)
+        if entry.kind == kind
+    ]
+    order = torch.randperm(len(known), generator=generator).tolist()
+    originals = [known[number] for number in order[: max(1, count // 2)]]
+    varied = [_varied(*originals[number % len(originals)], generator) for number in range(count - len(originals))]
+    return torch.stack([picture for _, _, picture in originals] + varied)[:count]
+
+
+def _varied(vendor: str, name: str, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A drawing in clearly other colours: by parts if it can be taken apart, all hues turned together if not."""
+    if vendor == "fluent-flat":
+        svg = vendors.svg(vendor, name)
+        assert svg is not None
+        coverages, colours = (torch.from_numpy(array) for array in drawings.take_apart(svg))
+        original = colours.float() / 255
+        candidates = individuals.invent(original[None], torch.zeros(32, dtype=torch.long), generator).colours
+        areas = coverages.float().sum((1, 2))
+        away = ((candidates - original).abs().mean(-1) * areas).sum(1) / areas.sum()
+        chosen = candidates[int((away > 0.12).float().argmax()) if (away > 0.12).any() else int(away.argmax())]
+        return torch.from_numpy(drawings.put_together(coverages.numpy(), 255 * chosen.numpy())).permute(2, 0, 1)
+    alpha = picture[3:].clamp(min=1e-6)
+    hsv = individuals.rgb_to_hsv((picture[:3] / alpha).clamp(0, 1).permute(1, 2, 0))
+    turn = 0.12 + 0.76 * torch.rand((), generator=generator)
+    value = 1 - 0.35 * torch.rand((), generator=generator)
+    turned = torch.stack([(hsv[..., 0] + turn) % 1, hsv[..., 1], hsv[..., 2] * value], -1)
+    return torch.cat([individuals.hsv_to_rgb(turned).permute(2, 0, 1) * picture[3:], picture[3:]])
+
+
+def draw_alone(world: scenes.World, sprites: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sprites alone in scenes, anywhere in any place: pictures [count, 3, P, P] in [-1, 1] and masks [count, P, P].
+
+    Args:
+        world: draws them.
+        sprites: float [count, 4, side, side], premultiplied RGBA.
+        seed: of views and backgrounds.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count, none = len(sprites), torch.zeros(len(sprites), dtype=torch.long)
+    plan = scenes.Plan(
+        things=individuals.faithful(world.planner.colours, none),
+        views=world.planner.views(none + 1, none, generator),
+        scene=torch.arange(count),
+        slot=none,
+        worn=none.bool(),
+        backgrounds=places.invent(count, generator),
+        styles=none,
+    )
+    pictures, masks = world.draw(plan, margined(sprites))
+    return pictures, masks[:, 0]
+
+
+def scenes_of(world: scenes.World, sprites: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """`count` scenes of each sprite (see `draw_alone`): float [sprites, count, 3, PIXELS, PIXELS]."""
+    return draw_alone(world, sprites.repeat_interleave(count, 0), seed)[0].unflatten(0, (len(sprites), count))
+
+
 def margined(pictures: torch.Tensor) -> torch.Tensor:
-    """Sprites [count, 4, PIXELS, PIXELS] with the margin that `individuals.paint` gives."""
-    side = drawings.PIXELS // 12
-    return torch.nn.functional.pad(pictures, (side,) * 4)
-
-
-def unchanged(count: int) -> individuals.Individuals:
-    """Individuals that are shown as they are: for pictures that are given instead of painted."""
-    colours = torch.zeros(1, drawings.PARTS, 3)
-    return individuals.faithful(colours, torch.zeros(count, dtype=torch.long))
+    """Sprites [count, 4, side, side] with the margin that `individuals.paint` gives."""
+    return torch.nn.functional.pad(pictures, (pictures.shape[-1] // 12,) * 4)

@@ -63,16 +63,16 @@ VARIANTS = 96
 PLAIN_SHARE, NAMELESS_SHARE = 0.14, 0.12
 """Shares of scenes before a plain colour, and before gradients and patterns that no caption names."""
 
-_SCALE = 2 * SIDE / 128
 _Colour = tuple[int, int, int]
 
 
 class _Brush:
     """Draws on a canvas of 128 x 128 units, with a random generator at hand."""
 
-    def __init__(self, random: np.random.Generator) -> None:
+    def __init__(self, random: np.random.Generator, side: int) -> None:
         self.random = random
-        self.image = Image.new("RGB", (2 * SIDE, 2 * SIDE))
+        self.scale = side / 128
+        self.image = Image.new("RGB", (side, side))
         self.pen = ImageDraw.Draw(self.image)
 
     def near(self, value: float, most: float) -> float:
@@ -86,28 +86,32 @@ class _Brush:
 
     def sky(self, top: _Colour, bottom: _Colour, first: float, last: float) -> None:
         """Fill rows from `first` to `last` with a gradient."""
-        start, stop = round(first * _SCALE), max(round(last * _SCALE), round(first * _SCALE) + 1)
+        start, stop = round(first * self.scale), max(round(last * self.scale), round(first * self.scale) + 1)
         weight = np.linspace(0, 1, stop - start)[:, None, None]
         rows = (1 - weight) * np.array(self.tone(top)) + weight * np.array(self.tone(bottom))
-        band = np.broadcast_to(rows, (stop - start, 2 * SIDE, 3)).astype(np.uint8)
+        band = np.broadcast_to(rows, (stop - start, self.image.width, 3)).astype(np.uint8)
         self.image.paste(Image.fromarray(np.ascontiguousarray(band)), (0, start))
 
     def box(self, left: float, top: float, right: float, bottom: float, colour: _Colour) -> None:
         """A rectangle."""
-        self.pen.rectangle([value * _SCALE for value in (left, top, max(left, right), max(top, bottom))], fill=colour)
+        self.pen.rectangle(
+            [value * self.scale for value in (left, top, max(left, right), max(top, bottom))], fill=colour
+        )
 
     def disc(self, x: float, y: float, radius: float, colour: _Colour, height: float | None = None) -> None:
         """An ellipse of half width `radius` and half height `height` (a circle without it)."""
         tall = radius if height is None else height
-        self.pen.ellipse([value * _SCALE for value in (x - radius, y - tall, x + radius, y + tall)], fill=colour)
+        self.pen.ellipse([value * self.scale for value in (x - radius, y - tall, x + radius, y + tall)], fill=colour)
 
     def shape(self, points: list[tuple[float, float]], colour: _Colour) -> None:
         """A polygon."""
-        self.pen.polygon([(x * _SCALE, y * _SCALE) for x, y in points], fill=colour)
+        self.pen.polygon([(x * self.scale, y * self.scale) for x, y in points], fill=colour)
 
     def line(self, points: list[tuple[float, float]], colour: _Colour, width: float) -> None:
         """A line of several pieces."""
-        self.pen.line([(x * _SCALE, y * _SCALE) for x, y in points], fill=colour, width=round(width * _SCALE))
+        self.pen.line(
+            [(x * self.scale, y * self.scale) for x, y in points], fill=colour, width=round(width * self.scale)
+        )
 
     def hill(self, centre: float, top: float, width: float, colour: _Colour) -> None:
         """A flat ellipse that rises to `top` and covers all below."""
@@ -365,9 +369,10 @@ def _rain(b: _Brush) -> None:
 _DRAWERS: dict[str, Callable[[_Brush], None]] = {name: globals()[f"_{name}"] for name in PLACES}
 
 
-def draw_place(place: str, variant: int) -> np.ndarray:
-    """One variant of a place: uint8 [SIDE, SIDE, 3], sRGB."""
-    brush = _Brush(np.random.default_rng([zlib.crc32(place.encode()), variant]))
+def draw_place(place: str, variant: int, side: int = SIDE) -> np.ndarray:
+    """One variant of a place: uint8 [side, side, 3], sRGB. It is the same picture at any size."""
+    # Drawn at twice the size and halved: soft edges.
+    brush = _Brush(np.random.default_rng([zlib.crc32(place.encode()), variant]), 2 * side)
     _DRAWERS[place](brush)
     return np.asarray(brush.image.reduce(2))
 
@@ -405,19 +410,24 @@ class Backgrounds:
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """Stored pictures of the places: uint8 [places, variants, 3, SIDE, SIDE]."""
+    """Stored pictures of the places: uint8 [places, variants, 3, side, side]."""
 
     pictures: torch.Tensor
+
+    @property
+    def pixels(self) -> int:
+        """Side of a scene's background: two thirds of the stored side, of which a scene shows at least that much."""
+        return self.pictures.shape[-1] * PIXELS // SIDE
 
     def to(self, device: torch.device | str) -> "Bank":
         """The same on another device."""
         return Bank(self.pictures.to(device))
 
     def draw(self, backgrounds: Backgrounds) -> torch.Tensor:
-        """Pictures of backgrounds on the bank's device: float [batch, 3, PIXELS, PIXELS] in [0, 1]."""
+        """Pictures of backgrounds on the bank's device: float [batch, 3, pixels, pixels] in [0, 1]."""
         device = self.pictures.device
         count = len(backgrounds.name)
-        line = (torch.arange(PIXELS, device=device) + 0.5) / PIXELS * 2 - 1
+        line = (torch.arange(self.pixels, device=device) + 0.5) / self.pixels * 2 - 1
         rows, columns = torch.meshgrid(line, line, indexing="ij")
         share = backgrounds.cut[:, 2, None, None]
         room = (1 - share) * (2 * backgrounds.cut[:, :2, None, None].transpose(0, 1) - 1)
@@ -425,7 +435,7 @@ class Bank:
         x = torch.where(backgrounds.flipped[:, None, None], -x, x)
         is_place = (backgrounds.name >= 0) & (backgrounds.name < len(PLACES))
         place = backgrounds.name.clamp(0, len(PLACES) - 1)
-        stored = self.pictures[place, backgrounds.variant].float() / 255
+        stored = self.pictures[place, backgrounds.variant % self.pictures.shape[1]].float() / 255
         shown = functional.grid_sample(stored, torch.stack([x, y], -1), padding_mode="border", align_corners=False)
         shown = shown * backgrounds.tint[:, :, None, None]
         first, second = (backgrounds.colours[:, number, :, None, None] for number in (0, 1))
@@ -483,13 +493,18 @@ def invent(count: int, generator: torch.Generator) -> Backgrounds:
     )
 
 
-def _variants(place: str) -> np.ndarray:
-    return np.stack([draw_place(place, variant) for variant in range(VARIANTS)])
+def _variants(place: str, variants: int, side: int) -> np.ndarray:
+    return np.stack([draw_place(place, variant, side) for variant in range(variants)])
 
 
 @functools.cache
-def bank() -> Bank:
-    """The bank of all places, drawn anew: a second or two on two cores."""
+def bank(variants: int = VARIANTS, side: int = SIDE) -> Bank:
+    """The bank of all places, drawn anew: a second or two on two cores.
+
+    Args:
+        variants: pictures of each place; scenes that name a later one are given an earlier.
+        side: of the stored pictures.
+    """
     with multiprocessing.Pool() as pool:
-        pictures = np.stack(pool.map(_variants, PLACES))
+        pictures = np.stack(pool.starmap(_variants, [(place, variants, side) for place in PLACES]))
     return Bank(torch.from_numpy(pictures).permute(0, 1, 4, 2, 3).contiguous())

@@ -98,6 +98,7 @@ class Planner:
             for source in atlas.sources
         ]
         self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.kind = torch.tensor([things.kinds().index(kind) for kind in kinds])
         names = [source.entry.name for source in atlas.sources]
         self.wearer = torch.tensor([name.endswith("-face") or name in UPRIGHT for name in names])
         self.worn = torch.tensor([number for number, name in enumerate(names) if name in WORN])
@@ -180,7 +181,7 @@ class World:
 
     Args:
         atlas: the drawings, taken apart.
-        bank: pictures of the places, `places.bank()`.
+        bank: pictures of the places, `places.bank()`; its size is that of the scenes.
         device: where pictures are made.
     """
 
@@ -207,14 +208,14 @@ class World:
             painted: its things as of `paint`, if they are painted already, or are drawings that cannot be taken apart.
 
         Returns:
-            float [batch, 3, PIXELS, PIXELS] in [-1, 1]; and float [batch, SLOTS, PIXELS, PIXELS], how much of a pixel
+            float [batch, 3, pixels, pixels] in [-1, 1]; and float [batch, SLOTS, pixels, pixels], how much of a pixel
             each thing covers, what is in front of it taken off.
         """
-        size = len(plan.styles)
+        size, pixels = len(plan.styles), self.bank.pixels
         canvas = self.bank.draw(plan.backgrounds.to(self.device))
-        masks = torch.zeros(size, SLOTS, PIXELS, PIXELS, device=self.device)
+        masks = torch.zeros(size, SLOTS, pixels, pixels, device=self.device)
         people, views = plan.things.to(self.device), plan.views.to(self.device)
-        layers = place(self.paint(people) if painted is None else painted.to(self.device), people, views)
+        layers = place(self.paint(people) if painted is None else painted.to(self.device), people, views, pixels)
         for number in range(SLOTS):
             mine = plan.slot == number
             where, layer = plan.scene[mine].to(self.device), layers[mine.to(self.device)]
@@ -232,18 +233,20 @@ def _top(coverages: np.ndarray) -> np.float32:
     return np.float32(np.argmax(middle) / side - 0.5) if middle.any() else np.float32(0)
 
 
-def place(painted: torch.Tensor, people: Individuals, views: Views) -> torch.Tensor:
+def place(painted: torch.Tensor, people: Individuals, views: Views, pixels: int = PIXELS) -> torch.Tensor:
     """Bend, stretch, turn and scale painted individuals into pictures of the scene's size.
 
     Args:
         painted: float [count, 4, side, side], `individuals.paint`.
+        people, views: what bends them, and where they stand, in units of which a scene is PIXELS wide.
+        pixels: side of the result.
 
     Returns:
-        float [count, 4, PIXELS, PIXELS], premultiplied RGBA.
+        float [count, 4, pixels, pixels], premultiplied RGBA.
     """
     device = painted.device
-    fine = 2 * PIXELS  # drawn at twice the size and halved: soft edges
-    line = (torch.arange(fine, device=device) + 0.5) / 2
+    fine = 2 * pixels  # drawn at twice the size and halved: soft edges
+    line = (torch.arange(fine, device=device) + 0.5) * (PIXELS / fine)
     rows, columns = torch.meshgrid(line, line, indexing="ij")
     points = torch.stack([columns, rows], -1)[None] - views.centre[:, None, None]
     # From the scene's pixels back to the drawing's square, which is 1 wide.

@@ -15,7 +15,7 @@ from absl import app, flags
 from pretraining import autoencoder as autoencoders
 from pretraining import held_out, places, things, training_tools, vendors
 from pretraining.muon import MuonAndAdam
-from pretraining.scenes import Plan, World
+from pretraining.scenes import World
 
 LAYOUT = flags.DEFINE_enum("layout", "4x8", list(autoencoders.LAYOUTS), "Factor and channels of the latents.")
 SAMPLES = flags.DEFINE_integer("samples", 400_000, "Pictures to train on.")
@@ -32,20 +32,8 @@ WHITENING_SCENES = 4_096
 def held_out_scenes(world: World, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Drawings of held-out vendors alone in a scene, anywhere: (pictures [count, 3, P, P], masks [count, P, P])."""
     sprites = torch.cat([held_out.all_sprites(vendor)[1] for vendor in vendors.HELD_OUT])
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(sprites), (count,), generator=generator)
-    none = torch.zeros(count, dtype=torch.long)
-    plan = Plan(
-        things=held_out.unchanged(count),
-        views=world.planner.views(none + 1, none, generator),
-        scene=torch.arange(count),
-        slot=none,
-        worn=none.bool(),
-        backgrounds=places.invent(count, generator),
-        styles=none,
-    )
-    pictures, masks = world.draw(plan, held_out.margined(sprites[chosen]))
-    return pictures, masks[:, 0]
+    chosen = torch.randint(len(sprites), (count,), generator=torch.Generator().manual_seed(seed))
+    return held_out.draw_alone(world, sprites[chosen], seed + 1)
 
 
 def run(folder: pathlib.Path, settings: autoencoders.Settings, samples: int) -> None:

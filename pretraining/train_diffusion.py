@@ -31,6 +31,9 @@ MINUTES = flags.DEFINE_float("minutes", 0, "Stop after so long; 0: never.")
 SAVE_EVERY = flags.DEFINE_integer("save_every", 100, "Steps between checkpoints.")
 LOOK_EVERY = flags.DEFINE_integer("look_every", 1_000, "Steps between sheets of pictures.")
 AUTOENCODER = flags.DEFINE_string("autoencoder", "autoencoder/model", "Folder of the autoencoder under the cache.")
+LIGHTEN = flags.DEFINE_string(
+    "lighten", "", "If set: only write the latest checkpoint's averaged weights, in half precision, to this file."
+)
 RUN = flags.DEFINE_string("run", "diffusion", "Folder of this run under the cache.")
 
 VALIDATION_SEED = 9_001
@@ -178,6 +181,12 @@ def main(_: list[str]) -> None:
         torch.set_num_threads(THREADS.value)
     folder = vendors.cache() / RUN.value
     folder.mkdir(parents=True, exist_ok=True)
+    if LIGHTEN.value:
+        state = training_tools.load_checkpoint(folder / "constant.pt")
+        if state is None:
+            raise app.UsageError(f"{folder} holds no checkpoint to lighten")
+        training_tools.save_checkpoint(pathlib.Path(LIGHTEN.value), training.lightened(state))
+        return
     run(folder, training.Settings(batch_size=BATCH_SIZE.value))
 
 

@@ -143,7 +143,6 @@ FXEMOJI = {
     "t-shirt": "mansshirt",
     "umbrella-with-rain-drops": "umbrellawithraindrops",
     "umbrella-on-ground": "beachumbrella",
-    "sunglasses": "darksunglasses",
     "locked": "lock",
     "unlocked": "openlock",
     "light-bulb": "lightbulb",

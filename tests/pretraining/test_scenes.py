@@ -198,3 +198,18 @@ def test_a_code_stands_before_its_noun_or_on_it():
     assert texts.tells[0].tolist() == [False, True, True, True, False, False, True, False, False]
     cut = captions.to_texts([before], ids, 1, 2, 3)
     assert (cut.tokens.tolist(), cut.code.tolist()) == ([[1, 5, 2]], [-1])
+
+
+def test_a_large_scene_is_the_small_one_in_finer_detail(world):
+    large = scenes.World(atlas(), places.bank(8, 3 * places.SIDE))
+    plan = world.planner.plan(5, 0, 16)
+    plan = dataclasses.replace(plan, styles=torch.zeros(16, dtype=torch.long))
+    plan = dataclasses.replace(
+        plan, backgrounds=dataclasses.replace(plan.backgrounds, variant=plan.backgrounds.variant % 8)
+    )
+    small, masks = world.draw(plan)
+    fine, fine_masks = large.draw(plan)
+    assert fine.shape == (16, 3, 192, 192)
+    shrunk = torch.nn.functional.avg_pool2d(fine, 3)
+    assert (shrunk - small).abs().mean() < 0.03
+    assert (torch.nn.functional.avg_pool2d(fine_masks, 3) - masks).abs().mean() < 0.005

@@ -294,6 +294,13 @@ def test_a_trainer_comes_back_from_its_checkpoint(tmp_path, text_tokenizer):
     branch = make()
     assert train_diffusion.open_trainer(tmp_path, branch, decay_samples=640).name == "decaying.pt"
     assert (branch.step, branch.decay_start) == (1, 1)
+    light = make()
+    light.restore(diffusion.lightened(training_tools.load_checkpoint(tmp_path / "constant.pt")))
+    kept = make()
+    kept.restore(training_tools.load_checkpoint(tmp_path / "constant.pt"))
+    assert light.step == 1
+    for one, other in zip(kept.average.parameters(), light.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_the_folder_is_a_stable_diffusion_model(tmp_path, text_tokenizer):
