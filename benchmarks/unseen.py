@@ -8,7 +8,7 @@ from perfusion_jax.base_model.clip import Clip
 from perfusion_jax.data.pictures import read_folder
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.generation import generate
-from perfusion_jax.metrics import Similarities, similarities
+from perfusion_jax.metrics import Evaluator, Similarities, similarities
 
 PLACES = ("on the beach", "in the snow", "at night", "under water", "in the city", "in the forest")
 
@@ -33,4 +33,5 @@ def draw_and_score(
     prompts = [f"a photo of a {{}} {place}" for place in PLACES for _ in range(seeds)]
     named, plain = ([p.replace("{}", word) for p in prompts] for word in (card.placeholder, card.super_category))
     drawn = generate(base, named, range(len(named)), [trained], **controls)
-    return drawn, own, similarities(clip, drawn, plain, own)
+    evaluator = Evaluator(clip)
+    return drawn, own, similarities(evaluator, drawn, plain, evaluator.embed_instances(own))

@@ -80,6 +80,7 @@ def get_config(base: str = "emoji") -> ConfigDict:
 
     # Looking and choosing.
     config.evaluator = ""  # folder of a CLIP; empty: the one that came with the model, if one did
+    config.instance_encoder = ""  # folder of a ViT such as DINO, for image similarity; empty: the CLIP
     config.validate_every = 25  # steps between sample grids and scores (paper); 0: never
     config.validation_prompts = (  # that training never sees
         "a photo of a {} on the beach",

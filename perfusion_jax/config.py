@@ -78,6 +78,7 @@ RULES: dict[str, Rule] = {
     "edit": _SWITCH,
     "straight_through": _SWITCH,
     "evaluator": _text(),
+    "instance_encoder": _text(),
     "validate_every": _whole(0),
     "validation_prompts": _prompts(0),
     "pictures_per_prompt": _whole(1),

@@ -394,7 +394,7 @@ def _finish(run: _RoundRun, learning: Learning, slots: Sequence[int], opened: Op
         if member.config.validation_prompts:
             fleet = run.fleet
             validation = Validation(
-                member.config, fleet.drawing_base, fleet.clip, run.prepared.pixels[slot], fleet.drawing_mesh
+                member.config, fleet.drawing_base, fleet.evaluator, run.prepared.pixels[slot], fleet.drawing_mesh
             )
             drawn, sheet = validation.draw(concept)
             write_picture(run.workdir / "samples" / f"{member.name}.png", sheet)

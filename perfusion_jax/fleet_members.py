@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 
 from perfusion_jax import distributed, parallel, training
 from perfusion_jax.base_model import BaseModel
-from perfusion_jax.base_model.clip import Clip
 from perfusion_jax.config import settings_of
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.data.table import Row
 from perfusion_jax.errors import InputError, UnavailableError, of_the_runtime
 from perfusion_jax.fleet_report import OpenRound
+from perfusion_jax.metrics import Evaluator
 from perfusion_jax.preparation import concept_key, load_base, load_evaluator, load_metric, prepare_data, read_pictures
 from perfusion_jax.training import Learning, Settings
 
@@ -91,7 +91,7 @@ class Fleet:
         base: the model, its weights on this process's first device.
         params: those that the step reads, over the mesh.
         whitening, metric: C^-1/2 on the first device, and over the mesh.
-        clip: the evaluator, or None.
+        evaluator: what concepts are scored by, or None.
         drawing_base, drawing_mesh: the model that draws, and what devices of this process share that; None for one.
         mesh: of all devices.
         compiled: the compiled step by (settings, slots, pictures, prompts, side).
@@ -102,7 +102,7 @@ class Fleet:
     params: Any
     whitening: jax.Array
     metric: jax.Array
-    clip: Clip | None
+    evaluator: Evaluator | None
     drawing_base: BaseModel
     drawing_mesh: Mesh | None
     mesh: Mesh
@@ -141,8 +141,8 @@ def load_fleet(config: ConfigDict) -> Fleet:
         return step.lower(*parallel.step_shapes(base, shapes, slots)).compile()
 
     metric = parallel.place(whitening, NamedSharding(mesh, PartitionSpec()))
-    clip = load_evaluator(config) if config.validation_prompts else None
-    return Fleet(config, base, params, whitening, metric, clip, drawing_base, drawing_mesh, mesh, compiled)
+    evaluator = load_evaluator(config) if config.validation_prompts else None
+    return Fleet(config, base, params, whitening, metric, evaluator, drawing_base, drawing_mesh, mesh, compiled)
 
 
 def round_settings(config: ConfigDict) -> Settings:
@@ -235,7 +235,7 @@ def _room(fleet: Fleet) -> int | None:
     memory = jax.local_devices()[0].memory_stats() or {}
     # The first device also prepares the next round, for which a tenth is left, holds the evaluator, and where weights
     # are split, their whole.
-    more = [fleet.clip.params] if fleet.clip else []
+    more = fleet.evaluator.params if fleet.evaluator else []
     if fleet.mesh.shape["fsdp"] > 1:
         more += [fleet.base.params[name] for name in parallel.STEP_PARAMS]
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(more))

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from perfusion_jax import shipped
 from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
-from perfusion_jax.base_model.clip import Clip, load_clip
+from perfusion_jax.base_model.clip import load_clip
 from perfusion_jax.base_model.clipseg import Segmenter, load_segmenter
+from perfusion_jax.base_model.instance import load_instance_encoder
 from perfusion_jax.covariance import load_whitening
 from perfusion_jax.data import dataset
 from perfusion_jax.data.examples import (
@@ -28,6 +29,7 @@ from perfusion_jax.data.examples import (
 from perfusion_jax.data.masks import attention_masks, shrink
 from perfusion_jax.data.pictures import Picture, fit, read_folder
 from perfusion_jax.errors import InputError
+from perfusion_jax.metrics import Evaluator
 
 
 class Data(NamedTuple):
@@ -69,10 +71,13 @@ def load_metric(config: ConfigDict, base: BaseModel) -> jax.Array:
     return load_whitening(file, base.context_width)
 
 
-def load_evaluator(config: ConfigDict) -> Clip | None:
-    """The CLIP that scores validation pictures, or None if there is none."""
+def load_evaluator(config: ConfigDict) -> Evaluator | None:
+    """What validation pictures are scored by, or None if there is no CLIP."""
     folder = config.evaluator or (shipped.EVALUATOR if config.base == "emoji" else None)
-    return load_clip(folder) if folder else None
+    if not folder:
+        return None
+    instance = load_instance_encoder(config.instance_encoder) if config.instance_encoder else None
+    return Evaluator(load_clip(folder), instance)
 
 
 def read_pictures(source: str, masks: str = "", captions: str = "") -> list[Picture]:

@@ -89,12 +89,12 @@ def learn(config: ConfigDict, base: BaseModel, workdir: epath.Path, checkpoints:
     Raises:
         InputError, UnavailableError: as for `train`.
     """
-    clip = load_evaluator(config)
+    evaluator = load_evaluator(config)
     whitening = load_metric(config, base)
     key, mask_key = jax.random.split(concept_key(config))
     data = prepare_data(config, base, read_pictures(config.pictures), mask_key)
     show_masks(workdir / "masks.png", data)
-    validation = Validation(config, base, clip, data.pixels)
+    validation = Validation(config, base, evaluator, data.pixels)
     settings = settings_of(config)
     start = training.start(base.new_concept(config.super_category, whitening, data.prompts), settings)
     # Copied, for the first step takes the state's own buffers.

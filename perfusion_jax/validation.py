@@ -1,18 +1,19 @@
 """Pictures to look at while a concept is learnt, and their scores."""
 
+from functools import cached_property
+
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from perfusion_jax.base_model import BaseModel
-from perfusion_jax.base_model.clip import Clip
 from perfusion_jax.concept import Concept
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.generation import generate
 from perfusion_jax.grids import grid
-from perfusion_jax.metrics import Similarities, similarities
+from perfusion_jax.metrics import Evaluator, Similarities, similarities
 from perfusion_jax.preparation import Data
 from perfusion_jax.workdir import make_card
 
@@ -23,15 +24,25 @@ class Validation:
     Args:
         config: the run's.
         base: the model.
-        clip: the evaluator, or None.
+        evaluator: what pictures are scored by, or None.
         own: the concept's pictures, uint8 [count, side, side, 3].
         mesh: devices that share the drawing, as for `generation.drawing`.
     """
 
     def __init__(
-        self, config: ConfigDict, base: BaseModel, clip: Clip | None, own: np.ndarray, mesh: Mesh | None = None
+        self,
+        config: ConfigDict,
+        base: BaseModel,
+        evaluator: Evaluator | None,
+        own: np.ndarray,
+        mesh: Mesh | None = None,
     ):
-        self._config, self._base, self._clip, self._own, self._mesh = config, base, clip, own, mesh
+        self._config, self._base, self._evaluator, self._own, self._mesh = config, base, evaluator, own, mesh
+
+    @cached_property
+    def _own_embeddings(self) -> np.ndarray:
+        assert self._evaluator is not None
+        return self._evaluator.embed_instances(self._own)
 
     def draw(self, concept: Concept) -> tuple[np.ndarray, np.ndarray]:
         """Draws the validation prompts with fixed seeds.
@@ -62,14 +73,14 @@ class Validation:
 
     def score(self, drawn: np.ndarray) -> Similarities | None:
         """Scores what `draw` drew, or None without an evaluator."""
-        if self._clip is None:
+        if self._evaluator is None:
             return None
         texts = [
             prompt.replace("{}", self._config.super_category)
             for prompt in self._config.validation_prompts
             for _ in range(drawn.shape[1])
         ]
-        return similarities(self._clip, drawn.reshape(-1, *drawn.shape[2:]), texts, self._own)
+        return similarities(self._evaluator, drawn.reshape(-1, *drawn.shape[2:]), texts, self._own_embeddings)
 
 
 def show_masks(file: epath.Path, data: Data) -> None:

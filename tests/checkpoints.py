@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig, ViTModel
 
 WORDS = ["a", "photo", "of", "the", "dog", "cat", "teddy", "bear", "on", "beach", "in", "snow", "and", "my", ",", "."]
 PROMPT_LENGTH = 16
@@ -122,6 +122,22 @@ def save_clip(folder: Path) -> Path:
     vision = {**sizes, "image_size": 32, "patch_size": 8}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
     randomise(model, 0).save_pretrained(folder)
+    normalisation = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.4, 0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(normalisation))
+    return folder
+
+
+def save_vit(folder: Path) -> Path:
+    """Saves a small ViT of random weights for pictures of 32 pixels, as DINO is saved, and returns its folder."""
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    randomise(ViTModel(config, add_pooling_layer=False), 0).save_pretrained(folder)
     normalisation = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.4, 0.5]}
     (folder / "preprocessor_config.json").write_text(json.dumps(normalisation))
     return folder

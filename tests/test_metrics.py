@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from perfusion_jax.metrics import Similarities, similarities
+from perfusion_jax.metrics import Evaluator, Similarities, similarities
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
 
 
-class Evaluator:
+class Colours:
     """Embeds a picture by its first pixel's colour, and a text by the colour it names."""
 
     logit_scale = np.log(3)
@@ -28,10 +28,24 @@ def plain(*colours):
 def test_cosines_with_the_own_pictures_and_with_the_prompts():
     drawn = plain((255, 0, 0), (0, 200, 0))
     own = plain((255, 0, 0), (0, 0, 9))
-    scores = similarities(Evaluator(), drawn, ["red", "blue"], own)
+    evaluator = Evaluator(Colours())
+    scores = similarities(evaluator, drawn, ["red", "blue"], evaluator.embed_instances(own))
     # Red is three times as likely as blue for the first picture; the second is as much the one as the other.
     assert scores == pytest.approx((0.25, 0.5, (0.75 + 0.5) / 2))
-    assert similarities(Evaluator(), drawn, ["red", "red"], own).precision == 1
+    assert similarities(evaluator, drawn, ["red", "red"], evaluator.embed_instances(own)).precision == 1
+
+
+def test_an_instance_encoder_compares_pictures_and_the_clip_still_compares_texts():
+    class Opposite(Colours):
+        def images(self, pixels):
+            return -super().images(255 - pixels)
+
+        params = "its weights"
+
+    drawn = plain((255, 0, 0))
+    evaluator = Evaluator(Colours(), Opposite())
+    scores = similarities(evaluator, drawn, ["red"], -np.array([[0, 1, 1]]) / np.sqrt(2))
+    assert scores == pytest.approx((1, 1, 1))
 
 
 def test_the_score_wants_both_the_concept_and_the_prompt():

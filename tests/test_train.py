@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import save_clip
+from checkpoints import save_clip, save_vit
 from etils import epath
 from PIL import Image
 from safetensors.numpy import load_file
@@ -39,6 +39,7 @@ def inputs(tmp_path_factory):
         mask[10:30, 15:35] = 255
         Image.fromarray(mask).save(folder / "rex" / "masks" / f"{number}.png")
     save_clip(folder / "clip")
+    save_vit(folder / "vit")
     factor = rng.standard_normal((48, 48))
     np.savez(folder / "covariance.npz", covariance=factor @ factor.T + np.eye(48))
     return folder
@@ -51,6 +52,7 @@ def make_config(inputs, small_folder):
         pictures=str(inputs / "rex"),
         covariance=str(inputs / "covariance.npz"),
         evaluator=str(inputs / "clip"),
+        instance_encoder=str(inputs / "vit"),
         templates=("a photo of a {}", "my {}"),
         size=32,
         steps=STEPS,

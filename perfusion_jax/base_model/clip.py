@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from perfusion_jax.base_model import text
+from perfusion_jax.base_model.embedding import embed_all, fit_pictures, unit
 from perfusion_jax.base_model.flax_classes import CLIPConfig, FlaxCLIPModule
 from perfusion_jax.base_model.source import read_config, read_preprocessor
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
@@ -45,14 +46,12 @@ class Clip:
             Unit vectors, float32 [batch, width].
         """
         side = self.module.config.vision_config.image_size
-        if images.shape[1:3] != (side, side):
-            images = jax.image.resize(images, (len(images), side, side, 3), "cubic")
-        normalised = ((images + 1) / 2 - jnp.asarray(self.mean)) / jnp.asarray(self.deviation)
+        normalised = fit_pictures(images, side, self.mean, self.deviation)
 
         def project(module: FlaxCLIPModule) -> jax.Array:
             return module.visual_projection(module.vision_model(normalised)[1])
 
-        return _unit(self.module.apply({"params": params}, method=project))
+        return unit(self.module.apply({"params": params}, method=project))
 
     def embed_texts(self, params: Params, ids: jax.Array) -> jax.Array:
         """Embeds tokenised texts, int32 [batch, tokens]: unit vectors, float32 [batch, width]. Pure."""
@@ -61,7 +60,7 @@ class Clip:
         def project(module: FlaxCLIPModule) -> jax.Array:
             return module.text_projection(module.text_model(ids, jnp.ones_like(ids), positions)[1])
 
-        return _unit(self.module.apply({"params": params}, method=project))
+        return unit(self.module.apply({"params": params}, method=project))
 
     @cached_property
     def _compiled(self) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
@@ -74,22 +73,11 @@ class Clip:
 
     def images(self, pixels: np.ndarray) -> np.ndarray:
         """Embeds pictures, uint8 [count, height, width, 3]: unit vectors, float32 [count, width]."""
-        return self._batched(self._compiled[0], pixels.astype(np.float32) / 127.5 - 1)
+        return embed_all(self._compiled[0], self.params, pixels.astype(np.float32) / 127.5 - 1)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds texts: unit vectors, float32 [len(texts), width]."""
-        return self._batched(self._compiled[1], self.tokenizer.captions(texts)[0])
-
-    def _batched(self, embed: Callable[..., jax.Array], inputs: np.ndarray, batch_size: int = 64) -> np.ndarray:
-        missing = -len(inputs) % batch_size  # the last batch is filled up, so that one shape is compiled
-        padded = np.concatenate([inputs, np.zeros((missing, *inputs.shape[1:]), inputs.dtype)])
-        batches = [padded[start : start + batch_size] for start in range(0, len(padded), batch_size)]
-        return np.concatenate([embed(self.params, batch) for batch in batches])[: len(inputs)]
-
-
-def _unit(features: jax.Array) -> jax.Array:
-    exact = features.astype(jnp.float32)
-    return exact / jnp.linalg.norm(exact, axis=-1, keepdims=True)
+        return embed_all(self._compiled[1], self.params, self.tokenizer.captions(texts)[0])
 
 
 def load_clip(folder: str | Path) -> Clip:

@@ -40,6 +40,7 @@ from transformers import (  # noqa: E402
     CLIPTextConfig,
     CLIPTokenizer,
     CLIPVisionConfig,
+    ViTConfig,
 )
 from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
     FlaxCLIPAttention,
@@ -49,6 +50,7 @@ from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
     FlaxCLIPTextTransformer,
     FlaxCLIPVisionTransformer,
 )
+from transformers.models.vit.modeling_flax_vit import FlaxViTModule  # noqa: E402
 
 __all__ = [
     "CLIPConfig",
@@ -70,4 +72,6 @@ __all__ = [
     "FlaxTransformer2DModel",
     "FlaxUNet2DConditionModel",
     "FlaxUpsample2D",
+    "FlaxViTModule",
+    "ViTConfig",
 ]
