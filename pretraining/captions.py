@@ -43,6 +43,9 @@ HANDS = {
 }
 """A word for each vendor's way to draw."""
 
+ANYTHING = ("thing", "object")
+"""Nouns that say no kind. Now and then one stands where a code tells what is meant: for things whose kind has no word."""
+
 JOINTS = ("and", "and", "next to", "beside", "with")
 
 CODE = "<|individual|>"
@@ -197,6 +200,8 @@ class Writer:
         noun = source.entry.kind
         if source.entry.phrases and random.random() < 0.5:
             noun = str(random.choice(source.entry.phrases))
+        if coded and random.random() < 0.06:
+            noun = str(random.choice(ANYTHING))
         *before, last = noun.split()
         telling: list[str] = []
         # What the code says need not be said in words; sometimes it is.
@@ -285,6 +290,7 @@ def vocabulary() -> list[str]:
         *OPENINGS,
         *EMPTY_ADJECTIVES,
         *HANDS.values(),
+        *ANYTHING,
         *JOINTS,
         *scenes.STYLES,
         *things.kinds(),
@@ -293,7 +299,6 @@ def vocabulary() -> list[str]:
         *(place_phrase(number) for number in range(len(places.NAMED))),
         *places.NAMED,
         "a an the my one and wearing with of outlined glossy shaded tall wide tilted small big light dark",
-        "animal vehicle food",
     ]
     return sorted({word for phrase in phrases for word in phrase.split()})
 

@@ -28,7 +28,7 @@ class Coder(torch.nn.Module):
             mean near individuals.
     """
 
-    def __init__(self, context_width: int, code_width: int = 64, noise: float = 0.15) -> None:
+    def __init__(self, context_width: int, code_width: int, noise: float = 0.1) -> None:
         super().__init__()
         self.noise = noise
         self.looks = torch.nn.Sequential(

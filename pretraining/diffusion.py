@@ -18,7 +18,7 @@ from pretraining.codes import Coder
 from pretraining.muon import MuonAndAdam
 
 SEED = 2_000
-CODE_WIDTH = 64
+CODE_WIDTH = 128
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,7 +71,7 @@ def kinds(least: int = 2) -> tuple[str, ...]:
     return tuple(kind for kind in things.kinds() if drawn.count(kind) >= least)
 
 
-def individuals_of(kind: str, count: int, seed: int) -> torch.Tensor:
+def individuals_of(kind: str, count: int, seed: int, first: tuple[str, str] | None = None) -> torch.Tensor:
     """Different individuals of a kind: float [count, 4, PIXELS, PIXELS], premultiplied RGBA.
 
     Half of them at most are drawings as they are, of both vendors; the others are these drawings in other colours.
@@ -80,6 +80,7 @@ def individuals_of(kind: str, count: int, seed: int) -> torch.Tensor:
         kind: a word of `kinds`.
         count: how many.
         seed: chooses drawings and colours, together with the kind.
+        first: vendor and name of the drawing that comes first; at random if none is given.
     """
     generator = torch.Generator().manual_seed((seed << 32) + things.kinds().index(kind))
     known = [
@@ -89,6 +90,8 @@ def individuals_of(kind: str, count: int, seed: int) -> torch.Tensor:
         if entry.kind == kind
     ]
     order = torch.randperm(len(known), generator=generator).tolist()
+    if first is not None:
+        order.sort(key=lambda number: known[number][:2] != first)
     originals = [known[number] for number in order[: max(1, count // 2)]]
     varied = [_varied(*originals[number % len(originals)], generator) for number in range(count - len(originals))]
     return torch.stack([picture for _, _, picture in originals] + varied)[:count]

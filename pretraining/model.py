@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pretraining.tokenizer import MODEL_MAX_LENGTH
 
-CONTEXT_WIDTH = 128
+CONTEXT_WIDTH = 160
 """Width of the text encodings. Small beside the vocabulary, so that their covariance can be inverted safely."""
 
 
@@ -43,7 +43,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         intermediate_size=4 * CONTEXT_WIDTH,
         projection_dim=CONTEXT_WIDTH,
         num_hidden_layers=3,
-        num_attention_heads=4,
+        num_attention_heads=5,
         max_position_embeddings=MODEL_MAX_LENGTH,
         hidden_act="quick_gelu",
         bos_token_id=tokenizer.bos_token_id,
