@@ -87,7 +87,7 @@ def small(pictures: np.ndarray, side: int) -> np.ndarray:
 
 
 def share_of_own(instance: InstanceEncoder, case: Case, pictures: np.ndarray, seed: int, side: int) -> np.ndarray:
-    """Which pictures are nearest to the thing's own pictures, not to those of seven rivals of its kind: bool [count]."""
+    """Which pictures are nearest to the thing's own, not to those of seven rivals of its kind: bool [count]."""
     rivals = held_out.individuals_of(case.thing.kind, INDIVIDUALS, seed, (case.thing.vendor, case.thing.drawing))[1:]
     known = [case.pictures] + [
         personal.photographs(rival, PICTURES, seed * 100 + number)[0] for number, rival in enumerate(rivals)

@@ -44,7 +44,7 @@ HANDS = {
 """A word for each vendor's way to draw."""
 
 ANYTHING = ("thing", "object")
-"""Nouns that say no kind. Now and then one stands where a code tells what is meant: for things whose kind has no word."""
+"""Nouns that say no kind. Now and then one stands where a code tells what is meant: some things have no word."""
 
 JOINTS = ("and", "and", "next to", "beside", "with")
 
