@@ -255,7 +255,9 @@ def make_trainer(
     text_encoder.set_attn_implementation("eager")
     if device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())
-    model = TextToLatents(text_encoder, unet).train().to(device, memory_format=torch.channels_last)
+    model = TextToLatents(text_encoder, unet).train().to(device)
+    if device.type == "cuda":  # on a CPU it made steps a sixth slower
+        model.to(memory_format=torch.channels_last)
     optimizer = MuonAndAdam(model, settings.muon_rate, settings.adam_rate, settings.weight_decay)
     return Trainer(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
 
