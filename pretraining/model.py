@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from pretraining.scenes import PIXELS
 from pretraining.tokenizer import MODEL_MAX_LENGTH
 
 CONTEXT_WIDTH = 160
@@ -33,6 +34,11 @@ SHAPES = {
     8: UNetShape((128, 256), (4, 8), (True, True)),
 }
 """The UNet's shape by the side of the grid of latents."""
+
+
+def grid_of(autoencoder: AutoencoderKL) -> int:
+    """Side of the grid of latents that a picture becomes."""
+    return PIXELS // 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

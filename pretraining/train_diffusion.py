@@ -116,8 +116,9 @@ def run(folder: pathlib.Path, settings: training.Settings) -> None:
     )
     text_tokenizer = tokenizer.save_tokenizer(vendors.cache() / "tokenizer")
     world = World(things.atlas(), places.bank(), device)
-    grid = 64 // 2 ** (len(autoencoder.config.block_out_channels) - 1)
-    trainer = training.make_trainer(text_tokenizer, autoencoder.config.latent_channels, grid, device, settings)
+    trainer = training.make_trainer(
+        text_tokenizer, autoencoder.config.latent_channels, model.grid_of(autoencoder), device, settings
+    )
     path = open_trainer(folder, trainer, DECAY_SAMPLES.value)
     schedule = model.build_scheduler().alphas_cumprod
 

@@ -1,0 +1,92 @@
+"""The judges' training: which scenes belong together, what is counted as right."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="pretraining needs the extra: pip install -e '.[pretrain]'")
+pytest.importorskip("resvg_py", reason="pretraining needs the extra: pip install -e '.[pretrain]'")
+
+from pretraining_drawings import atlas  # noqa: E402
+
+from pretraining import clip, instance, muon, places, scenes, stream, things, tokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def world():
+    return scenes.World(atlas(), places.bank())
+
+
+def test_the_two_scenes_of_an_individual_share_it_and_nothing_else(world):
+    plan = instance.family_plan(world.planner, 0, 0)
+    count = instance.FAMILIES * instance.MEMBERS
+    assert len(plan.styles) == 2 * count
+    last = [int(torch.nonzero(plan.scene == scene)[-1]) for scene in range(2 * count)]
+    one, other = plan.things[torch.tensor(last[:count])], plan.things[torch.tensor(last[count:])]
+    assert torch.equal(one.colours, other.colours)
+    assert torch.equal(one.warp, other.warp)
+    sizes = plan.views.size[torch.tensor(last)]
+    assert (sizes[:count] != sizes[count:]).all()
+    members = one.drawing.reshape(instance.FAMILIES, instance.MEMBERS)
+    kinds = world.planner.kind[members]
+    assert (kinds == kinds[:, :1]).all()
+    alone = torch.bincount(plan.scene) == 1
+    assert 0.5 < alone.float().mean() < 0.9
+    # Scenes are in order, and company stands behind.
+    assert (plan.scene.diff() >= 0).all()
+    assert world.draw(plan)[0].shape == (2 * count, 3, 64, 64)
+
+
+def test_contrast_is_low_where_partners_are_alike_and_others_are_not():
+    apart = torch.eye(8).repeat(2, 1)
+    assert instance.contrast(apart) < 0.01
+    assert instance.contrast(torch.ones(16, 8)) == pytest.approx(np.log(15), abs=1e-4)
+    assert instance.contrast(apart.roll(1, 0)[torch.cat([torch.arange(8), torch.arange(8)])]) < 0.01
+
+
+def test_the_nearest_individual_is_found_by_its_mean_cosine():
+    references = np.array([[[1, 0], [0.8, 0.6]], [[0, 1], [0.6, 0.8]]])
+    pictures = np.array([[1, 0], [0, 1], [0.8, 0.6]])
+    assert instance.share_found(pictures, np.array([0, 1, 0]), references) == 1
+    assert instance.share_found(pictures, np.array([0, 0, 1]), references) == pytest.approx(1 / 3)
+
+
+@pytest.mark.slow
+def test_the_instance_encoder_learns(world):
+    torch.manual_seed(0)
+    model = instance.build_encoder()
+    optimizer = muon.MuonAndAdam(model, 2e-3, 1e-3)
+    losses = [
+        instance.train_step(model, optimizer, 1.0, world.draw(instance.family_plan(world.planner, 1, step))[0]).item()
+        for step in range(30)
+    ]
+    assert np.mean(losses[-5:]) < 0.9 * np.log(2 * instance.FAMILIES * instance.MEMBERS - 1)
+
+
+def test_targets_name_what_a_scene_shows_and_not_what_is_worn(world):
+    plan = world.planner.plan(3, 0, 256)
+    targets = clip.kind_targets(plan, world.planner.kind)
+    kinds = things.kinds()
+    for scene in range(256):
+        members = torch.nonzero((plan.scene == scene) & ~plan.worn)[:, 0].tolist()
+        expected = {atlas().sources[plan.things.drawing[member]].entry.kind for member in members}
+        assert {kinds[index] for index in torch.nonzero(targets[scene])[:, 0].tolist()} == expected
+    assert set(targets.sum(1).round(decimals=4).tolist()) <= {0.0, 1.0}
+    assert plan.worn.any()
+
+
+def test_the_evaluator_takes_a_step_and_is_measured(world, tmp_path):
+    torch.manual_seed(0)
+    text_tokenizer = tokenizer.save_tokenizer(tmp_path)
+    model = clip.build_clip(text_tokenizer)
+    optimizer = muon.MuonAndAdam(model, 2e-3, 1e-3)
+    plan = world.planner.plan(0, 0, 8)
+    tokens = torch.tensor(tokenizer.encode(text_tokenizer, ["a photo of a dog", "a photo of a box"] * 4))
+    words = torch.tensor(tokenizer.encode(text_tokenizer, clip.kind_phrases()))
+    targets = clip.kind_targets(plan, world.planner.kind)
+    pictures = world.draw(plan)[0]
+    losses = [clip.train_step(model, optimizer, 1.0, pictures, tokens, words, targets).item() for _ in range(3)]
+    assert losses[-1] < losses[0]
+    shares = clip.measure(model, text_tokenizer, world, 5, 256)
+    assert set(shares) == {"category", "place", "pair"}
+    assert all(0 <= share <= 1 for share in shares.values())
+    assert stream.word_table(text_tokenizer)["dog"] == text_tokenizer("dog", add_special_tokens=False).input_ids
