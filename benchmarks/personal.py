@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +36,11 @@ SEED = flags.DEFINE_integer("seed", 0, "Chooses the things and draws their pictu
 MASKS = flags.DEFINE_bool("masks", True, "Give the masks to training.")
 BASE = flags.DEFINE_string("base", "emoji", "The model.")
 EVALUATOR = flags.DEFINE_string("evaluator", str(shipped.EVALUATOR), "Folder of the CLIP that is asked.")
-INSTANCE = flags.DEFINE_string("instance_encoder", None, "Folder of the encoder that is asked.", required=True)
+INSTANCE = flags.DEFINE_string("instance_encoder", "", "Folder of the encoder that is asked; empty: only the sheet.")
 TRAIN = flags.DEFINE_multi_string("train", [], "More flags for training, such as --config.steps=200.")
 
 PICTURES, PLACES, SEEDS, INDIVIDUALS = 5, 4, 4, 8
+QUESTIONS = ("individual", "category", "place")
 CORNER = 96
 """Side of a picture in the sheet."""
 
@@ -106,6 +108,20 @@ def of_kind_and_place(clip: Clip, pictures: np.ndarray, kind: str, where: list[s
     return found == kind, np.array(places.PLACES)[(embedded @ at.T).argmax(1)] == np.array(where)
 
 
+def judge(
+    case: Case, drawn: np.ndarray, where: list[str], number: int, clip: Clip, instance: InstanceEncoder
+) -> dict[str, Any]:
+    """The share of right answers to each question, for what was drawn and for rendered pictures in the same places."""
+    side = drawn.shape[1]
+    rendered = small(personal.photographs(case.sprite, len(where), 77_000 + number, where=where)[0], side)
+    line: dict[str, Any] = {"name": case.thing.name, "kind": case.thing.kind, "vendor": case.thing.vendor}
+    for key, pictures in (("drawn", drawn), ("rendered", rendered)):
+        kind, place = of_kind_and_place(clip, pictures, case.thing.kind, where)
+        own = share_of_own(instance, case, pictures, 1_000 * SEED.value + number, side)
+        line[key] = {name: float(right.mean()) for name, right in zip(QUESTIONS, (own, kind, place), strict=True)}
+    return line
+
+
 def interval(values: np.ndarray, repeats: int = 4_000) -> str:
     """Mean of one value a thing, in percent, with its 95 % bootstrap interval."""
     random = np.random.default_rng(0)
@@ -114,10 +130,7 @@ def interval(values: np.ndarray, repeats: int = 4_000) -> str:
     return f"{100 * values.mean():.0f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
-QUESTIONS = ("individual", "category", "place")
-
-
-def table_of(lines: list[dict]) -> str:
+def table_of(lines: list[dict[str, Any]]) -> str:
     """The table by vendor, for all, and the ceiling."""
     rows = [
         f"| | things | {' | '.join(f'{question}, %' for question in QUESTIONS)} |",
@@ -142,37 +155,23 @@ def main(_: list[str]) -> None:
     chosen = personal.choose(THINGS.value, SEED.value)
     cases = [make_case(thing, 1_000 * SEED.value + number) for number, thing in enumerate(chosen)]
     concepts = learn(cases, folder)
-    base, clip, instance = (
-        load_base_model(BASE.value),
-        load_clip(EVALUATOR.value),
-        load_instance_encoder(INSTANCE.value),
-    )
-    lines, rows = [], []
+    base, lines, rows = load_base_model(BASE.value), [], []
+    judges = (load_clip(EVALUATOR.value), load_instance_encoder(INSTANCE.value)) if INSTANCE.value else None
     for number, case in enumerate(cases):
         file = concepts / f"{case.thing.name}.safetensors"
         where = [place for place in case.elsewhere for _ in range(SEEDS)]
         prompts = [f"a photo of a <{case.thing.name}> {places.PHRASES[place]}" for place in where]
         drawn = generate(base, prompts, range(len(prompts)), [load_concept(file, base)], batch_size=PLACES * SEEDS)
-        side = drawn.shape[1]
-        rendered = small(personal.photographs(case.sprite, len(where), 77_000 + number, where=where)[0], side)
-        line: dict = {
-            "name": case.thing.name,
-            "kind": case.thing.kind,
-            "vendor": case.thing.vendor,
-            "places": case.elsewhere,
-        }
-        for key, pictures in (("drawn", drawn), ("rendered", rendered)):
-            kind, place = of_kind_and_place(clip, pictures, case.thing.kind, where)
-            own = share_of_own(instance, case, pictures, 1_000 * SEED.value + number, side)
-            line[key] = {name: float(right.mean()) for name, right in zip(QUESTIONS, (own, kind, place), strict=True)}
-        lines.append(line)
-        print(json.dumps(line), flush=True)
         shown = np.concatenate([small(case.pictures[:2], CORNER), small(drawn[:: SEEDS // 2], CORNER)])
         rows.append(np.concatenate(list(shown), 1))
-    (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "table.md").write_text(table_of(lines))
+        if judges is not None:
+            lines.append(judge(case, drawn, where, number, *judges))
+            print(json.dumps(lines[-1]), flush=True)
     Image.fromarray(np.concatenate(rows)).save(folder / "sheet.png")
-    print(table_of(lines))
+    if judges is not None:
+        (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "table.md").write_text(table_of(lines))
+        print(table_of(lines))
 
 
 if __name__ == "__main__":
