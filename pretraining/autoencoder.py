@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional
 
+from pretraining import training_tools
 from pretraining.muon import MuonAndAdam
 from pretraining.scenes import PIXELS
 
@@ -100,7 +101,7 @@ def train_step(
     with torch.autocast(pictures.device.type, torch.bfloat16):
         posterior = autoencoder.encode(pictures).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        noise = training_tools.normal(mean.shape, generator, mean.device)
         latents = mean + (0.5 * log_variance).exp() * noise
         target = pictures
         if torch.rand((), generator=generator) < settings.equivariance_share:

@@ -161,16 +161,15 @@ def make_batch(
     strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     timesteps = (strata * len(alphas_cumprod)).long()
     alphas = alphas_cumprod[timesteps][:, None, None, None].to(device)
-    noise = torch.randn(latents.shape, generator=generator).to(device)
+    noise = training_tools.normal(latents.shape, generator, device)
     ratio = alphas / (1 - alphas)
     weights = ratio.clamp(max=settings.signal_to_noise_cap) / (ratio + 1)
-    code_noise = torch.randn(count, CODE_WIDTH, generator=generator)
     return Batch(
         noisy_latents=alphas.sqrt() * latents + (1 - alphas).sqrt() * noise,
         timesteps=timesteps.to(device),
         texts=Texts(*(getattr(texts, field.name).to(device) for field in dataclasses.fields(texts))),
         code_pictures=code_pictures,
-        code_noise=code_noise.to(device),
+        code_noise=training_tools.normal((count, CODE_WIDTH), generator, device),
         attended=attended.to(device),
         visible=visible.to(device),
         velocity=alphas.sqrt() * noise - (1 - alphas).sqrt() * latents,

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from transformers import ViTConfig, ViTModel
 
-from pretraining import individuals, places, scenes
+from pretraining import individuals, places, scenes, training_tools
 from pretraining.muon import MuonAndAdam
 
 FAMILIES, MEMBERS = 24, 4
@@ -90,7 +90,7 @@ def soften(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     device, count = pictures.device, len(pictures)
     blurred = functional.avg_pool2d(functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     chosen = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
-    noise = torch.randn(pictures.shape, generator=generator).to(device)
+    noise = training_tools.normal(pictures.shape, generator, device)
     strength = 0.1 * torch.rand(count, 1, 1, 1, generator=generator).to(device)
     return torch.where(chosen.to(device), blurred, pictures) + strength * noise
 

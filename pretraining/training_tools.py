@@ -16,6 +16,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def normal(shape: torch.Size | tuple[int, ...], generator: torch.Generator, where: torch.device) -> torch.Tensor:
+    """Normal noise drawn on the device that needs it, seeded by a generator on the CPU.
+
+    A card would wait for noise from the CPU; the same seed gives other noise on another kind of device.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.randn(shape, generator=torch.Generator(where).manual_seed(seed), device=where)
+
+
 def save_checkpoint(path: pathlib.Path, state: dict[str, Any]) -> None:
     """Write `state` with torch.save so that a kill at any moment leaves the old file or the new one, never half."""
     partial = pathlib.Path(f"{path}.partial")
