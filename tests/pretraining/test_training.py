@@ -167,8 +167,11 @@ def test_a_batch_mixes_latents_and_noise_as_the_schedule_says(text_tokenizer):
     torch.testing.assert_close(recovered, latents, rtol=0, atol=1e-5)
     # One timestep from each stratum of 1000 / 64.
     assert len(set((batch.timesteps * 64 // 1000).tolist())) >= 60
-    torch.testing.assert_close(batch.weights[..., :8], 2 * batch.weights[..., 8:])
-    assert batch.weights.max() <= 2 * 5 / 6 + 1e-6
+    torch.testing.assert_close(batch.weights[..., :8], (1 + SETTINGS.object_weight) * batch.weights[..., 8:])
+    ratio = (alphas / (1 - alphas)).flatten()
+    of_ground = batch.weights[:, 0, 0, -1]
+    expected = torch.where(ratio < 5, ratio + 0.5, 5.5) / (ratio + 1)
+    torch.testing.assert_close(of_ground, expected)
 
 
 def test_captions_are_dropped_and_words_hidden_in_the_shares_that_settings_say(text_tokenizer):
