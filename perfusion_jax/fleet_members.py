@@ -235,7 +235,7 @@ def _room(fleet: Fleet) -> int | None:
     memory = jax.local_devices()[0].memory_stats() or {}
     # The first device also prepares the next round, for which a tenth is left, holds the evaluator, and where weights
     # are split, their whole.
-    more = fleet.evaluator.params if fleet.evaluator else []
+    more = [*fleet.evaluator.params] if fleet.evaluator else []
     if fleet.mesh.shape["fsdp"] > 1:
         more += [fleet.base.params[name] for name in parallel.STEP_PARAMS]
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(more))

@@ -422,12 +422,12 @@ def test_finished_concepts_are_drawn_and_scored(inputs, tmp_path):
 @pytest.mark.parametrize("fsdp", [1, 2])
 def test_as_many_members_are_learnt_at_once_as_fit(inputs, monkeypatch, fsdp):
     config = make_config(inputs)
-    clip = SimpleNamespace(params=np.zeros(1_000_000))
-    loaded = dataclasses.replace(load_fleet(config), clip=clip)
+    evaluator = SimpleNamespace(params=[np.zeros(1_000_000), np.zeros(1_000)])
+    loaded = dataclasses.replace(load_fleet(config), evaluator=evaluator)
     mesh = SimpleNamespace(shape={"concept": 1, "data": 1, "fsdp": fsdp})
     # The first device holds the evaluator besides, and where weights are split, their whole.
     frozen = [loaded.base.params[name] for name in parallel.STEP_PARAMS]
-    held = clip.params.nbytes + (sum(leaf.nbytes for leaf in jax.tree.leaves(frozen)) if fsdp > 1 else 0)
+    held = 8 * 1_001_000 + (sum(leaf.nbytes for leaf in jax.tree.leaves(frozen)) if fsdp > 1 else 0)
     members = [Member(row, member_config(config, row)) for row in read_table(config.concepts, OVERRIDES)][:3]
     settings = round_settings(members[0].config)
     sizes = [parallel.bytes_per_chip(loaded.compiled(settings, count, 8, 2, 16)) for count in (1, 2)]
