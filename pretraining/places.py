@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import multiprocessing
 import zlib
 from collections.abc import Callable
 
@@ -493,18 +492,13 @@ def invent(count: int, generator: torch.Generator) -> Backgrounds:
     )
 
 
-def _variants(place: str, variants: int, side: int) -> np.ndarray:
-    return np.stack([draw_place(place, variant, side) for variant in range(variants)])
-
-
 @functools.cache
 def bank(variants: int = VARIANTS, side: int = SIDE) -> Bank:
-    """The bank of all places, drawn anew: a second or two on two cores.
+    """The bank of all places, drawn anew: a few seconds.
 
     Args:
         variants: pictures of each place; scenes that name a later one are given an earlier.
         side: of the stored pictures.
     """
-    with multiprocessing.Pool() as pool:
-        pictures = np.stack(pool.starmap(_variants, [(place, variants, side) for place in PLACES]))
+    pictures = np.stack([[draw_place(place, variant, side) for variant in range(variants)] for place in PLACES])
     return Bank(torch.from_numpy(pictures).permute(0, 1, 4, 2, 3).contiguous())

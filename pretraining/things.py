@@ -94,7 +94,8 @@ def atlas(vendor_names: tuple[str, ...] = vendors.WORLD) -> Atlas:
     sources = drawings_of(vendor_names)
     folder = vendors.cache() / f"atlas_{'_'.join(vendor_names)}_{len(sources)}"
     if not folder.exists():
-        with multiprocessing.Pool() as pool:
+        # Not forked: whoever scores a model has JAX and its threads in the process.
+        with multiprocessing.get_context("spawn").Pool() as pool:
             parts = pool.map(_take_apart, sources, chunksize=8)
         partial = folder.with_name(folder.name + ".partial")
         partial.mkdir(parents=True, exist_ok=True)
