@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional
 
+from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import training_tools
-from pretraining.muon import MuonAndAdam
 from pretraining.scenes import PIXELS
 
 

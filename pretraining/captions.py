@@ -213,7 +213,8 @@ class Writer:
         if random.random() < 0.06:
             telling.insert(0, str(random.choice(EMPTY_ADJECTIVES)))
         pieces = [piece for text in telling for piece in text.split()]
-        pieces.insert(int(random.integers(len(pieces) + 1)), CODE) if code else None
+        if code:
+            pieces.insert(int(random.integers(len(pieces) + 1)), CODE)
         # "bowl of soup": what follows the noun belongs to it, and the last word is where the thing is read.
         words = [*pieces, *before]
         determiner = str(random.choice(("a", "the", "my", "one"), p=(0.7, 0.18, 0.06, 0.06)))
@@ -313,7 +314,6 @@ class Texts:
         tells: bool [batch, length], tokens that tell an individual from others of its kind.
         code: int [batch], position at which a code goes in; -1 for none.
         code_added: bool [batch], the code is added to what stands there instead of standing there itself.
-        coded: int [batch], the thing whose code it is; -1 for none.
     """
 
     tokens: torch.Tensor
@@ -321,7 +321,6 @@ class Texts:
     tells: torch.Tensor
     code: torch.Tensor
     code_added: torch.Tensor
-    coded: torch.Tensor
 
 
 def to_texts(captions: Sequence[Caption], ids: dict[str, list[int]], start: int, end: int, length: int) -> Texts:
@@ -336,7 +335,7 @@ def to_texts(captions: Sequence[Caption], ids: dict[str, list[int]], start: int,
     tokens = np.full((count, length), end)
     phrase = np.full((count, length), -1)
     tells = np.zeros((count, length), bool)
-    code, coded = np.full(count, -1), np.full(count, -1)
+    code = np.full(count, -1)
     added = np.zeros(count, bool)
     for row, caption in enumerate(captions):
         tokens[row, 0] = start
@@ -347,10 +346,10 @@ def to_texts(captions: Sequence[Caption], ids: dict[str, list[int]], start: int,
                 break
             here = word.text == CODE or (caption.code_added and word.noun and word.phrase == caption.coded_phrase)
             if caption.coded >= 0 and here:
-                code[row], coded[row], added[row] = position + len(pieces) - 1, caption.coded, caption.code_added
+                code[row], added[row] = position + len(pieces) - 1, caption.code_added
             for piece in pieces:
                 tokens[row, position] = piece
                 phrase[row, position] = word.phrase
                 tells[row, position] = word.tells
                 position += 1
-    return Texts(*(torch.from_numpy(array) for array in (tokens, phrase, tells, code, added, coded)))
+    return Texts(*(torch.from_numpy(array) for array in (tokens, phrase, tells, code, added)))

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
+from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import captions, places, scenes, things, tokenizer
-from pretraining.muon import MuonAndAdam
 
 WIDTH = 160
 

@@ -11,11 +11,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import model as models
 from pretraining import training_tools
 from pretraining.captions import Texts
 from pretraining.codes import Coder
-from pretraining.muon import MuonAndAdam
 
 SEED = 2_000
 CODE_WIDTH = 128

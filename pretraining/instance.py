@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional
 from transformers import ViTConfig, ViTModel
 
+from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import individuals, places, scenes, training_tools
-from pretraining.muon import MuonAndAdam
 
 FAMILIES, MEMBERS = 24, 4
 """A batch holds so many kinds and so many individuals of each, in two scenes each."""

@@ -1,6 +1,6 @@
 """Scenes: up to three individuals anywhere in a place, their exact masks, and what a caption can say of them.
 
-`Scenes.batch(seed, step, size)` is a pure function: a killed run sees what an undisturbed one sees.
+`Planner.plan(seed, step, size)` is a pure function: a killed run sees what an undisturbed one sees.
 """
 
 import dataclasses

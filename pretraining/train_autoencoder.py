@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from absl import app, flags
 
+from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import autoencoder as autoencoders
 from pretraining import held_out, places, things, training_tools, vendors
-from pretraining.muon import MuonAndAdam
 from pretraining.scenes import World
 
 LAYOUT = flags.DEFINE_enum("layout", "4x8", list(autoencoders.LAYOUTS), "Factor and channels of the latents.")

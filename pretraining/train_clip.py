@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from absl import app, flags
 
+from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import captions, clip, held_out, instance, places, stream, things, tokenizer, training_tools, vendors
-from pretraining.muon import MuonAndAdam
 from pretraining.scenes import World
 
 SAMPLES = flags.DEFINE_integer("samples", 600_000, "Scenes to train on.")

@@ -11,8 +11,8 @@ import math
 import torch
 from absl import app, flags
 
+from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import held_out, instance, places, things, training_tools, vendors
-from pretraining.muon import MuonAndAdam
 from pretraining.scenes import World
 
 SAMPLES = flags.DEFINE_integer("samples", 1_000_000, "Pictures to train on.")

@@ -194,7 +194,6 @@ def test_a_code_stands_before_its_noun_or_on_it():
     texts = captions.to_texts([before, on_it, without], ids, 1, 2, 9)
     assert texts.tokens[0].tolist() == [1, 5, 0, 6, 7, 8, 9, 2, 2]
     assert texts.code.tolist() == [2, 4, -1]
-    assert texts.coded.tolist() == [3, 4, -1]
     assert texts.code_added.tolist() == [False, True, False]
     assert texts.phrase[1].tolist() == [-1, -1, 0, 0, 0, -1, -1, -1, -1]
     assert texts.tells[0].tolist() == [False, True, True, True, False, False, True, False, False]

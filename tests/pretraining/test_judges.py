@@ -8,7 +8,8 @@ pytest.importorskip("resvg_py", reason="pretraining needs the extra: pip install
 
 from pretraining_drawings import atlas  # noqa: E402
 
-from pretraining import clip, instance, muon, places, scenes, stream, things, tokenizer  # noqa: E402
+from perfusion_jax.emoji_world.muon import MuonAndAdam  # noqa: E402
+from pretraining import clip, instance, places, scenes, stream, things, tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_the_nearest_individual_is_found_by_its_mean_cosine():
 def test_the_instance_encoder_learns(world):
     torch.manual_seed(0)
     model = instance.build_encoder()
-    optimizer = muon.MuonAndAdam(model, 2e-3, 1e-3)
+    optimizer = MuonAndAdam(model, 2e-3, 1e-3)
     losses = [
         instance.train_step(model, optimizer, 1.0, world.draw(instance.family_plan(world.planner, 1, step))[0]).item()
         for step in range(30)
@@ -78,7 +79,7 @@ def test_the_evaluator_takes_a_step_and_is_measured(world, tmp_path):
     torch.manual_seed(0)
     text_tokenizer = tokenizer.save_tokenizer(tmp_path)
     model = clip.build_clip(text_tokenizer)
-    optimizer = muon.MuonAndAdam(model, 2e-3, 1e-3)
+    optimizer = MuonAndAdam(model, 2e-3, 1e-3)
     plan = world.planner.plan(0, 0, 8)
     tokens = torch.tensor(tokenizer.encode(text_tokenizer, ["a photo of a dog", "a photo of a box"] * 4))
     words = torch.tensor(tokenizer.encode(text_tokenizer, clip.kind_phrases()))

@@ -12,13 +12,13 @@ pytest.importorskip("resvg_py", reason="pretraining needs the extra: pip install
 from diffusers import StableDiffusionPipeline  # noqa: E402
 from pretraining_drawings import atlas  # noqa: E402
 
+from perfusion_jax.emoji_world.muon import MuonAndAdam  # noqa: E402
 from pretraining import (  # noqa: E402
     autoencoder,
     captions,
     codes,
     diffusion,
     model,
-    muon,
     places,
     scenes,
     stream,
@@ -75,42 +75,6 @@ def batch_of(count, text_tokenizer, **changes):
     return made, diffusion.make_batch(*made, schedule, text_tokenizer.eos_token_id, generator, settings)
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
-def test_orthogonalise_brings_singular_values_near_one(shape):
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(muon.orthogonalise(matrices).float())
-    assert values.min() > 0.3
-    assert values.max() < 1.4
-
-
-def test_the_optimiser_lowers_a_loss_and_resumes_where_it_stopped():
-    def make():
-        torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.SiLU(), torch.nn.Conv2d(8, 3, 3))
-        return net, muon.MuonAndAdam(net, muon_rate=1e-2, adam_rate=1e-2)
-
-    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-    def train(net, optimizer, steps):
-        for _ in range(steps):
-            loss = (net(images) - images[..., 2:-2, 2:-2]).square().mean()
-            loss.backward()
-            optimizer.step(1.0)
-        return loss.item()
-
-    whole, whole_optimizer = make()
-    first = train(whole, whole_optimizer, 1)
-    assert train(whole, whole_optimizer, 39) < 0.7 * first
-    half, half_optimizer = make()
-    train(half, half_optimizer, 20)
-    resumed, resumed_optimizer = make()
-    resumed.load_state_dict(half.state_dict())
-    resumed_optimizer.load_state_dict(half_optimizer.state_dict())
-    train(resumed, resumed_optimizer, 20)
-    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
 def test_whitening_changes_the_latents_and_not_the_pictures():
     torch.manual_seed(0)
     small = autoencoder.build_autoencoder(SMALL).eval()
@@ -151,7 +115,7 @@ def test_latents_are_moved_as_pictures_are():
 @pytest.mark.slow
 def test_the_autoencoder_learns(world):
     small = autoencoder.build_autoencoder(SMALL)
-    optimizer = muon.MuonAndAdam(small, 3e-3, 2e-3)
+    optimizer = MuonAndAdam(small, 3e-3, 2e-3)
     generator = torch.Generator().manual_seed(0)
     losses = [
         autoencoder.train_step(small, optimizer, 1.0, world.scenes(0, step, 16)[0], SMALL, generator)[0]
