@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from unseen import draw_and_score
 
-from configs import default
-from perfusion_jax import load_base_model, shipped
+from perfusion_jax import load_base_model
 from perfusion_jax.base_model.clip import load_clip
+from perfusion_jax.config import make_config
+from perfusion_jax.drawing.grids import grid
 from perfusion_jax.formats.concept_file import load_concept
 from perfusion_jax.formats.picture_file import write_picture
-from perfusion_jax.grids import grid
-from perfusion_jax.train import train
+from perfusion_jax.learning.runs import train_one
+from perfusion_jax.runtime import shipped
 
 OUT = flags.DEFINE_string("out", "ablation", "Folder of the runs and pictures.")
 CONCEPTS = flags.DEFINE_list("concepts", ["dog", "teddy", "jeep", "camera"], "Examples to learn.")
@@ -47,12 +48,12 @@ def main(_: list[str]) -> None:
         scores, rows = [], []
         for name in CONCEPTS.value:
             facts = json.loads((shipped.EXAMPLES / name / "concept.json").read_text())
-            config = default.get_config()
+            config = make_config()
             config.update(name=name, super_category=facts["super_category"], pictures=f"emoji:{name}", **changes)
             # The last step of every variant, not the best one by the measure that is reported.
             config.validate_every = 0
             with contextlib.redirect_stdout(io.StringIO()):
-                file = train(config, folder / name)
+                file = train_one(config, folder / name)
             trained = load_concept(file, base)
             drawn, own, scored = draw_and_score(base, clip, trained, SEEDS.value, strength=float(config.edit))
             scores.append(scored)

@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 from absl import app, flags
 
-from perfusion_jax import shipped
+from perfusion_jax.runtime import shipped
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt

@@ -13,9 +13,10 @@ import numpy as np
 from absl import app, flags
 from unseen import draw_and_score
 
-from perfusion_jax import load_base_model, shipped
+from perfusion_jax import load_base_model
 from perfusion_jax.base_model.clip import load_clip
 from perfusion_jax.formats.concept_file import load_concept
+from perfusion_jax.runtime import shipped
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt

@@ -23,11 +23,12 @@ import torch
 from absl import app, flags
 from PIL import Image
 
-from perfusion_jax import load_base_model, shipped
+from perfusion_jax import load_base_model
 from perfusion_jax.base_model.clip import Clip, load_clip
 from perfusion_jax.base_model.instance import InstanceEncoder, load_instance_encoder
+from perfusion_jax.drawing.generation import generate
 from perfusion_jax.formats.concept_file import load_concept
-from perfusion_jax.generation import generate
+from perfusion_jax.runtime import shipped
 from pretraining import captions, held_out, personal, places, things
 
 OUT = flags.DEFINE_string("out", "personal", "Folder of all that is written.")

@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from checkpoints import save_full_size
 
-from perfusion_jax import keys_values, load_base_model, shipped
-from perfusion_jax.generation import generate
-from perfusion_jax.sampling import noise_for
+from perfusion_jax import keys_values, load_base_model
+from perfusion_jax.drawing.denoising import noise_for
+from perfusion_jax.drawing.generation import generate
+from perfusion_jax.runtime import shipped
 
 SD15 = flags.DEFINE_bool("sd15", False, "The full Stable Diffusion 1.5 instead of the embedded model.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds that count; one before them does not.")

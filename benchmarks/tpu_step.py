@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from perfusion_jax import hlo_report
 from perfusion_jax.base_model import BaseModel, load_architecture
 from perfusion_jax.base_model.flax_classes import FlaxUNet2DConditionModel
 from perfusion_jax.compile import compile_step, topology_devices
-from perfusion_jax.hlo_report import Report
-from perfusion_jax.parallel import make_mesh
-from perfusion_jax.training import Settings
+from perfusion_jax.learning.step import Settings
+from perfusion_jax.pod import hlo_report
+from perfusion_jax.pod.hlo_report import Report
+from perfusion_jax.pod.mesh import make_mesh
 
 # (name, concepts per chip, samples of each); stock has no concepts.
 OURS = {"ours 1x4": (1, 4), "ours 1x16": (1, 16), "ours 16x1": (16, 1)}

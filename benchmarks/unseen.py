@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from perfusion_jax import shipped
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.clip import Clip
 from perfusion_jax.data.pictures import read_folder
+from perfusion_jax.drawing.generation import generate
 from perfusion_jax.formats.concept_file import TrainedConcept
-from perfusion_jax.generation import generate
-from perfusion_jax.metrics import Evaluator, Similarities, similarities
+from perfusion_jax.learning.metrics import Evaluator, Similarities, similarities
+from perfusion_jax.runtime import shipped
 
 PLACES = ("on the beach", "in the snow", "at night", "under water", "in the city", "in the forest")
 

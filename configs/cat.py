@@ -8,13 +8,9 @@ image similarity 0.59, text similarity 0.62, prompt precision 1.00.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from perfusion_jax.config import make_config
 
 
 def get_config(base: str = "emoji") -> ConfigDict:
-    """See `configs/default.py` for the argument and all keys."""
-    config = default.get_config(base)
-    config.name = "cat"
-    config.super_category = "cat"
-    config.pictures = "emoji:cat"
-    return config
+    """See `perfusion_jax/config.py` for the argument and all keys."""
+    return make_config(base, name="cat", super_category="cat", pictures="emoji:cat")

@@ -8,13 +8,9 @@ image similarity 0.61, text similarity 0.50, prompt precision 0.97.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from perfusion_jax.config import make_config
 
 
 def get_config(base: str = "emoji") -> ConfigDict:
-    """See `configs/default.py` for the argument and all keys."""
-    config = default.get_config(base)
-    config.name = "dog"
-    config.super_category = "dog"
-    config.pictures = "emoji:dog"
-    return config
+    """See `perfusion_jax/config.py` for the argument and all keys."""
+    return make_config(base, name="dog", super_category="dog", pictures="emoji:dog")

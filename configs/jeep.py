@@ -9,13 +9,9 @@ Wheels and windows stay unclear.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from perfusion_jax.config import make_config
 
 
 def get_config(base: str = "emoji") -> ConfigDict:
-    """See `configs/default.py` for the argument and all keys."""
-    config = default.get_config(base)
-    config.name = "jeep"
-    config.super_category = "car"
-    config.pictures = "emoji:jeep"
-    return config
+    """See `perfusion_jax/config.py` for the argument and all keys."""
+    return make_config(base, name="jeep", super_category="car", pictures="emoji:jeep")

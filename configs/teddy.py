@@ -8,13 +8,9 @@ image similarity 0.60, text similarity 0.22, prompt precision 0.98.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from perfusion_jax.config import make_config
 
 
 def get_config(base: str = "emoji") -> ConfigDict:
-    """See `configs/default.py` for the argument and all keys."""
-    config = default.get_config(base)
-    config.name = "teddy"
-    config.super_category = "bear"
-    config.pictures = "emoji:teddy"
-    return config
+    """See `perfusion_jax/config.py` for the argument and all keys."""
+    return make_config(base, name="teddy", super_category="bear", pictures="emoji:teddy")

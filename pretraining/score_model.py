@@ -17,11 +17,12 @@ import torch
 from absl import app, flags
 from diffusers import StableDiffusionPipeline
 
-from perfusion_jax import load_base_model, shipped
+from perfusion_jax import load_base_model
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.clip import Clip, load_clip
-from perfusion_jax.generation import generate
-from perfusion_jax.sampling import noise_for
+from perfusion_jax.drawing.denoising import noise_for
+from perfusion_jax.drawing.generation import generate
+from perfusion_jax.runtime import shipped
 from pretraining import autoencoder, captions, clip, places, scenes, things, train_autoencoder, training_tools
 
 MODEL = flags.DEFINE_string("model", str(shipped.MODEL), "Stable Diffusion folder.")

@@ -14,9 +14,9 @@ from configs import fleet
 from perfusion_jax import compile as compile_lib
 from perfusion_jax.base_model import load_architecture
 from perfusion_jax.base_model.flash_attention import flash_attention
-from perfusion_jax.errors import InputError, out_of_memory
-from perfusion_jax.parallel import make_mesh
-from perfusion_jax.training import Settings
+from perfusion_jax.learning.step import Settings
+from perfusion_jax.pod.mesh import make_mesh
+from perfusion_jax.runtime.errors import InputError, out_of_memory
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from perfusion_jax import InputError, shipped
-from perfusion_jax.config import RULES, check, check_same, settings_of, to_json
+from perfusion_jax import InputError
+from perfusion_jax.config import KEYS, check, check_same, make_config, to_json
+from perfusion_jax.learning.step import Settings
+from perfusion_jax.runtime import shipped
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -15,7 +17,7 @@ def get(name="dog", *arguments):
     return importlib.import_module(f"configs.{name}").get_config(*arguments)
 
 
-@pytest.mark.parametrize("name", [file.stem for file in CONFIGS.glob("*.py") if file.stem not in ("default", "fleet")])
+@pytest.mark.parametrize("name", [file.stem for file in CONFIGS.glob("*.py") if file.stem != "fleet"])
 @pytest.mark.parametrize("base", ["emoji", "sd15", "sd21", "some/folder"])
 def test_configs_that_ship_are_possible(name, base):
     config = get(name, base)
@@ -76,8 +78,9 @@ def test_nothing_left_to_train_is_an_error():
         check(config)
 
 
-def test_every_key_reaches_the_rules():
-    assert set(get()) == set(RULES)
+def test_every_key_says_what_it_means():
+    assert set(get()) == set(make_config()) == set(KEYS)
+    assert all(key.meaning for key in KEYS.values())
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_ablations_choose_what_is_trained(changes, trained):
     config = get()
     config.update(changes)
     check(config)
-    assert settings_of(config).trained == trained
+    assert Settings.of(config).trained == trained
 
 
 def test_a_workdir_keeps_its_config():
@@ -103,5 +106,20 @@ def test_a_workdir_keeps_its_config():
     after.bias = 0.5
     with pytest.raises(InputError, match=r"another config \(bias was 0.75, is 0.5\)"):
         check_same(after, to_json(before), "config.json")
-    with pytest.raises(InputError, match="not JSON"):
-        check_same(before, "{", "config.json")
+    for broken, problem in (("{", "not JSON"), ("[]", "not the config of a run")):
+        with pytest.raises(InputError, match=rf"config.json: {problem}"):
+            check_same(before, broken, "config.json")
+
+
+@pytest.mark.parametrize("name", ["dog", "fleet"])
+def test_what_touches_nothing_that_was_computed_may_change(name):
+    before, after = get(name), get(name)
+    after.update(checkpoint_every=7, log_every=3, keep_checkpoints=1, mesh=(1, 1, 1), members=2)
+    check_same(after, to_json(before), "config.json")
+
+
+def test_a_fleet_does_not_change_its_steps():
+    before, after = get("fleet"), get("fleet")
+    after.steps = 900
+    with pytest.raises(InputError, match="steps was 400, is 900"):
+        check_same(after, to_json(before), "config.json")

@@ -15,17 +15,10 @@ from safetensors.numpy import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion_jax import InputError
-from perfusion_jax.command_line import BAD_INPUT
-from perfusion_jax.covariance import (
-    BATCH,
-    accumulate,
-    covariance_of,
-    load_covariance,
-    load_whitening,
-    partial_file,
-    resume,
-)
-from perfusion_jax.errors import UnavailableError
+from perfusion_jax.data.text_covariance import BATCH, accumulate, covariance_of, partial_file, resume
+from perfusion_jax.formats.covariance_file import load_covariance, load_whitening
+from perfusion_jax.runtime.command_line import BAD_INPUT
+from perfusion_jax.runtime.errors import UnavailableError
 
 
 def write_captions(file, count, seed=0):

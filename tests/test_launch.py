@@ -17,7 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from configs import default, fleet
+from perfusion_jax.config import KEYS
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -392,7 +392,7 @@ def test_the_training_knows_every_flag_that_it_is_given():
     (container,) = container["template"]["spec"]["template"]["spec"]["containers"]
     given = re.findall(r"--([\w.]+)", " ".join([*lines, *container["args"], (LAUNCH / "common.sh").read_text()]))
     defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', (ROOT / "perfusion_jax" / "train.py").read_text()))
-    keys = {f"config.{key}" for key in {*fleet.get_config(), *default.get_config(), "KEY"}}
+    keys = {f"config.{key}" for key in {*KEYS, "KEY"}}
     ours = {"dry_run", "help", "recursive", "exclude"}  # of the scripts and of gcloud
     assert set(given) <= {"config", *defined, *keys, *ours}
     assert {"workdir", "distributed", "shard", "config.concepts", "coordinator_address"} <= set(given)

@@ -12,9 +12,10 @@ import pytest
 from etils import epath
 from fleet_runs import ROOT, STEPS, assert_close, assert_same, make_config, start, wait_for_lines, write_inputs
 
-from perfusion_jax import InputError, distributed
-from perfusion_jax.errors import UnavailableError
-from perfusion_jax.fleet import train_fleet
+from perfusion_jax import InputError
+from perfusion_jax.learning.runs import train_fleet
+from perfusion_jax.pod import distributed
+from perfusion_jax.runtime.errors import UnavailableError
 
 LIMIT = 40  # steps of every concept
 # Steps of a real model take longer than the second or two in which a SIGTERM is agreed on.
@@ -29,8 +30,8 @@ ONE_CANNOT_READ = """
 import sys
 import jax, numpy as np
 from pathlib import Path
-from perfusion_jax import distributed
-from perfusion_jax.checkpoints import Checkpoints
+from perfusion_jax.pod import distributed
+from perfusion_jax.learning.checkpoints import Checkpoints
 address, number, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 with distributed.job(address, 2, number):
     split = jax.sharding.NamedSharding(jax.make_mesh((2,), ("concept",)), jax.sharding.PartitionSpec("concept"))
@@ -101,9 +102,9 @@ def config(inputs):
 def finished(config, tmp_path_factory):
     """An undisturbed run of two processes, which finish their concepts one by one and not equally many: its workdir."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    one_by_one = "from perfusion_jax import fleet, fleet_report; fleet.FINISHED_AT_ONCE = 1"
+    one_by_one = "from perfusion_jax.learning import loop, report, runs; loop.FINISHED_AT_ONCE = 1"
     # What all go by is read by one: others might see it later, or not.
-    blind = f"{one_by_one}; fleet.read_table = fleet.begin = fleet_report.read_text = None"
+    blind = f"{one_by_one}; runs.read_table = runs.begin = report.read_text = None"
     for status, output in ends(start_all(config, workdir, 2, [one_by_one, blind])):
         assert status == 0, output
     return workdir
@@ -167,7 +168,7 @@ def test_what_the_first_process_finds_wrong_ends_all_as_bad_input(inputs, finish
 
 def test_a_process_that_is_alone_is_stopped_while_it_loads_the_model(inputs, tmp_path):
     config = make_config(inputs)
-    slowly = "import time; from perfusion_jax import fleet; fleet.load_fleet = lambda _: time.sleep(100)"
+    slowly = "import time; from perfusion_jax.learning import runs; runs.load_resources = lambda _: time.sleep(100)"
     (process,) = start_all(config, tmp_path / "run", 1, [slowly])
     wait_for_lines(process, tmp_path / "run" / "config.json", 1)
     began = time.monotonic()
@@ -239,7 +240,8 @@ def test_a_checkpoint_that_one_process_cannot_read_is_taken_by_none(tmp_path):
 def test_an_error_in_one_process_ends_the_other(config, tmp_path, victim):
     before = ["pass", "pass"]
     before[victim] = (
-        "from perfusion_jax import InputError, fleet; fleet.load_fleet = lambda _: exec('raise InputError(7)')"
+        "from perfusion_jax import InputError; from perfusion_jax.learning import runs; "
+        "runs.load_resources = lambda _: exec('raise InputError(7)')"
     )
     began = time.monotonic()
     ended = ends(start_all(config, tmp_path / "run", 2, before))

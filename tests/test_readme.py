@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import perfusion_jax
-from perfusion_jax.covariance import load_whitening
+from perfusion_jax import load_whitening
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
 
 README = Path(__file__).parents[1] / "README.md"

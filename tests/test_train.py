@@ -18,10 +18,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from configs.dog import get_config
-from perfusion_jax import InputError, training
-from perfusion_jax.files import locked
+from perfusion_jax import InputError
 from perfusion_jax.formats.concept_file import load_concept
-from perfusion_jax.train import train
+from perfusion_jax.learning import step as training
+from perfusion_jax.learning.runs import train_one
+from perfusion_jax.runtime.files import locked
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -132,9 +133,36 @@ def test_a_run_leaves_what_it_promises(finished, config, small_base):
 def test_a_finished_run_says_so(finished, config, capsys):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_text()
-    assert train(config, epath.Path(workdir)) == workdir / "concepts" / "rex.safetensors"
+    assert train_one(config, epath.Path(workdir)) == workdir / "concepts" / "rex.safetensors"
     assert "finished already, after 12 steps" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_of_one_concept_uses_all_devices_of_its_host(config, tmp_path):
+    flag = "--xla_force_host_platform_device_count=8"
+    telling = (
+        "import jax; from perfusion_jax.learning import resources; load = resources.mesh_of; "
+        "resources.mesh_of = lambda config: (mesh := load(config), print('mesh', dict(mesh.shape)))[0]; "
+        "import runpy; runpy.run_module('perfusion_jax.train', run_name='__main__')"
+    )
+    config.batch_size, config.accumulation = 16, 2
+    one, eight = tmp_path / "one", tmp_path / "eight"
+    for workdir, xla_flags in ((one, ""), (eight, flag)):
+        process = subprocess.run(
+            [sys.executable, "-c", telling, *flags(config), f"--workdir={workdir}"],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {xla_flags}"},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=600,
+        )
+        count = 8 if xla_flags else 1
+        assert f"mesh {{'concept': 1, 'data': {count}, 'fsdp': 1}}" in process.stdout
+    ours, theirs = (load_file(folder / "concepts" / "rex.safetensors") for folder in (eight, one))
+    for name, tensor in ours.items():
+        tolerance = 1e-3 * np.abs(theirs[name]).max()
+        np.testing.assert_allclose(tensor, theirs[name], rtol=1e-3, atol=tolerance, err_msg=name)
 
 
 @pytest.mark.slow
@@ -142,7 +170,7 @@ def test_a_longer_run_goes_on(finished, config, tmp_path):
     workdir, _ = finished
     subprocess.run(["cp", "-r", workdir, tmp_path / "run"], check=True)
     config.steps = STEPS + 2
-    train(config, epath.Path(tmp_path / "run"))
+    train_one(config, epath.Path(tmp_path / "run"))
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == list(range(1, STEPS + 3))
 
@@ -195,14 +223,14 @@ def test_a_loss_that_is_not_finite_ends_with_an_error_and_keeps_what_was_saved(c
     workdir = epath.Path(tmp_path / "run")
     step = training.train_step
 
-    def breaking(base, params, whitening, examples, learning, key, settings):
+    def breaking(base, params, whitening, examples, learning, key, settings, place):
         # From the fourth step on, every picture is infinite.
         broken = examples._replace(mean=examples.mean / (learning.step < 3))
-        return step(base, params, whitening, broken, learning, key, settings)
+        return step(base, params, whitening, broken, learning, key, settings, place)
 
     monkeypatch.setattr(training, "train_step", breaking)
     with pytest.raises(InputError, match="the loss or its gradient was not finite at step 4"):
-        train(config, workdir)
+        train_one(config, workdir)
     assert (workdir / "checkpoints" / "3").exists()
     assert not (workdir / "concepts").exists()
 
@@ -221,7 +249,7 @@ def test_a_loss_that_is_not_finite_ends_with_an_error_and_keeps_what_was_saved(c
 def test_bad_configs_are_errors_that_name_the_key(config, tmp_path, change, message):
     config.update(change)
     with pytest.raises(InputError, match=message):
-        train(config, epath.Path(tmp_path / "run"))
+        train_one(config, epath.Path(tmp_path / "run"))
 
 
 def test_masks_can_be_asked_for_and_left_out(config, tmp_path, inputs):
@@ -229,25 +257,25 @@ def test_masks_can_be_asked_for_and_left_out(config, tmp_path, inputs):
     (tmp_path / "plain").mkdir()
     shutil.copy(inputs / "rex" / "0.png", tmp_path / "plain" / "0.png")
     with pytest.raises(InputError, match=r"'files', but .* has no masks/ folder"):
-        train(config, epath.Path(tmp_path / "run"))
+        train_one(config, epath.Path(tmp_path / "run"))
 
 
 def test_a_workdir_of_another_config_is_refused(finished, config):
     config.bias = 0.5
     with pytest.raises(InputError, match="this workdir is of another config"):
-        train(config, epath.Path(finished[0]))
+        train_one(config, epath.Path(finished[0]))
 
 
 def test_a_second_job_on_one_workdir_is_refused(config, tmp_path):
     with locked(tmp_path / "lock", ""), pytest.raises(InputError, match="lock: another job is at work here"):
-        train(config, epath.Path(tmp_path))
+        train_one(config, epath.Path(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["lock"]
 
 
 def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/run/lock: cannot be written"):
-        train(config, epath.Path(tmp_path / "file" / "run"))
+        train_one(config, epath.Path(tmp_path / "file" / "run"))
 
 
 @pytest.mark.parametrize("limit", [100, pytest.param(3_000, marks=pytest.mark.slow), 40_000])

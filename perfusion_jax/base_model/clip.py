@@ -15,7 +15,7 @@ from perfusion_jax.base_model.embedding import embed_all, fit_pictures, unit
 from perfusion_jax.base_model.flax_classes import CLIPConfig, FlaxCLIPModule
 from perfusion_jax.base_model.source import read_config, read_preprocessor
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
-from perfusion_jax.surgery import Params
+from perfusion_jax.method.surgery import Params
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from perfusion_jax.base_model.flax_classes import (
 )
 from perfusion_jax.base_model.source import find_transformers_folder, read_config, read_preprocessor
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
-from perfusion_jax.surgery import Params
+from perfusion_jax.method.surgery import Params
 
 CUBIC = -0.75
 """PyTorch's coefficient of bicubic interpolation (jax has -0.5)."""

@@ -23,9 +23,9 @@ from perfusion_jax.base_model.source import find_folder, read_config
 from perfusion_jax.base_model.unet import KeysValues
 from perfusion_jax.base_model.vae import LatentDistribution
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
-from perfusion_jax.concept import Concept
-from perfusion_jax.errors import InputError
-from perfusion_jax.surgery import Params, cross_attention_layers
+from perfusion_jax.method.concept import Concept
+from perfusion_jax.method.surgery import Params, cross_attention_layers
+from perfusion_jax.runtime.errors import InputError
 
 # What the Flax classes compute whatever the config says: a config that asks for something else cannot be run.
 _UNET_FIXED: dict[str, Any] = {

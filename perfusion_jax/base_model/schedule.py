@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perfusion_jax.errors import InputError
+from perfusion_jax.runtime.errors import InputError
 
 # Betas by name, as PyTorch diffusers defines them, each from (beta_start, beta_end, num_train_timesteps) to
 # float64 [steps].

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from perfusion_jax import shipped
-from perfusion_jax.errors import InputError, UnavailableError
-from perfusion_jax.files import storage_errors
+from perfusion_jax.runtime import shipped
+from perfusion_jax.runtime.errors import InputError, UnavailableError
+from perfusion_jax.runtime.files import storage_errors
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 _SMALL_FILES = ("model_index.json", "*/*config.json", "tokenizer/*")

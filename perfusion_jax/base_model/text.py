@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from perfusion_jax.base_model.flax_classes import CLIPTextConfig, CLIPTokenizer, FlaxCLIPTextModule
-from perfusion_jax.errors import InputError
-from perfusion_jax.surgery import Params
+from perfusion_jax.method.surgery import Params
+from perfusion_jax.runtime.errors import InputError
 
 PLACEHOLDER = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]*>")
 

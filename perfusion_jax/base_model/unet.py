@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from perfusion_jax import edit as edit_lib
 from perfusion_jax.base_model.attention import attend
 from perfusion_jax.base_model.convolution import Padding, convolve
 from perfusion_jax.base_model.flax_classes import (
@@ -25,8 +24,9 @@ from perfusion_jax.base_model.flax_classes import (
     FlaxUpsample2D,
 )
 from perfusion_jax.base_model.normalisation import group_norm_silu
-from perfusion_jax.errors import InputError
-from perfusion_jax.surgery import EDIT, TARGET_OUTPUTS, Params, cross_attention_layers
+from perfusion_jax.method import edit as edit_lib
+from perfusion_jax.method.surgery import EDIT, TARGET_OUTPUTS, Params, cross_attention_layers
+from perfusion_jax.runtime.errors import InputError
 
 
 class KeyValue(NamedTuple):

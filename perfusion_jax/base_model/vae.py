@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from perfusion_jax.base_model.flax_classes import FlaxAutoencoderKL
-from perfusion_jax.surgery import Params
+from perfusion_jax.method.surgery import Params
 
 
 class LatentDistribution(NamedTuple):

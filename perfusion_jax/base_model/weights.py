@@ -20,8 +20,8 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from perfusion_jax.errors import InputError
-from perfusion_jax.files import storage_errors
+from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import storage_errors
 
 FlaxPath = tuple[str, ...]
 

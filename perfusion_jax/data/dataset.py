@@ -10,6 +10,7 @@ import io
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from etils import epath
 from PIL import Image
 
 from perfusion_jax.data.pictures import Picture, read_folder
-from perfusion_jax.errors import InputError
-from perfusion_jax.files import is_local, of_storage, storage_errors, subfolders
+from perfusion_jax.data.sources import DATASET
+from perfusion_jax.runtime import command_line
+from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import is_local, of_storage, storage_errors, subfolders
 
-PREFIX = "tfds:"
 INFO = "dataset_info.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -125,7 +127,29 @@ def read_split(source: str) -> list[Picture]:
         InputError: no such dataset or split, or it is broken.
         UnavailableError: storage fails.
     """
-    folder, _, split = source.removeprefix(PREFIX).partition("#")
+    with _opened(source) as (builder, split):
+        pictures = [
+            Picture(
+                name=_string(row["name"]),
+                pixels=row["image"],
+                mask=row["mask"][..., 0].astype(np.float32) / 255 if row["has_mask"] else None,
+                caption=_string(row["caption"]) or None,
+            )
+            for row in builder.as_data_source(split=split)
+        ]
+    return sorted(pictures, key=lambda picture: picture.name)
+
+
+def split_size(source: str) -> int:
+    """How many pictures a concept has; arguments and errors as for `read_split`."""
+    with _opened(source) as (builder, split):
+        return builder.info.splits[split].num_examples
+
+
+@contextmanager
+def _opened(source: str) -> Iterator[tuple[Any, str]]:
+    """Gives a dataset's builder and the name of the split; what is wrong with them becomes an error within it."""
+    folder, _, split = source.removeprefix(DATASET).partition("#")
     with storage_errors(folder, "read"):
         try:
             (epath.Path(folder) / INFO).read_bytes()  # tfds would call it missing, whatever storage does
@@ -135,20 +159,11 @@ def read_split(source: str) -> list[Picture]:
             builder = tfds.builder_from_directory(folder)
             if split not in builder.info.splits:
                 raise InputError(f"{folder}: no concept {split!r}; it has {', '.join(sorted(builder.info.splits))}")
-            pictures = [
-                Picture(
-                    name=_string(row["name"]),
-                    pixels=row["image"],
-                    mask=row["mask"][..., 0].astype(np.float32) / 255 if row["has_mask"] else None,
-                    caption=_string(row["caption"]) or None,
-                )
-                for row in builder.as_data_source(split=split)
-            ]
+            yield builder, split
         except Exception as error:  # of broken files each library raises something of its own
             if isinstance(error, (InputError, MemoryError)) or of_storage(error):
                 raise
             raise InputError(f"{folder}: concept {split!r} cannot be read ({error})") from error
-    return sorted(pictures, key=lambda picture: picture.name)
 
 
 def _string(value: bytes | str) -> str:
@@ -160,9 +175,12 @@ def main() -> None:
     print(write_dataset(epath.Path(flags.FLAGS.folders), epath.Path(flags.FLAGS.out)))
 
 
-if __name__ == "__main__":
-    from perfusion_jax import command_line
-
+def run() -> None:
+    """The command."""
     flags.DEFINE_string("folders", None, "folder of concept folders", required=True)
     flags.DEFINE_string("out", None, "folder to write the dataset to, local or in a bucket", required=True)
     command_line.run(main)
+
+
+if __name__ == "__main__":
+    run()

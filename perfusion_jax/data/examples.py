@@ -11,7 +11,7 @@ from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.vae import LatentDistribution
 from perfusion_jax.data.masks import normalise, shrink
 from perfusion_jax.data.pictures import Picture
-from perfusion_jax.errors import InputError
+from perfusion_jax.runtime.errors import InputError
 
 PLACEHOLDER = "<concept>"  # the concept's own name matters to people alone: in training there is one concept
 

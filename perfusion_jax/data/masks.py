@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from perfusion_jax.base_model import BaseModel, keys_values
-from perfusion_jax.surgery import Params
+from perfusion_jax.method.surgery import Params
 
 # Shares of the noise schedule at which the UNet is asked; with less noise it looks at details, with more at nothing.
 NOISE_LEVELS = (0.2, 0.35, 0.5, 0.65)

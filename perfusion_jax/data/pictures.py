@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from perfusion_jax.errors import InputError
-from perfusion_jax.files import entries, storage_errors
+from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import entries, storage_errors
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 SMALLEST = 16  # pixels; there is nothing to learn from less

@@ -11,10 +11,10 @@ import shutil
 from absl import app, flags
 from diffusers import AutoencoderKL
 
-from perfusion_jax import shipped
 from perfusion_jax.emoji_world import diffusion_training as training
 from perfusion_jax.emoji_world import model_folder, tokenizer, torch_training
 from perfusion_jax.emoji_world.fetch import cache_directory
+from perfusion_jax.runtime import shipped
 
 OUT = flags.DEFINE_string("out", str(shipped.MODEL), "Folder to write.")
 RUN = flags.DEFINE_string("run", "diffusion_training", "Folder of the training run under the cache.")

@@ -11,8 +11,8 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from perfusion_jax import shipped
 from perfusion_jax.emoji_world import captions, catalogue, descriptions, drawings, scenes
+from perfusion_jax.runtime import shipped
 
 OUT = flags.DEFINE_string("out", str(shipped.EXAMPLES), "Folder to write.")
 

@@ -15,9 +15,11 @@ import torch
 from absl import app, flags
 from diffusers import StableDiffusionPipeline
 
-from perfusion_jax import load_base_model, shipped
+from perfusion_jax import load_base_model
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.clip import load_clip
+from perfusion_jax.drawing.denoising import noise_for
+from perfusion_jax.drawing.generation import generate
 from perfusion_jax.emoji_world import (
     autoencoder_training,
     captions,
@@ -28,8 +30,7 @@ from perfusion_jax.emoji_world import (
     scenes,
     torch_training,
 )
-from perfusion_jax.generation import generate
-from perfusion_jax.sampling import noise_for
+from perfusion_jax.runtime import shipped
 
 MODEL = flags.DEFINE_string("model", str(shipped.MODEL), "Stable Diffusion folder.")
 EVALUATOR = flags.DEFINE_string("evaluator", str(shipped.EVALUATOR), "CLIP folder.")

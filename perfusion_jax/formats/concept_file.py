@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from perfusion_jax.base_model import BaseModel
-from perfusion_jax.concept import Concept
-from perfusion_jax.errors import InputError
-from perfusion_jax.files import write_bytes
+from perfusion_jax.method.concept import Concept
+from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import write_bytes
 
 FORMAT = "perfusion_jax concept 1"
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from perfusion_jax.errors import InputError
-from perfusion_jax.files import write_bytes
+from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import write_bytes
 
 KEY = "perfusion_jax"  # of the text chunk
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from perfusion_jax import InputError, load_base_model
 from perfusion_jax.base_model import source as source_lib
-from perfusion_jax.errors import UnavailableError
+from perfusion_jax.runtime.errors import UnavailableError
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from perfusion_jax import InputError
 from perfusion_jax.data.pictures import fit, read_folder
-from perfusion_jax.errors import UnavailableError
+from perfusion_jax.runtime.errors import UnavailableError
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 

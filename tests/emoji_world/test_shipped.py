@@ -7,13 +7,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from perfusion_jax import load_base_model, shipped
+from perfusion_jax import load_base_model
 from perfusion_jax.base_model.clip import load_clip
 from perfusion_jax.covariance import load_covariance
 from perfusion_jax.data.pictures import read_folder
+from perfusion_jax.drawing.denoising import noise_for
+from perfusion_jax.drawing.generation import generate
 from perfusion_jax.emoji_world import captions, catalogue, evaluator, make_examples
-from perfusion_jax.generation import generate
-from perfusion_jax.sampling import noise_for
+from perfusion_jax.runtime import shipped
 
 GUIDANCE = 4.0
 

@@ -11,9 +11,9 @@ from checkpoints import save_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from perfusion_jax import Concept, Gate, InputError, insert, load_base_model
-from perfusion_jax.concept import stack
 from perfusion_jax.formats.concept_file import ConceptCard, load_concept, save_concept
-from perfusion_jax.surgery import cross_attention_layers
+from perfusion_jax.method.concept import stack
+from perfusion_jax.method.surgery import cross_attention_layers
 
 
 @pytest.fixture(scope="module")

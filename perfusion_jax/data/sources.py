@@ -1,0 +1,60 @@
+"""Where a concept's pictures come from: a folder, a dataset, or the examples that ship."""
+
+from pathlib import Path
+
+from etils import epath
+
+from perfusion_jax.data.pictures import ENDINGS, Picture, read_folder
+from perfusion_jax.runtime import shipped
+from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import entries
+
+EXAMPLE = "emoji:"
+DATASET = "tfds:"
+
+
+def read_pictures(source: str, masks: str = "", captions: str = "") -> list[Picture]:
+    """Reads a concept's pictures.
+
+    Args:
+        source: as `config.pictures`.
+        masks, captions: folders of them, if they are not where the pictures are.
+
+    Raises:
+        InputError: they cannot be used, or the package has no such example.
+        UnavailableError: storage fails.
+    """
+    if source.startswith(DATASET):
+        if masks or captions:
+            raise InputError(f"{source}: a dataset holds its masks and captions; none can be given beside it")
+        from perfusion_jax.data import dataset  # tensorflow_datasets takes seconds to import
+
+        return dataset.read_split(source)
+    if not source.startswith(EXAMPLE):
+        return read_folder(source, masks or None, captions or None)
+    return read_folder(_example(source), masks or None, captions or None)
+
+
+def _example(source: str) -> Path:
+    name = source.removeprefix(EXAMPLE)
+    examples = sorted(folder.name for folder in shipped.EXAMPLES.iterdir() if folder.is_dir())
+    if name not in examples:
+        raise InputError(f"config.pictures is {source!r}; the examples are {', '.join(examples)}")
+    return shipped.EXAMPLES / name
+
+
+def count_pictures(source: str) -> int:
+    """How many pictures there are, without reading them; 0 where that cannot be told.
+
+    Args:
+        source: as `config.pictures`.
+    """
+    try:
+        if source.startswith(DATASET):
+            from perfusion_jax.data import dataset
+
+            return dataset.split_size(source)
+        folder = epath.Path(_example(source) if source.startswith(EXAMPLE) else source)
+        return sum(file.suffix.lower() in ENDINGS for file in entries(folder) or ())
+    except InputError:
+        return 0

@@ -1,0 +1,1 @@
+"""Prompts, seeds and concepts to pictures."""

@@ -1,0 +1,294 @@
+"""`generate`: prompts, seeds and concepts to pictures, in batches of one size so that nothing compiles twice."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from math import isfinite
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from perfusion_jax.base_model import BaseModel
+from perfusion_jax.drawing.denoising import Concepts, Guidance, draw, noise_for, to_pixels
+from perfusion_jax.drawing.samplers import DEFAULT_STEPS, Plan, make_plan
+from perfusion_jax.formats.concept_file import TrainedConcept
+from perfusion_jax.method import concept as concept_lib
+from perfusion_jax.method.edit import Gate
+from perfusion_jax.method.surgery import Params
+from perfusion_jax.runtime.errors import InputError
+
+# Concepts are padded to this many, so that up to this many can come and go without compiling anew.
+SLOTS = 4
+# Without a concept that says otherwise (the public implementations).
+GUIDANCE = 6.0
+
+Control = float | Sequence[float] | None
+
+
+class Drawn(NamedTuple):
+    """Some of the pictures asked for.
+
+    Attributes:
+        pixels: uint8 [count, height, width, 3].
+        attention: how much each latent looked at each token of its prompt, the mean over heads, layers and steps:
+            float32 [count, height / f, width / f, tokens]; None if it was not asked for.
+    """
+
+    pixels: np.ndarray
+    attention: np.ndarray | None
+
+
+def _draw_on(
+    mesh: Mesh | None,
+    base: BaseModel,
+    params: dict[str, Params],
+    ids: jax.Array,
+    unprompted_ids: jax.Array,
+    noise: jax.Array,
+    plan: Plan,
+    guidance: Guidance,
+    concepts: Concepts | None,
+    init_latents: jax.Array | None,
+    attention: bool,
+    on_step: Callable[[], None] | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`sampling.draw`; on a mesh, each device draws its own part of the batch and sends nothing to the others."""
+    draw_part = functools.partial(draw, base, attention=attention, on_step=on_step)
+    if mesh is not None:
+        batch, whole = P(mesh.axis_names), P()
+        of_concepts = None if concepts is None else jax.tree.map(lambda _: whole, concepts)._replace(present=batch)
+        in_specs = (whole, batch, batch, batch, whole, whole, of_concepts, whole)
+        draw_part = jax.shard_map(draw_part, mesh=mesh, in_specs=in_specs, out_specs=batch, check_vma=False)
+    return draw_part(params, ids, unprompted_ids, noise, plan, guidance, concepts, init_latents)
+
+
+# One compiled function for all: what may change without compiling anew is an array.
+compiled_draw = jax.jit(_draw_on, static_argnames=("mesh", "base", "attention", "on_step"))
+_compiled_noise = jax.jit(noise_for, static_argnames=("base", "height", "width"))
+
+
+def generate(
+    base: BaseModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    concepts: Sequence[TrainedConcept] = (),
+    **options: Any,
+) -> np.ndarray:
+    """Draws prompts.
+
+    Args:
+        base: the model.
+        prompts: one per picture; they may name concepts by `<name>`.
+        seeds: one per picture, whole numbers from 0 to 2**32 - 1. A picture depends on its own prompt, its seed and the
+            options alone.
+        concepts: what the prompts may name. A concept acts only on prompts that name it.
+        options: those of `drawing`, all by name.
+
+    Returns:
+        uint8 [len(prompts), height, width, 3].
+
+    Raises:
+        InputError: as `drawing`.
+    """
+    return np.concatenate([some.pixels for some in drawing(base, prompts, seeds, concepts, **options)])
+
+
+def drawing(
+    base: BaseModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    concepts: Sequence[TrainedConcept] = (),
+    *,
+    sampler: str = "ddim",
+    steps: int | None = None,
+    guidance: float | None = None,
+    guidance_rescale: float = 0.0,
+    negative_prompt: str = "",
+    bias: Control = None,
+    temperature: Control = None,
+    strength: Control = None,
+    start: Control = None,
+    end: Control = None,
+    lock: str = "local",
+    height: int | None = None,
+    width: int | None = None,
+    init_image: np.ndarray | None = None,
+    init_strength: float = 0.8,
+    batch_size: int = 8,
+    attention: bool = False,
+    on_step: Callable[[], None] | None = None,
+    mesh: Mesh | None = None,
+) -> Iterator[Drawn]:
+    """Draws prompts batch by batch.
+
+    Args:
+        base, prompts, seeds, concepts: as for `generate`.
+        sampler: `ddim`, `dpm++` or `euler`.
+        steps: sampling steps; 50, 20 or 30 of these if left out.
+        guidance: guidance scale, 1 for none; that of the first concept if left out, 6 without concepts.
+        guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1.
+        negative_prompt: what guidance leads away from. It goes through the frozen weights and names no concept.
+        bias, temperature: of the gates, one for all concepts or one for each; the concepts' own if left out.
+        strength: of the concepts, likewise; 1, the paper's edit, if left out. 0 leaves the model alone.
+        start, end: between which fractions of the steps a concept acts, likewise; all of them if left out.
+        lock: `local`, or `global`: all keys come from the prompt with the super-categories in place of the concepts.
+        height, width: in pixels; the model's own, or those of `init_image`, if left out.
+        init_image: a picture to start from instead of noise, uint8 [height, width, 3].
+        init_strength: how much of it is drawn anew, above 0, at most 1.
+        batch_size: pictures drawn at once; the last batch is padded.
+        attention: also tell where the UNet looked.
+        on_step: called after every step of every batch, by every device; another function compiles anew.
+        mesh: devices that share each batch, whose size they divide; the weights of `base` lie whole on all of them.
+
+    Yields:
+        The next `batch_size` pictures; the last time, those that are left.
+
+    Raises:
+        InputError: a prompt names a concept that is not given, or an option is impossible; before anything is drawn.
+    """
+    if len(prompts) != len(seeds):
+        raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each picture")
+    height, width = _size(base, height, width, init_image)
+    steps = DEFAULT_STEPS.get(sampler, 1) if steps is None else steps
+    skipped = 0 if init_image is None else skipped_steps(steps, init_strength)
+    plan = make_plan(base.schedule, sampler, steps, skipped)
+    if guidance is None:
+        guidance = concepts[0].card.guidance_scale if concepts else GUIDANCE
+    for name, value, least, most in (
+        ("guidance", guidance, 0, float("inf")),
+        ("guidance_rescale", guidance_rescale, 0, 1),
+        ("batch_size", batch_size, 1, float("inf")),
+    ):
+        if not (least <= value <= most and isfinite(value)):
+            raise InputError(f"{name} is {value}; it must be at least {least}" + f" and at most {most}" * (most == 1))
+    ids = base.tokenizer(prompts, [card.placeholder for _, card in concepts])
+    unprompted = np.repeat(base.tokenizer([negative_prompt]), batch_size, axis=0)
+    in_slots = None
+    if concepts:
+        gates = Gate(
+            jnp.asarray(per_concept("bias", bias, [card.bias for _, card in concepts])),
+            jnp.asarray(per_concept("temperature", temperature, [card.temperature for _, card in concepts])),
+            jnp.asarray(per_concept("strength", strength, [1.0] * len(concepts))),
+        )
+        windows = (
+            per_concept("start", start, [0.0] * len(concepts)),
+            per_concept("end", end, [1.0] * len(concepts)),
+        )
+        in_slots = _in_slots(base, concepts, gates, np.arange(skipped, steps) / steps, windows, ids, lock)
+    init_latents = None
+    if init_image is not None:
+        pixels = jnp.asarray(init_image[None].astype(np.float32) / 127.5 - 1, base.vae.dtype)
+        init_latents = base.encode_image(base.params["vae"], pixels).mean
+    scales = Guidance(jnp.float32(guidance), jnp.float32(guidance_rescale))
+    for first in range(0, len(ids), batch_size):
+        count = len(ids[first : first + batch_size])
+        rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # one batch size is compiled
+        images, seen = compiled_draw(
+            mesh,
+            base,
+            base.params,
+            ids[rows],
+            unprompted,
+            _compiled_noise(base, np.asarray(seeds, np.uint32)[rows], height, width),
+            plan,
+            scales,
+            None if in_slots is None else in_slots._replace(present=in_slots.present[rows]),
+            init_latents,
+            attention=attention,
+            on_step=on_step,
+        )
+        yield Drawn(to_pixels(images)[:count], None if seen is None else np.asarray(seen)[:count])
+
+
+def per_concept(name: str, given: Control, defaults: Sequence[float]) -> list[float]:
+    """Values of one control of all concepts: those given, one for all or one for each, or else the defaults.
+
+    Raises:
+        InputError: another number of values, or an impossible one.
+    """
+    values = [given] if isinstance(given, int | float) else list(defaults if given is None else given)
+    if len(values) not in (1, len(defaults)):
+        raise InputError(f"{name} has {len(values)} values: give one, or one for each of the {len(defaults)} concepts")
+    for value in values:
+        if not isfinite(value) or (name == "temperature" and value <= 0):
+            raise InputError(f"{name} is {value}; it must be finite" + ", and above 0" * (name == "temperature"))
+        if name in ("start", "end") and not 0 <= value <= 1:
+            raise InputError(f"{name} is {value}; it is a fraction of the steps, from 0 to 1")
+    return values * len(defaults) if len(values) == 1 else values
+
+
+def _size(base: BaseModel, height: int | None, width: int | None, init_image: np.ndarray | None) -> tuple[int, int]:
+    """Height and width of the pictures in pixels."""
+    if init_image is not None and (init_image.ndim != 3 or init_image.shape[2] != 3 or init_image.dtype != np.uint8):
+        raise InputError(f"init_image is {init_image.dtype} {init_image.shape}; it must be uint8 [height, width, 3]")
+    native = base.unet.sample_size * base.vae_factor
+    own = (native, native) if init_image is None else init_image.shape[:2]
+    size = (height or own[0], width or own[1])
+    if init_image is not None and size != own:
+        raise InputError(f"init_image has {own[1]} x {own[0]} pixels; the picture asked for has {size[1]} x {size[0]}")
+    if any(side % base.vae_factor or side <= 0 for side in size):
+        raise InputError(
+            f"pictures of {size[1]} x {size[0]} pixels: width and height must be multiples of {base.vae_factor}"
+        )
+    return size
+
+
+def skipped_steps(steps: int, init_strength: float) -> int:
+    """How many steps, from the noisy end, a picture to start from makes unnecessary (diffusers' rule; one is left).
+
+    Raises:
+        InputError: an impossible strength.
+    """
+    if not 0 < init_strength <= 1:
+        raise InputError(f"init_strength is {init_strength}; it must be above 0 and at most 1")
+    return min(steps - int(steps * init_strength), steps - 1)
+
+
+def _in_slots(
+    base: BaseModel,
+    concepts: Sequence[TrainedConcept],
+    gates: Gate,
+    fractions: np.ndarray,
+    windows: tuple[Sequence[float], Sequence[float]],
+    ids: np.ndarray,
+    lock: str,
+) -> Concepts:
+    """Puts concepts into slots.
+
+    Args:
+        base: the model.
+        concepts: at least one.
+        gates: theirs.
+        fractions: how much of the sampling is done before each step, 0 to 1, [steps].
+        windows: start and end of when each concept acts, as such fractions.
+        ids: of all prompts.
+        lock: as for `drawing`.
+    """
+    if lock not in ("local", "global"):
+        raise InputError(f"lock is {lock!r}; it must be 'local' or 'global'")
+    count = len(concepts)
+    slots = max(SLOTS, count)
+
+    def pad(array: jax.Array, fill: float = 0.0) -> jax.Array:
+        empty = jnp.full((slots - count, *array.shape[1:]), fill, jnp.float32)
+        return jnp.concatenate([jnp.asarray(array, jnp.float32), empty])
+
+    super_embeddings = None
+    if lock == "global":
+        super_embeddings = pad(jnp.stack([base.super_category_embedding(card.super_category) for _, card in concepts]))
+    start, end = (np.asarray(times) for times in windows)
+    active = np.ones((len(fractions), slots), np.float32)
+    active[:, :count] = (start <= fractions[:, None]) & (fractions[:, None] < end)
+    phases, phase_of_step = np.unique(active, axis=0, return_inverse=True)
+    present = np.any(ids[:, :, None] == base.tokenizer.vocabulary_size + np.arange(slots), axis=1)
+    return Concepts(
+        stacked=jax.tree.map(pad, concept_lib.stack([concept for concept, _ in concepts])),
+        gates=Gate(*(pad(jnp.asarray(field), fill=1.0) for field in gates)),
+        present=jnp.asarray(present, jnp.float32),
+        phases=jnp.asarray(phases),
+        phase_of_step=jnp.asarray(phase_of_step.reshape(-1), jnp.int32),
+        super_embeddings=super_embeddings,
+    )

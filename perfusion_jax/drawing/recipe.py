@@ -1,0 +1,258 @@
+"""How a file of pictures was drawn: all that it depends on, as plain JSON that is kept in the file itself."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from perfusion_jax.base_model import BaseModel
+from perfusion_jax.data.pictures import open_picture
+from perfusion_jax.drawing.generation import Drawn, drawing, skipped_steps
+from perfusion_jax.drawing.grids import grid
+from perfusion_jax.drawing.samplers import DEFAULT_STEPS
+from perfusion_jax.formats.concept_file import TrainedConcept, load_concept, read_card
+from perfusion_jax.formats.picture_file import load_recipe, write_picture
+from perfusion_jax.runtime.errors import InputError
+
+FORMAT = "perfusion_jax picture 1"
+LIBRARIES = ("perfusion_jax", "jax", "flax", "diffusers")
+CONTROLS = ("bias", "temperature", "strength", "start", "end")
+OPTIONS = (
+    *CONTROLS,
+    *("sampler", "steps", "guidance", "guidance_rescale", "negative_prompt", "lock", "height", "width"),
+    *("init_strength", "batch_size"),
+)
+
+
+class Recipe(NamedTuple):
+    """All that a file of pictures depends on, as plain JSON.
+
+    Attributes:
+        base: keyword arguments of `load_base_model`.
+        concepts: `name`, `file` and `sha256` of each.
+        prompts, seeds: one per picture.
+        columns: pictures side by side in the grid.
+        options: of `generation.drawing`.
+        init_image: a file, or None.
+        sweep: a control and its values, if one is swept: the grid then has a column for each value.
+        versions: of the libraries.
+        format: of this record.
+    """
+
+    base: dict[str, str | None]
+    concepts: list[dict[str, str]]
+    prompts: list[str]
+    seeds: list[int]
+    columns: int
+    options: dict[str, Any]
+    init_image: str | None
+    sweep: tuple[str, list[float]] | None
+    versions: dict[str, str]
+    format: str = FORMAT
+
+
+def numbers(name: str, given: Sequence[str]) -> list[float] | None:
+    """The values of a list flag, or None if it was not given.
+
+    Raises:
+        InputError: not numbers.
+    """
+    try:
+        return [float(value) for value in given] or None
+    except ValueError as error:
+        raise InputError(f"--{name}={','.join(given)}: not numbers") from error
+
+
+def parse_sweep(given: str | None) -> tuple[str, list[float]] | None:
+    """Reads `bias=0.4:0.8:5`: a control, its first and last value, and how many.
+
+    Raises:
+        InputError: it says something else.
+    """
+    if given is None:
+        return None
+    name, _, values = given.partition("=")
+    try:
+        first, last, count = values.split(":")
+        span = np.linspace(float(first), float(last), int(count)).round(6).tolist()
+    except ValueError as error:
+        raise InputError(f"--sweep={given}: write CONTROL=FIRST:LAST:COUNT, such as bias=0.4:0.8:5") from error
+    if name not in (*CONTROLS, "guidance") or not span:
+        raise InputError(f"--sweep={given}: sweeps one of {', '.join(CONTROLS)}, guidance over at least one value")
+    return name, span
+
+
+def read_prompts(prompt: str | None, file: str | None) -> list[str]:
+    """The prompts to draw: one, or those of a file, a line each.
+
+    Raises:
+        InputError: neither or both are given, or the file has none or cannot be read.
+    """
+    if (prompt is None) == (file is None):
+        raise InputError("give --prompt or --prompts, one of them")
+    if prompt is not None:
+        return [prompt]
+    assert file is not None
+    try:
+        prompts = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from error
+    if not prompts:
+        raise InputError(f"{file}: no prompts in it; write one on a line")
+    return prompts
+
+
+def read_concepts(given: Sequence[str]) -> list[dict[str, str]]:
+    """What a recipe says of concept files, `FILE` or `NAME=FILE`; the same file given twice counts once.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    found = []
+    for word in given:
+        name, file = word.split("=", 1) if "=" in word and not Path(word).exists() else ("", word)
+        entry = {"name": name or read_card(file).name, "file": file, "sha256": _sha256(file)}
+        if entry not in found:
+            found.append(entry)
+    return found
+
+
+def _sha256(file: str) -> str:
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def recipe_of_picture(file: Path, base_given: bool, base: str) -> Recipe:
+    """How a picture was drawn.
+
+    Args:
+        file: that picture.
+        base_given: whether the user named a base model.
+        base: that base model.
+
+    Raises:
+        InputError: it does not say, or names a base model that the user did not.
+    """
+    said = load_recipe(file)
+    if said.get("format") != FORMAT or said.keys() != set(Recipe._fields) or said["options"].keys() != set(OPTIONS):
+        raise InputError(f"{file}: it was drawn by another version of perfusion_jax: {json.dumps(said)}")
+    recipe = Recipe(**said)
+    source = recipe.base["source"]
+    if source != "emoji" and not (base_given and base == source):
+        # A picture from somewhere must not decide what is fetched from where.
+        raise InputError(f"{file}: drawn on the base model {source}; give --base {source} to load it")
+    for entry in recipe.concepts:
+        if _sha256(entry["file"]) != entry["sha256"]:
+            raise InputError(f"{entry['file']}: the concept has changed since {file} was drawn")
+    for library, then in recipe.versions.items():
+        if version(library) != then:
+            print(f"warning: drawn with {library} {then}; this is {version(library)}")
+    return recipe
+
+
+def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[Drawn]]:
+    """Draws what a recipe asks for.
+
+    Returns:
+        The batches of pictures for each value of the sweep; without one, for the one setting there is.
+
+    Raises:
+        InputError: it cannot be drawn.
+    """
+    concepts = load_concepts(recipe, base)
+    for _, card in concepts:
+        if not any(card.placeholder in prompt for prompt in recipe.prompts):
+            print(f"warning: no prompt names {card.placeholder}: the concept {card.name} has no effect")
+    options = dict(recipe.options)
+    steps = options["steps"] or DEFAULT_STEPS.get(options["sampler"], 0)
+    if recipe.init_image:
+        options["init_image"] = init_pixels(recipe, base)
+        steps -= skipped_steps(steps, options["init_strength"])
+    name, values = recipe.sweep or ("", [0.0])
+    batches = math.ceil(len(recipe.prompts) / options["batch_size"])
+    drawn = []
+    with tqdm(total=len(values) * batches * steps, unit="step") as bar:
+
+        def advance() -> None:
+            bar.update()
+
+        for value in values:
+            if name:
+                options[name] = value
+            drawn.append(
+                list(
+                    drawing(
+                        base, recipe.prompts, recipe.seeds, concepts, attention=attention, on_step=advance, **options
+                    )
+                )
+            )
+        jax.effects_barrier()  # the last steps may still be on their way to the bar
+    return drawn
+
+
+def load_concepts(recipe: Recipe, base: BaseModel) -> list[TrainedConcept]:
+    """Loads the concepts of a recipe, under the names it gives them.
+
+    Raises:
+        InputError: one cannot be loaded, or two have one name.
+    """
+    concepts = []
+    for entry in recipe.concepts:
+        concept, card = load_concept(entry["file"], base)
+        concepts.append(TrainedConcept(concept, dataclasses.replace(card, name=entry["name"])))
+    names = [card.name for _, card in concepts]
+    twice = max(names, key=names.count, default="")
+    if names.count(twice) > 1:
+        raise InputError(f"two concepts are called {twice}: give one another name, as in --concept other_{twice}=FILE")
+    return concepts
+
+
+def init_pixels(recipe: Recipe, base: BaseModel) -> np.ndarray:
+    """The picture to start from, cut to the size of the pictures asked for: uint8 [height, width, 3].
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    native = base.unet.sample_size * base.vae_factor
+    size = (recipe.options["width"] or native, recipe.options["height"] or native)
+    image = open_picture(epath.Path(recipe.init_image)).convert("RGB")
+    return np.asarray(ImageOps.fit(image, size, Image.Resampling.LANCZOS))
+
+
+def write(recipe: Recipe, drawn: list[list[Drawn]], out: Path) -> None:
+    """Writes pictures: a single one to `out`; several each beside it, as NAME_0.png and so on, and their grid to `out`.
+
+    Raises:
+        InputError, UnavailableError: they cannot be written.
+    """
+    said = recipe._asdict()
+    pixels = np.stack([np.concatenate([some.pixels for some in batches]) for batches in drawn])
+    if recipe.sweep:
+        # A row per picture, a column per value.
+        name, values = recipe.sweep
+        rows = list(np.moveaxis(pixels, 0, 1))
+        labels = [f"{prompt}, seed {seed}" for prompt, seed in zip(recipe.prompts, recipe.seeds, strict=True)]
+        write_picture(out, grid(rows, labels, [f"{name} {value:g}" for value in values]), said)
+        return
+    pictures = pixels[0]
+    if len(pictures) == 1:
+        write_picture(out, pictures[0], said)
+        return
+    for number, picture in enumerate(pictures):
+        of_one = {"prompts": [recipe.prompts[number]], "seeds": [recipe.seeds[number]], "columns": 1}
+        write_picture(out.with_stem(f"{out.stem}_{number}"), picture, {**said, **of_one})
+    rows = [pictures[first : first + recipe.columns] for first in range(0, len(pictures), recipe.columns)]
+    labels = recipe.prompts[:: recipe.columns] if len(set(recipe.prompts)) > 1 else []
+    write_picture(out, grid(rows, labels), said)

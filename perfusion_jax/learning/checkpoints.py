@@ -1,0 +1,155 @@
+"""Training state on disk: Orbax checkpoints, asynchronous, the last few kept."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from perfusion_jax.pod import distributed
+from perfusion_jax.runtime.errors import InputError, UnavailableError, of_the_runtime
+from perfusion_jax.runtime.files import entries, is_lasting, is_local, of_storage, storage_errors
+
+# How TensorStore's errors begin that are of storage; those of broken bytes are DATA_LOSS, OUT_OF_RANGE, and others.
+_PASSING = re.compile(
+    "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE|UNKNOWN): "
+)
+_LASTING = "PERMISSION_DENIED: "
+
+
+def _to_blame(error: Exception, folder: epath.Path) -> str:
+    """Why a checkpoint cannot be read: its `content`, `storage`, or storage `for now`."""
+    for one in (error, error.__cause__):
+        if one is None:
+            continue
+        if _PASSING.match(str(one)):
+            return "for now"
+        if str(one).startswith(_LASTING):
+            return "storage"
+        if of_storage(one) and not isinstance(one, FileNotFoundError):
+            return "storage" if is_lasting(one) else "for now"
+    if isinstance(error, FileNotFoundError):  # or so it is said of what cannot be looked at
+        try:
+            entries(folder)
+        except InputError as other:
+            return "for now" if isinstance(other, UnavailableError) else "storage"
+    return "content"
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, that does not ask JAX whether a preempted job is to stop: `distributed.stopping` does.
+
+    JAX says yes to one call alone, the same on all hosts; a question of Orbax's in between, with a count of its own,
+    would take that answer.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: local or in a bucket; made if it is not there.
+        keep: how many of the newest are kept.
+
+    Raises:
+        InputError, UnavailableError: the folder cannot be written to.
+    """
+
+    def __init__(self, folder: str | epath.Path, keep: int):
+        self.folder = epath.Path(folder)
+        with storage_errors(self.folder, "written"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # `resolve` takes the name of a bucket for a folder's.
+            self.folder = self.folder.resolve() if is_local(self.folder) else self.folder
+            self._manager = _Manager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+
+    def save(self, step: int, state: Any) -> None:
+        """Begins to write `state`, a tree of arrays; returns as soon as it has been copied from the devices.
+
+        Raises:
+            UnavailableError: it, or the one before it, cannot be written.
+        """
+        with self._write_errors():
+            if not self._manager.save(step, args=ocp.args.StandardSave(state)):
+                raise ValueError(f"Orbax left step {step} out, after step {self._manager.latest_step()}")
+
+    def latest(self) -> int:
+        """The step of the newest checkpoint; -1 if there is none."""
+        return max(self._manager.all_steps(), default=-1)
+
+    def restore(self, like: Any, warn: Callable[[str], None]) -> tuple[Any, int] | None:
+        """Reads the newest checkpoint that is whole; newer ones that are not are renamed to `STEP.unreadable`.
+
+        Args:
+            like: a tree of arrays of the shapes and dtypes to expect.
+            warn: called with a line about each checkpoint that cannot be read.
+
+        Returns:
+            (state, step), or None if there is no checkpoint.
+
+        Raises:
+            InputError: there are checkpoints, and none of them can be read.
+            InputError, UnavailableError: storage fails, or tells processes different things; nothing is renamed.
+        """
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if any(seen != steps for seen in distributed.gather(steps)):
+            raise UnavailableError(f"{self.folder}: not all processes see the same checkpoints in it")
+        broken = []
+        for step in steps:
+            folder = self.folder / str(step) / "default"
+            problem = blame = ""
+            try:
+                # Not by the manager, which ends with a barrier: a process that cannot read would not come to it.
+                state = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(shapes))
+            except Exception as error:  # Orbax raises whatever the broken bytes lead it and its backends to
+                if of_the_runtime(error):
+                    raise
+                problem = type(error).__name__
+                blame = _to_blame(error, folder)
+            # What one process cannot read, none takes.
+            if problems := {why: name for why, name in distributed.gather([blame, problem]) if why}:
+                for why, kind in (("for now", UnavailableError), ("storage", InputError)):
+                    if why in problems:
+                        raise kind(f"{self.folder / str(step)}: cannot be read ({problems[why]})")
+                if distributed.is_first():
+                    warn(f"{self.folder / str(step)}: cannot be read ({problems['content']}); taking the one before")
+                broken.append(step)
+                continue
+            if distributed.is_first():
+                for newer in broken:
+                    (self.folder / str(newer)).rename(self.folder / f"{newer}.unreadable")
+            distributed.wait_for_all("broken checkpoints are out of the way")
+            self._manager.reload()
+            return state, step
+        if steps:
+            raise InputError(
+                f"{self.folder}: none of the checkpoints {steps} can be read; delete the folder to start anew"
+            )
+        return None
+
+    def close(self) -> None:
+        """Waits until all that was saved is on disk, then lets go of the folder.
+
+        Raises:
+            UnavailableError: it could not be written, now or since the last call.
+        """
+        with self._write_errors():
+            self._manager.close()
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax hands on whatever its threads and backends met
+            if of_the_runtime(error):
+                raise
+            raise UnavailableError(
+                f"{self.folder}: a checkpoint cannot be written ({error}); older ones are kept"
+            ) from error

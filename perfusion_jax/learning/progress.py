@@ -1,0 +1,129 @@
+"""What a person sees of a run while it learns: a bar, the loss, and how fast it goes."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from perfusion_jax.pod import chips
+from perfusion_jax.pod.hlo_report import kernel_cost
+
+
+class Meter:
+    """Measures steps per second of time in which steps are taken.
+
+    Compiling, drawing, scoring and saving are left out: `pause` is around them.
+
+    Args:
+        clock: seconds, from any origin.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._began = clock()
+        self._steps = 0
+
+    def step(self) -> None:
+        """Counts a step."""
+        self._steps += 1
+
+    def read(self) -> float | None:
+        """Seconds a step since the last call; None if there was none."""
+        now = self._clock()
+        seconds = (now - self._began) / self._steps if self._steps else None
+        self._began, self._steps = now, 0
+        return seconds
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within it, time does not count."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._began += self._clock() - began
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a compiled step computes.
+
+    Attributes:
+        flops: floating-point operations of each device, by the compiler's count; 0 if it does not tell.
+        peak: floating-point operations a second of a device by its data sheet; None if it is not known.
+    """
+
+    flops: float
+    peak: float | None
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled, device_kind: str, repeats: int) -> "Work":
+        """Reads it from a compiled step.
+
+        Args:
+            compiled: the step.
+            device_kind: of its devices, as JAX calls it.
+            repeats: how often the step repeats what it does in a loop, which the compiler counts once.
+        """
+        chip = chips.CHIPS.get(device_kind)
+        if chip is None:
+            return cls(0.0, None)
+        cost: Any = compiled.cost_analysis() or {}
+        kernels, _ = kernel_cost(compiled.as_text() or "")
+        return cls(repeats * (cost.get("flops", 0.0) + kernels), chips.find_chip(device_kind).flops)
+
+    def utilisation(self, step_seconds: float) -> float | None:
+        """Model FLOP utilisation: the share of the peak that a step of so many seconds reaches; None if unknown."""
+        return self.flops / step_seconds / self.peak if self.peak and self.flops else None
+
+
+class Bar:
+    """The progress over all steps of a run.
+
+    Args:
+        total: steps, those of all concepts together.
+        concepts: how many are to be learnt in this run.
+        name: stands before the bar.
+        shown: whether it is shown at all.
+    """
+
+    def __init__(self, total: int, concepts: int, name: str, shown: bool = True):
+        self._steps_each = total / concepts
+        self._concepts = concepts
+        self._bar = tqdm(total=total, unit="step", desc=name, disable=not shown)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self._bar.close()
+
+    def skip(self, steps: int) -> None:
+        """Counts steps that are not taken in this run: not for its rate."""
+        if not self._bar.disable:
+            self._bar.n += steps
+            self._bar.initial += steps
+            self._bar.last_print_n += steps
+            self._bar.refresh()
+
+    def advance(self, steps: int) -> None:
+        """Counts steps taken."""
+        self._bar.update(steps)
+
+    def say(self, words: str) -> None:
+        """Shows what is being done."""
+        self._bar.set_postfix_str(words)
+
+    def show(self, loss: float, samples_per_second: float | None, utilisation: float | None) -> None:
+        """Shows how it goes."""
+        words = [f"loss {loss:.4f}"]
+        if samples_per_second is not None:
+            words.append(f"{samples_per_second:.3g} samples/s")
+        if utilisation is not None:
+            words.append(f"{utilisation:.0%} MFU")
+        rate = self._bar.format_dict["rate"]
+        if rate and self._concepts > 1:
+            words.append(f"{3600 * rate / self._steps_each:.0f} concepts/h")
+        self._bar.set_postfix_str(", ".join(words), refresh=False)

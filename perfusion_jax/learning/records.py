@@ -1,0 +1,113 @@
+"""Where a run writes what it learns: concepts and pictures in its workdir, progress in the folder of its job."""
+
+import dataclasses
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from perfusion_jax.data.table import Row
+from perfusion_jax.learning.report import OpenRound, Report
+from perfusion_jax.learning.rounds import Member, Round, rounded_up
+from perfusion_jax.learning.workdir import Log
+from perfusion_jax.pod import distributed
+from perfusion_jax.runtime.files import storage_errors
+
+
+def report_line(row: Row, state: str, **facts: Any) -> dict[str, Any]:
+    """A concept's line of the report (`learning.runs`)."""
+    line = {"name": row.name, "state": state, "steps": 0, "seconds": 0.0, "chip_seconds": 0.0, "error": ""}
+    return line | {"row": row.digest} | facts
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """The files of a run.
+
+    Attributes:
+        workdir: where concepts and pictures go; the jobs of a fleet that was split share it.
+        folder: of this job: checkpoints, logs, and which round is open.
+        report: a line for each concept of a fleet; None for a run of one concept.
+    """
+
+    workdir: epath.Path
+    folder: epath.Path
+    report: Report | None
+
+    @property
+    def alone(self) -> bool:
+        """Whether the run is of one concept."""
+        return self.report is None
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """The folder of checkpoints."""
+        return self.folder / "checkpoints"
+
+    def concept(self, member: Member) -> epath.Path:
+        """The file of a concept."""
+        return self.workdir / "concepts" / f"{member.name}.safetensors"
+
+    def sheet(self, member: Member, step: int | None = None) -> epath.Path:
+        """The file of a concept's pictures, after a step or when it is finished."""
+        folder = self.workdir / "samples"
+        if step is None:
+            return folder / f"{member.name}.png"
+        return (folder if self.alone else folder / member.name) / f"step_{step:06d}.png"
+
+    def read_open_round(self) -> OpenRound:
+        """The round that was interrupted; a run of one concept has no rounds."""
+        return OpenRound() if self.alone else OpenRound.read(self._open)
+
+    def open_round(self, current: Round, pictures: int) -> OpenRound:
+        """Opens a round, or goes on with it if it is the one that was interrupted; all processes must call it.
+
+        Args:
+            current: the round.
+            pictures: the most that one of this process's concepts has.
+
+        Returns:
+            What is kept of it. Checkpoints of another round are deleted.
+        """
+        opened = self.read_open_round()
+        # Concepts of this round that were finished before it was interrupted, or that failed, have no slot now.
+        goes_on = self.alone or (
+            len(opened.members) == len(current.members)
+            and all(a == b for a, b in zip(current.identities, opened.members, strict=True) if a)
+        )
+        if not goes_on:
+            opened = OpenRound(steps_before=opened.steps_before)
+        most = max(opened.pictures, *distributed.gather(pictures))
+        # Who has lost its slot stands still from here on, and so must not come back to it.
+        opened = dataclasses.replace(opened, members=current.identities, pictures=rounded_up(most))
+        if distributed.is_first() and not goes_on:
+            with storage_errors(self.checkpoints, "deleted"):
+                self.checkpoints.rmtree(missing_ok=True)
+        self.keep(opened)
+        distributed.wait_for_all("round")
+        return opened
+
+    def keep(self, opened: OpenRound) -> None:
+        """Keeps how far the open round has come; a run of one concept has no rounds."""
+        if not self.alone:
+            opened.write(self._open)
+
+    def log(self, step: int) -> AbstractContextManager[Log | None]:
+        """Opens metrics.jsonl and TensorBoard's events, to go on after a step; of many processes the first does."""
+        return closing(Log(self.folder, step)) if distributed.is_first() else nullcontext()
+
+    def add(self, lines: list[dict[str, Any]]) -> None:
+        """Adds lines to the report, if there is one."""
+        if self.report is not None:
+            self.report.add(lines)
+
+    @property
+    def _open(self) -> epath.Path:
+        return self.folder / "round.json"
+
+
+def finite_mean(values: np.ndarray) -> float | None:
+    """The mean of those values that are finite; None if none is."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else None

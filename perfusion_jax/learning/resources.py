@@ -1,0 +1,139 @@
+"""What all rounds of a run share: the frozen model over the mesh, the metric, the evaluator and compiled steps."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
+from perfusion_jax.base_model.clip import load_clip
+from perfusion_jax.base_model.instance import load_instance_encoder
+from perfusion_jax.config import is_fleet
+from perfusion_jax.formats import covariance_file
+from perfusion_jax.learning.fleet_step import STEP_PARAMS, make_fleet_step, member_shapes, step_shapes
+from perfusion_jax.learning.metrics import Evaluator
+from perfusion_jax.learning.step import Settings
+from perfusion_jax.pod.mesh import make_mesh, on_each, param_shardings, place
+from perfusion_jax.runtime import shipped
+from perfusion_jax.runtime.errors import InputError
+
+
+def load_base(config: ConfigDict) -> BaseModel:
+    """Loads the frozen model that a config names."""
+    return load_base_model(
+        config.base,
+        dtype=network_dtype(config.dtype),
+        revision=config.revision or None,
+        variant=config.variant or None,
+    )
+
+
+def load_whitening(config: ConfigDict, base: BaseModel) -> jax.Array:
+    """C^-1/2 of the base model's text encoder.
+
+    Raises:
+        InputError: the config names no file of C and none came with the model.
+    """
+    file = config.covariance or base.covariance
+    if not file:
+        raise InputError(
+            f"config.covariance is empty, and no covariance came with {config.base}: measure it once with "
+            f"`python -m perfusion_jax.covariance --base {config.base} --captions captions.txt --out covariance.npz`"
+        )
+    return covariance_file.load_whitening(file, base.context_width)
+
+
+def load_evaluator(config: ConfigDict) -> Evaluator | None:
+    """What validation pictures are scored by, or None if there is no CLIP."""
+    folder = config.evaluator or (shipped.EVALUATOR if config.base == "emoji" else None)
+    if not folder:
+        return None
+    instance = load_instance_encoder(config.instance_encoder) if config.instance_encoder else None
+    return Evaluator(load_clip(folder), instance)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Resources:
+    """What all rounds share.
+
+    Attributes:
+        config: the run's.
+        base: the model, its weights on this process's first device.
+        params: those that the step reads, over the mesh.
+        whitening: C^-1/2 on the first device.
+        mesh_whitening: the same over the mesh.
+        evaluator: what concepts are scored by, or None.
+        drawing_base, drawing_mesh: the model that draws, and what devices of this process share that; None for one.
+        mesh: of all devices.
+        compiled: the compiled step by (settings, slots, pictures, prompts, side).
+    """
+
+    config: ConfigDict
+    base: BaseModel
+    params: Any
+    whitening: jax.Array
+    mesh_whitening: jax.Array
+    evaluator: Evaluator | None
+    drawing_base: BaseModel
+    drawing_mesh: Mesh | None
+    mesh: Mesh
+    compiled: Callable[..., jax.stages.Compiled]
+
+    def side_of(self, config: ConfigDict) -> int:
+        """Side of a concept's pictures in pixels."""
+        return config.size or self.base.unet.sample_size * self.base.vae_factor
+
+
+def mesh_of(config: ConfigDict) -> Mesh:
+    """The mesh that a config asks for (see `config.mesh`).
+
+    Raises:
+        InputError: the devices cannot be arranged so.
+    """
+    if config.mesh:
+        return make_mesh(config.mesh)
+    if is_fleet(config):
+        return make_mesh((-1, 1, 1))
+    part = config.batch_size // config.accumulation
+    count = max(number for number in range(1, jax.device_count() + 1) if part % number == 0)
+    return make_mesh((1, count, 1), jax.devices()[:count])
+
+
+def load_resources(config: ConfigDict) -> Resources:
+    """Loads the model and lays its weights over the mesh.
+
+    Raises:
+        InputError: something that the config names cannot be used.
+        UnavailableError: it cannot be read for now.
+    """
+    mesh = mesh_of(config)
+    base = load_base(config)
+    frozen = {name: base.params[name] for name in STEP_PARAMS}
+    params = place(frozen, param_shardings(frozen, mesh))
+    if mesh.shape["fsdp"] == 1:  # the whole weights lie on every device: one copy on the first is enough
+        first = Mesh(jax.local_devices()[:1], ("data",))
+        base = dataclasses.replace(base, params={**base.params, **on_each(params, first)})
+    whitening = load_whitening(config, base)
+    drawing_base, drawing_mesh = base, None
+    here = mesh.local_devices
+    if config.validation_prompts and mesh.shape["fsdp"] == 1 and len(here) > 1:
+        drawing_mesh = Mesh(np.array(here), ("data",), axis_types=(AxisType.Auto,))
+        vae = jax.device_put(base.params["vae"], NamedSharding(drawing_mesh, PartitionSpec()))
+        drawing_base = dataclasses.replace(base, params={**on_each(params, drawing_mesh), "vae": vae})
+
+    @functools.cache
+    def compiled(settings: Settings, slots: int, pictures: int, prompts: int, side: int) -> jax.stages.Compiled:
+        shapes = member_shapes(base, settings, pictures, prompts, side)
+        step: Any = make_fleet_step(base, settings, mesh)
+        return step.lower(*step_shapes(base, shapes, slots)).compile()
+
+    mesh_whitening = place(whitening, NamedSharding(mesh, PartitionSpec()))
+    evaluator = load_evaluator(config) if config.validation_prompts else None
+    return Resources(
+        config, base, params, whitening, mesh_whitening, evaluator, drawing_base, drawing_mesh, mesh, compiled
+    )

@@ -1,0 +1,254 @@
+"""Runs: one concept, or a table of them, from a config to finished concepts.
+
+Concepts of a table are learnt in rounds of as many as fit; the pictures of the next round are prepared while one is
+learnt. A finished concept is written at once, and a line of `report.jsonl` says so:
+
+    {"name": "rex", "state": "done", "steps": 400, "seconds": 61.2, "chip_seconds": 7.7, "error": "",
+     "row": "0f3a...", "image_similarity": ..., "text_similarity": ..., "prompt_precision": ..., "score": ...}
+
+`state` is `done`, `diverged` (its loss was no longer finite) or `failed` (its folder or pictures cannot be used).
+`seconds` is how long its round had taken by then, `chip_seconds` its share of the chips' time, at any moment that of
+one among those that are not finished yet; both from the round's first step. `row` is a digest of what its line of the
+table says.
+
+The same command goes on inside a round that was interrupted (or begins it anew, on chips that it does not go with, or
+does not fit any more), to the same concepts; does what is missing; tries failed concepts again; and leaves done and
+diverged ones alone, and says so if their lines in the table are others now.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from perfusion_jax.config import OVERRIDES, PER_CONCEPT, check, member_config
+from perfusion_jax.data.table import Row, read_table
+from perfusion_jax.learning.checkpoints import Checkpoints
+from perfusion_jax.learning.loop import Loop
+from perfusion_jax.learning.preparation import Prepared, prepare
+from perfusion_jax.learning.progress import Bar
+from perfusion_jax.learning.records import Records, report_line
+from perfusion_jax.learning.report import Report
+from perfusion_jax.learning.resources import load_resources
+from perfusion_jax.learning.rounds import Member, Round, plan
+from perfusion_jax.learning.scoring import show_masks
+from perfusion_jax.learning.workdir import begin, has_results
+from perfusion_jax.pod import distributed
+from perfusion_jax.pod.slots import slot_owners
+from perfusion_jax.runtime.errors import InputError, Stopped, out_of_memory
+from perfusion_jax.runtime.files import locked, storage_errors
+
+
+def train_one(config: ConfigDict, workdir: epath.Path) -> epath.Path:
+    """Learns the concept of a config, or goes on with it.
+
+    Returns:
+        The concept's file.
+
+    Raises:
+        InputError: the config or something it names cannot be used, another job is at work in the workdir, or the loss
+            is no longer finite.
+        UnavailableError: storage or the hub fails.
+        Stopped: it was told to stop, and has saved.
+    """
+    check(config)
+    row = Row(**{name: config[name] for name in PER_CONCEPT}, masks="", captions="", overrides={}, said={}, where="")
+    member = Member(row, config)
+    records = Records(workdir, workdir, report=None)
+    result = records.concept(member)
+    with locked(workdir / "lock", "take another --workdir"):
+        begin(config, workdir)
+        with closing(Checkpoints(records.checkpoints, config.keep_checkpoints)) as checkpoints:
+            taken = checkpoints.latest()
+        if taken >= config.steps and result.exists():
+            print(f"finished already, after {taken} steps: {result}")
+        else:
+            _learn(config, records, [member], [member])
+    return result
+
+
+def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] = (0, 1)) -> None:
+    """Learns what is missing of a table.
+
+    Args:
+        config: one that names `concepts` (`configs/fleet.py`).
+        workdir: shared by all processes, and by all jobs that have a part of the table.
+        shard: (I, N): every N-th concept from the I-th on. Each job keeps its report in `shard_I_of_N/`.
+
+    Raises:
+        InputError: the config, table or workdir cannot be used, or not one concept was learnt and there are no other
+            shards.
+        UnavailableError: storage fails.
+        Stopped: it was told to stop, and has saved.
+    """
+    check(config)
+    index, count = shard
+    table = distributed.from_first(lambda: read_table(config.concepts, OVERRIDES)[index::count])
+    rows = [Row(*fields) for fields in table]
+    members = [Member(row, member_config(config, row)) for row in rows if not row.problem]
+    folder = workdir / f"shard_{index}_of_{count}" if count > 1 else workdir
+    with ExitStack() as stack:
+
+        def take() -> None:
+            _check_split(workdir, count)
+            stack.enter_context(locked(folder / "lock", "take another --workdir, or another --shard of it"))
+            begin(config, folder)
+
+        distributed.from_first(take)
+        report = Report(folder / "report.jsonl")
+        broken = [row for row in rows if row.problem and not report.is_over(row.name)]
+        report.add([report_line(row, "failed", error=row.problem) for row in broken])
+        todo = [member for member in members if not report.is_over(member.name)]
+        _warn_of_changed_rows(rows, report)
+        if todo:
+            _learn(config, Records(workdir, folder, report), members, todo)
+    _summarise(rows, report, workdir, is_part=count > 1)
+
+
+def _summarise(rows: Sequence[Row], report: Report, workdir: epath.Path, is_part: bool) -> None:
+    """Says what has become of a fleet.
+
+    Raises:
+        InputError: not one concept was learnt, and the table was not split.
+    """
+    lines = [report.lines[row.name] for row in rows]
+    counts = {state: sum(line["state"] == state for line in lines) for state in ("done", "diverged", "failed")}
+    summary = ", ".join(f"{number} {state}" for state, number in counts.items() if number) or "none in this shard"
+    if distributed.is_first():
+        print(f"{len(lines)} concept{'' if len(lines) == 1 else 's'}: {summary}; {workdir / 'concepts'}, {report.file}")
+    if counts["done"] == len(lines):
+        return
+    wrong = next(line for line in lines if line["state"] != "done")
+    message = (
+        f"{len(lines) - counts['done']} of {len(lines)} concepts were not learnt, such as {wrong['name']}: "
+        f"{wrong['error']}; all are in {report.file}. The same command tries the failed ones again"
+    )
+    # What starts jobs again when they fail could not mend a concept; and one shard must not stop the others.
+    if not counts["done"] and not is_part:
+        raise InputError(message)
+    if distributed.is_first():
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _warn_of_changed_rows(rows: Sequence[Row], report: Report) -> None:
+    over = [row for row in rows if report.is_over(row.name) and not row.problem]
+    changed = [row for row in over if report.lines[row.name].get("row", row.digest) != row.digest]
+    if changed and distributed.is_first():
+        print(
+            f"warning: {changed[0].where}: {len(changed)} of the concepts that are over, such as "
+            f"{changed[0].name}, were learnt by other lines of the table and stay as they are; delete their lines of "
+            f"{report.file} to learn them anew",
+            file=sys.stderr,
+        )
+
+
+def _check_split(workdir: epath.Path, count: int) -> None:
+    """Makes sure that the table was not split into another number of shards before: they would overlap.
+
+    Raises:
+        InputError: it was.
+        UnavailableError: storage fails.
+    """
+    with storage_errors(workdir, "read"):
+        others = [folder for folder in workdir.glob("shard_*_of_*") if not folder.name.endswith(f"_of_{count}")]
+    if count > 1:
+        others.append(workdir)
+    others = [folder for folder in others if has_results(folder)]
+    if others:
+        raise InputError(
+            f"--shard: {others[0]} is of another split of the table; keep the number of shards, or take another "
+            "--workdir"
+        )
+
+
+def _learn(config: ConfigDict, records: Records, members: list[Member], todo: list[Member]) -> None:
+    """Learns members round by round, the next round being prepared by a thread.
+
+    Raises:
+        Stopped: it was told to stop, and has saved.
+        InputError, UnavailableError: something cannot be written, or the only concept cannot be learnt.
+    """
+    resources = load_resources(config)
+    rounds = plan(resources, members, todo, records.read_open_round())
+    steps = sum(member.config.steps for member in todo)
+    name = config.name if records.alone else "fleet"
+    cancelled = threading.Event()
+    with (
+        distributed.stopping() as stop,
+        ThreadPoolExecutor(1, "prepare") as executor,
+        closing(Bar(steps, len(todo), name, shown=distributed.is_first())) as bar,
+    ):
+
+        def submit(current: Round) -> "Future[Prepared]":
+            held, _ = slot_owners(resources.mesh, len(current.members))
+            return executor.submit(prepare, resources, current, held, cancelled)
+
+        try:
+            upcoming = submit(rounds[0])
+            for number, current in enumerate(rounds):
+                bar.say("preparing pictures")
+                prepared = None
+                try:
+                    prepared = _result(upcoming, stop)
+                except jax.errors.JaxRuntimeError as error:
+                    if number == 0 or not out_of_memory(error):
+                        raise
+                if prepared is None:  # not in the handler, where the error still holds the arrays of what failed
+                    upcoming = submit(current)  # the step of the round before was in memory as well; now it is not
+                    prepared = _result(upcoming, stop)
+                if number + 1 < len(rounds):
+                    upcoming = submit(rounds[number + 1])
+                left = current.without(_report_failures(current, prepared, records))
+                bar.skip(sum(current.limits) - sum(left.limits))
+                if records.alone:
+                    masks = np.asarray(prepared.examples[0].masks[:, 0])
+                    show_masks(records.workdir / "masks.png", prepared.pixels[0], masks)
+                if any(left.members):
+                    bar.say("compiling")
+                    Loop(resources, left, prepared, records, bar).run(stop)
+        finally:
+            cancelled.set()
+
+
+def _report_failures(current: Round, prepared: Prepared, records: Records) -> set[int]:
+    """Reports the concepts of a round that cannot be learnt, and returns their slots.
+
+    Raises:
+        Exception: what is wrong with the only concept of a run.
+    """
+    if records.alone:
+        for error in prepared.failures.values():
+            raise error
+    told = []
+    for slot, error in prepared.failures.items():
+        problem = str(error)
+        if not isinstance(error, InputError):
+            member = current.members[slot]
+            assert member is not None
+            problem = f"{member.row.pictures}: {type(error).__name__}: {error}"
+            logging.error("%s", problem, exc_info=error)  # a fault of ours, or of a library
+        told.append((slot, problem))
+    failed = [(current.members[slot], slot, problem) for part in distributed.gather(told) for slot, problem in part]
+    records.add([report_line(member.row, "failed", error=problem) for member, _, problem in failed if member])
+    return {slot for _, slot, _ in failed}
+
+
+def _result(future: "Future[Prepared]", stop: Callable[[], bool]) -> Prepared:
+    """Waits for a round to be prepared; a process that is alone can be stopped meanwhile.
+
+    Raises:
+        Stopped: it was.
+    """
+    while jax.process_count() == 1 and not future.done():
+        if stop():
+            raise Stopped
+        time.sleep(0.02)
+    return future.result()

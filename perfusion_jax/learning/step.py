@@ -1,0 +1,229 @@
+"""Learning one concept: the loss, and one step of optimisation (Perfusion, arXiv 2305.01644, section 4 and appendix).
+
+Everything here is written for one concept and is a pure function of its arguments: `jax.vmap` makes a fleet of it.
+
+    o*_V, embedding    parameters, each with its own learning rate (Adam, no weight decay)
+    i*                 state: i* <- d i* + (1 - d) mean over the batch of the encodings at the concept's token
+    o*_K               locked: what the frozen W_K gives for the super-category
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from perfusion_jax.base_model import BaseModel, keys_values
+from perfusion_jax.base_model.text import mean_at
+from perfusion_jax.data.examples import Examples
+from perfusion_jax.method.concept import Concept
+from perfusion_jax.method.edit import Gate
+from perfusion_jax.method.surgery import Params, insert
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a concept is learnt. Hashable: a static argument of the compiled step.
+
+    Attributes:
+        batch_size: samples per optimiser step.
+        accumulation: parts that a batch is computed in, one after the other; divides `batch_size`.
+        values_rate: learning rate of o*_V.
+        embedding_rate: learning rate of the word embedding.
+        bias, temperature: beta and tau of the gate while training.
+        target_input_decay: d, of the moving average of i*.
+        flip: show each sample mirrored with probability 1/2.
+        trained: the fields of the concept that are parameters; `key_outputs` among them takes the lock off.
+        edit: False leaves the projections alone, and only the word embedding acts (textual inversion).
+        straight_through: let the gradient pass through i* as if it were the batch's mean encoding.
+    """
+
+    batch_size: int = 16
+    accumulation: int = 1
+    values_rate: float = 0.03
+    embedding_rate: float = 0.006
+    bias: float = 0.75
+    temperature: float = 0.1
+    target_input_decay: float = 0.99
+    flip: bool = True
+    trained: tuple[str, ...] = ("embedding", "value_outputs")
+    edit: bool = True
+    straight_through: bool = False
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Settings":
+        """The part of a config that the step knows."""
+        fields = {
+            "embedding": config.train_embedding,
+            "value_outputs": config.train_values and config.edit,
+            "key_outputs": not config.lock_keys and config.edit,
+        }
+        trained = tuple(field for field, is_trained in fields.items() if is_trained)
+        same = {field.name: config[field.name] for field in dataclasses.fields(cls) if field.name in config}
+        return cls(**same, trained=trained)
+
+
+class Batch(NamedTuple):
+    """Samples of one step, or of a part of it.
+
+    Attributes:
+        latents: float32 [batch, height, width, channels].
+        masks: weights of the loss, float32 [batch, height, width].
+        ids: int32 [batch, tokens].
+        noise: standard normal, the shape of the latents.
+        timesteps: int32 [batch].
+    """
+
+    latents: jax.Array
+    masks: jax.Array
+    ids: jax.Array
+    noise: jax.Array
+    timesteps: jax.Array
+
+
+@flax.struct.dataclass
+class Learning:
+    """A concept while it is learnt: all that changes from step to step.
+
+    Attributes:
+        concept: as far as it has been learnt.
+        optimizer: optax's state.
+        step: optimiser steps taken, int32 scalar.
+        diverged: whether a loss or gradient was not finite; from then on nothing changes. Bool scalar.
+    """
+
+    concept: Concept
+    optimizer: Any
+    step: jax.Array
+    diverged: jax.Array
+
+
+def make_optimizer(settings: Settings) -> optax.GradientTransformation:
+    """Adam without weight decay, at one rate for the embedding and another for target outputs."""
+    return optax.multi_transform(
+        {"embedding": optax.adam(settings.embedding_rate), "outputs": optax.adam(settings.values_rate)},
+        lambda trained: {field: "embedding" if field == "embedding" else "outputs" for field in trained},
+    )
+
+
+def start(concept: Concept, settings: Settings) -> Learning:
+    """The state before the first step, of a concept that is still its super-category (`BaseModel.new_concept`)."""
+    return Learning(
+        concept=concept,
+        optimizer=make_optimizer(settings).init(concept.trainable(settings.trained)),
+        step=jnp.zeros((), jnp.int32),
+        diverged=jnp.zeros((), bool),
+    )
+
+
+def draw_batch(key: jax.Array, examples: Examples, base: BaseModel, settings: Settings) -> Batch:
+    """Draws the samples of a step: pictures, flips, prompts, latents of the posterior, noise and timesteps.
+
+    Args:
+        key: of this step.
+        examples: what to draw from.
+        base: the model, for its schedule.
+        settings: batch size and flips.
+    """
+    keys = jax.random.split(key, 6)
+    size = settings.batch_size
+    pictures = jax.random.randint(keys[0], (size,), 0, examples.num_pictures)
+    flips = jax.random.bernoulli(keys[1], 0.5, (size,)).astype(jnp.int32) * settings.flip
+    prompts = jax.random.randint(keys[2], (size,), 0, examples.prompt_ids.shape[1])
+    mean, std = examples.mean[pictures, flips], examples.std[pictures, flips]
+    return Batch(
+        latents=mean + std * jax.random.normal(keys[3], mean.shape),
+        masks=examples.masks[pictures, flips],
+        ids=examples.prompt_ids[pictures, prompts],
+        noise=jax.random.normal(keys[4], mean.shape),
+        timesteps=jax.random.randint(keys[5], (size,), 0, base.schedule.num_train_timesteps),
+    )
+
+
+def loss(
+    base: BaseModel,
+    params: dict[str, Params],
+    whitening: jax.Array,
+    concept: Concept,
+    batch: Batch,
+    settings: Settings,
+) -> tuple[jax.Array, jax.Array]:
+    """The denoising loss of a batch under the edit; arguments as for `train_step`.
+
+    The squared error of each pixel is weighted by the mask, and the weighted sum divided by the sum of the weights;
+    then the mean over the samples.
+
+    Returns:
+        (loss, mean encoding at the concept's token over the batch, [context_width]), float32.
+    """
+    encodings = base.encode(params["text_encoder"], batch.ids, concept.embedding[None])
+    concept_encoding = mean_at(encodings, batch.ids == base.tokenizer.vocabulary_size)
+    if settings.straight_through:
+        through = concept_encoding - jax.lax.stop_gradient(concept_encoding)
+        concept = concept.with_target_input(concept.target_input + through, whitening)
+    unet = (
+        insert(params["unet"], concept, Gate(settings.bias, settings.temperature)) if settings.edit else params["unet"]
+    )
+    noisy = base.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+    prediction = base.denoise(
+        params["unet"], noisy.astype(base.unet.dtype), batch.timesteps, keys_values(unet, encodings)
+    )
+    target = base.schedule.target(batch.latents, batch.noise, batch.timesteps)
+    error = jnp.mean((prediction.astype(jnp.float32) - target) ** 2, axis=-1)
+    per_sample = jnp.sum(batch.masks * error, axis=(1, 2)) / jnp.sum(batch.masks, axis=(1, 2))
+    return per_sample.mean(), concept_encoding
+
+
+def train_step(
+    base: BaseModel,
+    params: dict[str, Params],
+    whitening: jax.Array,
+    examples: Examples,
+    learning: Learning,
+    key: jax.Array,
+    settings: Settings,
+    place: Callable[[Batch], Batch] = lambda parts: parts,
+) -> tuple[Learning, jax.Array]:
+    """Takes one optimiser step.
+
+    Args:
+        base: the model's architecture.
+        params: its frozen weights, without edits.
+        whitening: C^-1/2, float32 [context_width, context_width].
+        examples: what the concept is learnt from.
+        learning: the state before.
+        key: the concept's own; the step's is folded from it, so that a step depends on its number alone.
+        settings: how to learn.
+        place: puts a batch, each field [accumulation, samples, ...], on the devices that compute it; by default it
+            stays where it is.
+
+    Returns:
+        (the state after, the loss before the step). Where the loss or a gradient is not finite, the state stays what it
+        was from then on, and the loss is NaN.
+    """
+    concept = learning.concept
+    batch = draw_batch(jax.random.fold_in(key, learning.step), examples, base, settings)
+    parts = place(jax.tree.map(lambda array: array.reshape(settings.accumulation, -1, *array.shape[1:]), batch))
+    parameters = concept.trainable(settings.trained)
+
+    def gradient_of(part: Batch) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
+        def loss_of(parameters: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+            return loss(base, params, whitening, dataclasses.replace(concept, **parameters), part, settings)
+
+        return jax.value_and_grad(loss_of, has_aux=True)(parameters)
+
+    # Parts are of one size, so the mean of their means is the mean over the batch.
+    (value, encoding), gradient = jax.tree.map(lambda array: array.mean(axis=0), jax.lax.map(gradient_of, parts))
+    updates, optimizer = make_optimizer(settings).update(gradient, learning.optimizer, parameters)
+    decay = settings.target_input_decay
+    moved = dataclasses.replace(concept, **optax.apply_updates(parameters, updates)).with_target_input(
+        decay * concept.target_input + (1 - decay) * encoding, whitening
+    )
+    diverged = learning.diverged | ~jnp.isfinite(value) | ~jnp.isfinite(optax.tree.norm(gradient))
+    after = Learning(moved, optimizer, learning.step + 1, diverged)
+    kept = jax.tree.map(lambda old, new: jnp.where(diverged, old, new), learning, after)
+    return dataclasses.replace(kept, diverged=diverged), jnp.where(diverged, jnp.nan, value)

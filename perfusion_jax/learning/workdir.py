@@ -1,0 +1,159 @@
+"""What a run keeps in its workdir, checkpoints apart: its config, logs, pictures and concepts."""
+
+import json
+import time
+from contextlib import AbstractContextManager
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from perfusion_jax.base_model import BaseModel
+from perfusion_jax.config import check_same, to_json
+from perfusion_jax.formats.concept_file import ConceptCard, save_concept
+from perfusion_jax.method.concept import Concept
+from perfusion_jax.runtime.files import is_local, read_text, storage_errors, write_bytes
+
+METRICS = "metrics.jsonl"
+
+
+def begin(config: ConfigDict, workdir: epath.Path) -> None:
+    """Makes the workdir and saves the config in it; once there are results, sees that it is the same config.
+
+    Raises:
+        InputError: it is another config, or the workdir cannot be used.
+        UnavailableError: storage fails.
+    """
+    file = workdir / "config.json"
+    text = to_json(config)
+    with storage_errors(workdir, "written"):
+        workdir.mkdir(parents=True, exist_ok=True)
+    before = read_text(file)
+    if before and has_results(workdir):
+        check_same(config, before, file)
+    if before != text:
+        write_bytes(file, text.encode())
+
+
+def has_results(workdir: epath.Path) -> bool:
+    """Whether something was learnt in a workdir.
+
+    Raises:
+        InputError, UnavailableError: it cannot be read.
+    """
+    return any(read_text(workdir / name) for name in (METRICS, "report.jsonl"))
+
+
+class Log:
+    """metrics.jsonl and TensorBoard events of a run.
+
+    Args:
+        workdir: where.
+        step: the step that the run goes on from: what was logged after it is dropped, and will be logged again.
+    """
+
+    def __init__(self, workdir: epath.Path, step: int):
+        self._file = workdir / METRICS
+        # A bucket takes whole files alone, and each of them about once a second.
+        self._pause = 0 if is_local(workdir) else 30
+        self._flushed = 0.0
+        lines = read_text(self._file).splitlines()
+        self._lines = [line for line in lines if _step_of(line) <= step]
+        self._write()
+        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the run then waits for ever.
+        with self._events_errors():
+            (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        # Tells TensorBoard to forget what an earlier run logged after this step.
+        self._add(Event(session_log=SessionLog(status=SessionLog.START)), step)
+
+    def __call__(self, step: int, name: str = "", **metrics: float) -> None:
+        """Logs the metrics of a step; `name` is of the concept that they are of, if they are not of all."""
+        self._lines.append(json.dumps({"step": step, **({"name": name} if name else {}), **metrics}))
+        for metric, value in metrics.items():
+            self._add(Event(summary=summary.scalar(_tag(metric, name), value)), step)
+        if time.monotonic() - self._flushed >= self._pause:
+            self.flush()
+
+    def picture(self, step: int, pixels: np.ndarray, name: str = "") -> None:
+        """Logs a picture, uint8 [height, width, 3], of the concept of that name."""
+        self._add(Event(summary=summary.image(_tag("samples", name), pixels, dataformats="HWC")), step)
+
+    def close(self) -> None:
+        """Writes what is left.
+
+        Raises:
+            InputError, UnavailableError: it cannot be written.
+        """
+        self.flush()
+        with self._events_errors():
+            self._events.close()
+
+    def _add(self, event: Event, step: int) -> None:
+        event.step, event.wall_time = step, time.time()
+        with self._events_errors():
+            self._events.write_event(event)
+
+    def flush(self) -> None:
+        """Writes what has been logged so far; in a bucket it would otherwise wait for half a minute.
+
+        Raises:
+            InputError, UnavailableError: it cannot be written.
+        """
+        self._write()
+        with self._events_errors():
+            self._events.flush()
+        self._flushed = time.monotonic()
+
+    def _events_errors(self) -> AbstractContextManager[None]:
+        return storage_errors(self._file.parent / "tensorboard", "written")
+
+    def _write(self) -> None:
+        write_bytes(self._file, "".join(f"{line}\n" for line in self._lines).encode())
+
+
+def _tag(what: str, name: str) -> str:
+    return f"{what}/{name}" if name else what
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")  # cut off by a kill
+
+
+def make_card(config: ConfigDict, base: BaseModel, step: int) -> ConceptCard:
+    """What a concept's file says of it, learnt for a number of optimiser steps."""
+    return ConceptCard(
+        name=config.name,
+        super_category=config.super_category,
+        base_model=config.base,
+        fingerprint=base.fingerprint,
+        bias=config.sampling_bias,
+        temperature=config.sampling_temperature,
+        guidance_scale=config.guidance_scale,
+        step=step,
+        licence=config.licence,
+    )
+
+
+def write_concept(file: epath.Path, config: ConfigDict, base: BaseModel, concept: Concept, step: int) -> ConceptCard:
+    """Writes a learnt concept, all at once or not at all, and returns what its file says of it.
+
+    Args:
+        file: where.
+        config: the run's.
+        base: the model it was learnt on.
+        concept: what was learnt.
+        step: optimiser steps it took.
+
+    Raises:
+        InputError, UnavailableError: it cannot be written.
+    """
+    card = make_card(config, base, step)
+    save_concept(file, concept, card)
+    return card

@@ -1,0 +1,43 @@
+"""The metric of the edit: C = E[e e^T], the uncentred covariance of text encodings, and its root C^-1/2.
+
+ROME (arXiv 2202.05262, eq. 2) and Perfusion (arXiv 2305.01644, section 4). C's scale cancels in the edit.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# The metric is used in float32: above this, similarities lose all their digits.
+MAX_CONDITION = 1e6
+
+
+def checked(matrix: np.ndarray) -> np.ndarray:
+    """Returns a covariance, float64 [context_width, context_width], made exactly symmetric.
+
+    Raises:
+        ValueError: it is not finite, not symmetric, or too near to singular to be inverted.
+    """
+    if not np.isfinite(matrix).all():
+        raise ValueError("has values that are not finite")
+    if np.abs(matrix - matrix.T).max() > 1e-4 * np.abs(matrix).max():
+        raise ValueError("not symmetric, so not a covariance")
+    matrix = (matrix + matrix.T) / 2
+    eigenvalues = np.linalg.eigvalsh(matrix)
+    if eigenvalues[0] <= eigenvalues[-1] / MAX_CONDITION:
+        raise ValueError(
+            f"singular or nearly so (eigenvalues from {eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g}): "
+            "make it from more, and more varied, captions"
+        )
+    return matrix
+
+
+def whitening_of(covariance: np.ndarray) -> jax.Array:
+    """Returns C^-1/2, float32 [context_width, context_width], computed in float64.
+
+    It whitens encodings: multiplied by it, they have the identity for their covariance.
+
+    Args:
+        covariance: C, symmetric and positive definite, float64 [context_width, context_width].
+    """
+    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+    return jnp.asarray((eigenvectors / np.sqrt(eigenvalues)) @ eigenvectors.T, jnp.float32)

@@ -1,0 +1,154 @@
+"""Rank-1 edits as transforms of a parameter tree.
+
+The cross-attention layers are the subtrees called `attn2`; they are found in the tree, never listed, so any UNet
+with this name works. `insert` adds leaves beside the frozen kernels, which stay the very same arrays:
+
+    params["concept_edit"]                      Edit: i*, its duals and the gates, shared by all layers
+    params[...]["attn2"]["to_k"]["kernel"]      W_K, frozen
+    params[...]["attn2"]["to_k"]["target_outputs"]    o*_K, [num_concepts, out_width]
+    params[...]["attn2"]["to_v"]...             likewise
+
+All functions are pure and work under `jit`, `grad` and `vmap`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from perfusion_jax.method import concept as concept_lib
+from perfusion_jax.method.concept import Concept
+from perfusion_jax.method.edit import Edit, Gate
+from perfusion_jax.method.edit import bake as bake_kernel
+
+Params = dict[str, Any]
+
+EDIT = "concept_edit"
+TARGET_OUTPUTS = "target_outputs"
+
+
+def cross_attention_layers(unet_params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the cross-attention subtrees by path, such as `mid_block/attentions_0/transformer_blocks_0/attn2`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers: dict[str, Any] = {}
+
+    def visit(tree: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        for name, branch in tree.items():
+            if name == "attn2":
+                layers["/".join((*path, name))] = branch
+            elif isinstance(branch, Mapping):
+                visit(branch, (*path, name))
+
+    visit(unet_params, ())
+    if not layers:
+        raise ValueError("this parameter tree has no cross-attention: no subtree of it is called 'attn2'")
+    return layers
+
+
+def insert(unet_params: Params, concepts: Concept | Sequence[Concept], gates: Gate | Sequence[Gate]) -> Params:
+    """Puts gated rank-1 edits beside the cross-attention kernels.
+
+    Args:
+        unet_params: the frozen UNet, without edits.
+        concepts: one concept, several, or several already stacked along a leading axis.
+        gates: the gate of each concept, or one for all.
+
+    Returns:
+        A new tree; every leaf of the old one is in it, unchanged. With no concepts, the old tree.
+
+    Raises:
+        ValueError: the tree already has an edit, a concept was made for another UNet, or a gate is impossible.
+    """
+    _refuse_edited(unet_params)
+    if not isinstance(concepts, Concept) and not concepts:
+        return unet_params
+    stacked, edit = _stack(unet_params, concepts, gates)
+    flat = flatten_dict(unet_params)
+    for layer in cross_attention_layers(unet_params):
+        path = tuple(layer.split("/"))
+        flat[(*path, "to_k", TARGET_OUTPUTS)] = stacked.key_outputs[layer]
+        flat[(*path, "to_v", TARGET_OUTPUTS)] = stacked.value_outputs[layer]
+    return {**unflatten_dict(flat), EDIT: edit}
+
+
+def remove(unet_params: Params) -> Params:
+    """Takes all edits out: the tree before `insert`, with the very same leaves."""
+    flat = flatten_dict({name: branch for name, branch in unet_params.items() if name != EDIT})
+    return unflatten_dict({path: leaf for path, leaf in flat.items() if path[-1] != TARGET_OUTPUTS})
+
+
+def bake(unet_params: Params, concepts: Concept | Sequence[Concept], strength: jax.Array | float = 1.0) -> Params:
+    """Folds ungated edits into plain kernels: W' = W + g (o* - W i*) (C^-1 i*)^T / <i*, i*> for one concept.
+
+    Args:
+        unet_params: the frozen UNet, without edits.
+        concepts: as for `insert`.
+        strength: g, one for all concepts or [num_concepts].
+
+    Returns:
+        A tree of the same structure, dtypes and shapes, with other `attn2` kernels.
+
+    Raises:
+        ValueError: as for `insert`.
+    """
+    _refuse_edited(unet_params)
+    if not isinstance(concepts, Concept) and not concepts:
+        return unet_params
+    stacked, edit = _stack(unet_params, concepts, Gate(bias=0.0, temperature=1.0, strength=strength))
+    flat = flatten_dict(unet_params)
+    for layer in cross_attention_layers(unet_params):
+        path = tuple(layer.split("/"))
+        for projection, outputs in (("to_k", stacked.key_outputs), ("to_v", stacked.value_outputs)):
+            kernel = (*path, projection, "kernel")
+            flat[kernel] = bake_kernel(flat[kernel], edit, outputs[layer])
+    return unflatten_dict(flat)
+
+
+def _refuse_edited(unet_params: Params) -> None:
+    if EDIT in unet_params:
+        raise ValueError("this parameter tree already has an edit: remove() it, and give all concepts at once")
+
+
+def _stack(
+    unet_params: Params, concepts: Concept | Sequence[Concept], gates: Gate | Sequence[Gate]
+) -> tuple[Concept, Edit]:
+    if isinstance(concepts, Concept):
+        single = concepts.target_input.ndim == 1
+        stacked = concept_lib.stack([concepts]) if single else concepts
+    else:
+        stacked = concept_lib.stack(concepts)
+    stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stacked)
+    _check_layers(unet_params, stacked)
+    count = stacked.target_input.shape[0]
+    if not isinstance(gates, Gate):
+        gates = Gate(*(jnp.stack([jnp.asarray(field) for field in fields]) for fields in zip(*gates, strict=True)))
+    gates = Gate(*(_per_concept(name, field, count) for name, field in gates._asdict().items()))
+    return stacked, Edit(stacked.target_input, stacked.dual, gates)
+
+
+def _check_layers(unet_params: Params, stacked: Concept) -> None:
+    layers = cross_attention_layers(unet_params)
+    for projection, outputs in (("to_k", stacked.key_outputs), ("to_v", stacked.value_outputs)):
+        if layers.keys() != outputs.keys():
+            raise ValueError(
+                f"the concept was made for another UNet: layers {sorted(layers.keys() - outputs.keys())} are missing "
+                f"from it, layers {sorted(outputs.keys() - layers.keys())} are not in the UNet"
+            )
+        for layer, weights in layers.items():
+            wanted, given = weights[projection]["kernel"].shape, (stacked.dual.shape[-1], outputs[layer].shape[-1])
+            if wanted != given:
+                raise ValueError(f"the concept was made for another UNet: {layer} maps {wanted}, the concept {given}")
+
+
+def _per_concept(name: str, values: jax.Array | float, count: int) -> jax.Array:
+    array = jnp.asarray(values, jnp.float32)
+    if name == "temperature" and not isinstance(array, jax.core.Tracer) and not (array > 0).all():
+        raise ValueError(f"temperature is {values}: it must be above 0")
+    if array.ndim > 1 or array.size not in (1, count):
+        raise ValueError(f"{name} has shape {array.shape}: give one value, or one for each of the {count} concepts")
+    return jnp.broadcast_to(array.reshape(-1), (count,))

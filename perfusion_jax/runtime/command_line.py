@@ -1,0 +1,95 @@
+"""What all command lines share."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import jax
+from absl import app, flags, logging
+
+from perfusion_jax.runtime.errors import InputError, Stopped, UnavailableError, out_of_memory
+
+# Exit status where the same command would fail again.
+BAD_INPUT = 2
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C and SIGTERM interrupt nothing; the function it gives says whether one has come.
+
+    A second one interrupts at once.
+    """
+    asked = False
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(
+    main: Callable[[], None], resumes: bool = False, memory_advice: str = "take fewer or smaller pictures at once"
+) -> None:
+    """Parses the flags and runs `main`; bad input ends the program with its message alone, without a traceback.
+
+    SIGTERM, by which schedulers stop a job, interrupts `main` as Ctrl-C does: with a KeyboardInterrupt. The program
+    then ends with status 1, as it does where to try again may help; after bad input with BAD_INPUT.
+
+    Args:
+        main: the program.
+        resumes: whether the same command goes on with what an interrupted one has done.
+        memory_advice: what to do if the memory of a device does not suffice.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def guarded(arguments: list[str]) -> None:
+        if len(arguments) > 1:
+            print(f"error: {arguments[1]!r} is not a flag; see --help", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax and others tell every step they take
+        try:
+            main()
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1 if isinstance(error, UnavailableError) else BAD_INPUT)
+        except jax.errors.JaxRuntimeError as error:
+            reason = out_of_memory(error)
+            if not reason:
+                raise
+            print(f"error: the memory of a device does not suffice ({reason}): {memory_advice}", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+        except (KeyboardInterrupt, Stopped):
+            sys.exit("interrupted; the same command goes on where it was" if resumes else "interrupted")
+
+    def parse(arguments: list[str]) -> list[str]:
+        try:
+            left = flags.FLAGS(arguments)
+            if "config" in flags.FLAGS:
+                getattr(flags.FLAGS.config, "lock", None)  # a config file that cannot be read says so when looked at
+            return left
+        except flags.Error as error:
+            problem = f"{error}; see --help"
+        except OSError as error:
+            problem = f"--config: {str(error).splitlines()[-1].strip()}"
+        except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:  # of a config file
+            # ml_collections hands a KeyError on inside another one; its text is the quoted form of what it was given.
+            cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+            missing = isinstance(cause, KeyError)
+            problem = f"--config: no such key: {cause.args[0]}".replace("\n", ". ") if missing else str(error)
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+    app.run(guarded, flags_parser=parse)

@@ -1,0 +1,219 @@
+"""Files: written so that a kill leaves the old one or the new one, never a part; what failures mean; locks."""
+
+import errno
+import fcntl
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from perfusion_jax.runtime.errors import InputError, UnavailableError, of_the_runtime
+
+# What would be the same the next time; gcsfs calls a bad request a ValueError, and where it is missing, that is an
+# ImportError.
+_LASTING = (
+    FileExistsError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    ImportError,
+    ValueError,
+)
+_LASTING_NUMBERS = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
+# Mistakes of ours, and no memory: nothing that storage does.
+_NOT_OF_STORAGE = (AttributeError, TypeError, AssertionError, MemoryError)
+# What reaches a bucket raises errors of its own kinds.
+_BACKENDS = ("aiohttp.", "fsspec.", "gcsfs.", "google.auth.")
+# Some network file systems have no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is of this machine's file system, and not of a bucket (`gs://...`)."""
+    return "://" not in os.fspath(path)
+
+
+def write_bytes(file: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file whole or not at all, local or in a bucket (where a write is whole by itself).
+
+    Raises:
+        InputError, UnavailableError: it cannot be written.
+    """
+    path = epath.Path(file)
+    if is_local(path):
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(data)
+        return
+    with storage_errors(path, "written"):
+        path.write_bytes(data)
+
+
+def read_text(file: epath.Path) -> str:
+    """Reads what an earlier run may have written; empty if it has not.
+
+    Raises:
+        InputError, UnavailableError: it is there and cannot be read.
+    """
+    with storage_errors(file, "read"):
+        try:
+            return file.read_text()
+        except FileNotFoundError:  # and not by `exists`, for which what storage fails to tell of is not there
+            return ""
+
+
+def entries(folder: epath.Path) -> list[epath.Path] | None:
+    """What is in a folder, sorted; None if there is no such folder.
+
+    Raises:
+        InputError, UnavailableError: it cannot be read.
+    """
+    with storage_errors(folder, "read"):
+        try:
+            return sorted(folder.iterdir())
+        except (FileNotFoundError, NotADirectoryError):  # and not by `is_dir`, as in `read_text`
+            return None
+
+
+def subfolders(folder: epath.Path) -> list[epath.Path] | None:
+    """What is in a folder but hidden ones and files, sorted; None if there is no such folder.
+
+    Where storage does not say what something is, it is among them: what is read of it then tells.
+
+    Raises:
+        InputError, UnavailableError: it cannot be read.
+    """
+    inside = entries(folder)
+    if inside is None:
+        return None
+    with storage_errors(folder, "read"):
+        return [entry for entry in inside if not entry.name.startswith(".") and not entry.is_file()]
+
+
+@contextmanager
+def storage_errors(path: str | os.PathLike[str], done: str) -> Iterator[None]:
+    """Within it, whatever storage raises becomes an error that says what could not be done, and whether it may later.
+
+    Args:
+        path: of a file or folder.
+        done: `read`, `written` or `deleted`.
+
+    Raises:
+        InputError: it would be the same the next time.
+        UnavailableError: it need not.
+    """
+    try:
+        yield
+    except (InputError, *_NOT_OF_STORAGE):
+        raise
+    except Exception as error:  # gcsfs raises what its backends meet
+        if of_the_runtime(error):
+            raise
+        kind = InputError if is_lasting(error) else UnavailableError
+        raise kind(f"{os.fspath(path)}: cannot be {done} ({error})") from error
+
+
+def of_storage(error: BaseException) -> bool:
+    """Whether an error is of storage, and not of what is in a file."""
+    return isinstance(error, OSError) or f"{type(error).__module__}.".startswith(_BACKENDS)
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Whether what storage raises would be the same the next time."""
+    if isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_NUMBERS:
+        return True
+    return str(error).startswith("Forbidden")  # gcsfs says by its text alone that somebody has no right to something
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder and sees that a file can be written in it, before work is done whose result goes there.
+
+    Raises:
+        InputError, UnavailableError: it cannot.
+    """
+    with storage_errors(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `file`, and renames it to `file` when the context ends without an error.
+
+    Raises:
+        InputError, UnavailableError: it cannot be written.
+    """
+    with storage_errors(file, "written"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_arrays(data: bytes) -> dict[str, np.ndarray]:
+    """Reads all arrays of an .npz file; none of them can be pickled.
+
+    Raises:
+        ValueError, EOFError, zipfile.BadZipFile: it is broken.
+    """
+    with io.BytesIO(data) as stream, np.load(stream, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def write_arrays(file: Path, **arrays: Any) -> None:
+    """Writes arrays to a local .npz file, whole or not at all.
+
+    Raises:
+        InputError, UnavailableError: it cannot be written.
+    """
+    with replacing(file) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **arrays)
+
+
+@contextmanager
+def locked(file: epath.Path, advice: str) -> Iterator[None]:
+    """Holds a lock that no other process can take; the system lets go of it when this process ends, however it ends.
+
+    A bucket has no locks, nor have some network file systems: there nothing is held, and whatever starts the jobs must
+    not start two of them. (If it does, both compute the same concepts, and write the same files whole.)
+
+    Args:
+        file: is made with its folder, and stays.
+        advice: what to do if another process holds it, for the message.
+
+    Raises:
+        InputError: another process holds it, or the folder cannot be written to.
+        UnavailableError: storage fails.
+    """
+    if not is_local(file):
+        yield
+        return
+    with ExitStack() as stack:
+        with storage_errors(file, "written"):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            handle = stack.enter_context(Path(file).open("a"))
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"{file}: another job is at work here; wait for it, or {advice}") from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                logging.warning("%s: no locks here (%s): see to it that no other job is at work", file, error.strerror)
+        yield

@@ -1,0 +1,217 @@
+"""Sampling against PyTorch diffusers' own pipelines on the same weights, prompts and noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from perfusion_jax import Gate, insert, keys_values, load_base_model
+from perfusion_jax.drawing.denoising import (
+    Concepts,
+    Guidance,
+    draw,
+    noise_for,
+    prompt_keys_values,
+    sample_latents,
+    to_pixels,
+)
+from perfusion_jax.drawing.samplers import make_plan
+from perfusion_jax.method.concept import stack
+
+# diffusers asks PyTorch's tensors for NumPy arrays in the way of NumPy 1.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+PROMPTS = ["a photo of a dog", "the teddy bear on the beach"]
+SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+
+
+def make_pipeline(folder, kind, sampler):
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    pipeline = kind(
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=SCHEDULERS[sampler].from_config(scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def plain_keys_values(base, texts):
+    return keys_values(base.params["unet"], base.encode(base.params["text_encoder"], base.tokenizer(texts)))
+
+
+def sample(base, noisy, plan, guidance):
+    prompted = jax.tree.map(lambda array: array[None], plain_keys_values(base, PROMPTS))
+    phases = jnp.zeros(len(plan.timesteps), jnp.int32)
+    walk = jax.jit(lambda params, noisy, plan: sample_latents(
+        base, params, prompted, plain_keys_values(base, ["", ""]), phases, noisy, plan, guidance
+    )[0])  # fmt: skip
+    return np.asarray(walk(base.params["unet"], noisy, plan))
+
+
+def first(latents):
+    """Channels first, as PyTorch has them."""
+    return np.asarray(latents).transpose(0, 3, 1, 2)
+
+
+def compare_after(folder, base, sampler, steps, size, rescale=0.0):
+    noise = noise_for(base, [3, 4], size, size)
+    theirs = make_pipeline(folder, StableDiffusionPipeline, sampler)(
+        PROMPTS,
+        num_inference_steps=steps,
+        guidance_scale=6.0,
+        guidance_rescale=rescale,
+        latents=torch.from_numpy(first(noise).copy()),
+        height=size,
+        width=size,
+        output_type="latent",
+    ).images.numpy()
+    plan = make_plan(base.schedule, sampler, steps)
+    ours = sample(base, plan.start * noise, plan, Guidance(6.0, rescale))
+    assert np.abs(first(ours) - theirs).max() < 1e-3 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_latents_after_fifty_steps_equal_pytorch(folder, base, sampler):
+    compare_after(folder, base, sampler, 50, 32, rescale=0.7 if sampler == "ddim" else 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_full_stable_diffusion_15_samples_as_pytorch(full_size_folder, sampler):
+    compare_after(full_size_folder, load_base_model(full_size_folder), sampler, 5, 128)
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_from_a_picture_as_pytorch(sd1_folder, sd1_base, sampler):
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
+    noise = torch.randn((2, 4, 16, 16), generator=torch.Generator().manual_seed(5)).numpy()
+    theirs = make_pipeline(sd1_folder, StableDiffusionImg2ImgPipeline, sampler)(
+        PROMPTS,
+        image=torch.from_numpy(first(start).copy()),
+        strength=0.6,
+        num_inference_steps=20,
+        guidance_scale=6.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="latent",
+    ).images.numpy()
+    plan = make_plan(sd1_base.schedule, sampler, 20, skipped=8)
+    noisy = plan.signal[0] * start + plan.noise[0] * noise.transpose(0, 2, 3, 1)
+    ours = sample(sd1_base, noisy, plan, Guidance(6.0, 0.0))
+    assert np.abs(first(ours) - theirs).max() < 1e-3 * np.abs(theirs).max()
+
+
+def two_concepts(base):
+    """Two concepts away from where they started, and a gate for each."""
+    rng = np.random.default_rng(0)
+
+    def moved(word):
+        concept = base.new_concept(word, jnp.eye(base.context_width))
+        return jax.tree.map(
+            lambda leaf: leaf + 0.3 * jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), concept
+        )
+
+    return [moved("dog"), moved("cat")], [Gate(0.5, 0.15, 1.0), Gate(0.6, 0.2, 0.8)]
+
+
+def in_slots(concepts, gates, present, phases=((1.0, 1.0, 1.0),), super_embeddings=None):
+    """Two concepts and an empty slot."""
+    stacked = jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, 1), *[(0, 0)] * (leaf.ndim - 1)]), stack(concepts))
+    padded = Gate(*(jnp.array([*pair, 1.0]) for pair in zip(*gates, strict=True)))
+    return Concepts(
+        stacked, padded, jnp.array(present), jnp.array(phases), jnp.zeros(1, jnp.int32), super_embeddings
+    )  # fmt: skip
+
+
+def assert_close(ours, expected, tolerance=1e-5):
+    for layer, fed in expected.items():
+        for name in ("key", "value"):
+            reference = np.asarray(getattr(fed, name))
+            difference = np.abs(np.asarray(getattr(ours[layer], name)) - reference).max()
+            assert difference < tolerance * np.abs(reference).max(), (layer, name)
+
+
+def test_each_prompt_of_a_batch_is_edited_by_the_concepts_that_it_names(sd1_base):
+    base, params = sd1_base, sd1_base.params
+    concepts, gates = two_concepts(base)
+    prompts = ["a photo of a <rex>", "a <tom> on the beach", "<rex> and <tom>", "a dog"]
+    ids = base.tokenizer(prompts, ["<rex>", "<tom>"])
+    present = [[1.0, 0, 0], [0, 1.0, 0], [1.0, 1.0, 0], [0, 0, 0.0]]
+    ours = jax.jit(prompt_keys_values, static_argnums=0)(base, params, ids, in_slots(concepts, gates, present))
+    encodings = base.encode(params["text_encoder"], ids, stack(concepts).embedding)
+    for number, named in enumerate(([0], [1], [0, 1], [])):
+        edited = insert(params["unet"], [concepts[j] for j in named], [gates[j] for j in named])
+        alone = keys_values(edited, encodings[number : number + 1])
+        assert_close(jax.tree.map(lambda array, row=number: array[0, row : row + 1], ours), alone)
+
+
+def test_a_concept_acts_only_in_its_phases(sd1_base):
+    base, params = sd1_base, sd1_base.params
+    concepts, gates = two_concepts(base)
+    ids = base.tokenizer(["<rex> and <tom>"], ["<rex>", "<tom>"])
+    phases = ((1.0, 1.0, 1.0), (0.0, 1.0, 1.0))
+    ours = prompt_keys_values(base, params, ids, in_slots(concepts, gates, [[1.0, 1.0, 0]], phases))
+    encodings = base.encode(params["text_encoder"], ids, stack(concepts).embedding)
+    for number, factors in enumerate(phases):
+        weaker = [gate._replace(strength=gate.strength * factor) for gate, factor in zip(gates, factors, strict=False)]
+        alone = keys_values(insert(params["unet"], concepts, weaker), encodings)
+        assert_close(jax.tree.map(lambda array, phase=number: array[phase], ours), alone)
+
+
+def test_the_global_lock_takes_all_keys_from_the_super_categories(sd1_base):
+    base, params = sd1_base, sd1_base.params
+    concepts, gates = two_concepts(base)
+    ids = base.tokenizer(["my <rex> and <tom>"], ["<rex>", "<tom>"])
+    words = [base.super_category_embedding(word) for word in ("dog", "cat")]
+    locked = in_slots(concepts, gates, [[1.0, 1.0, 0]], super_embeddings=jnp.stack([*words, jnp.zeros_like(words[0])]))
+    ours = prompt_keys_values(base, params, ids, locked)
+    plain = plain_keys_values(base, ["my dog and cat"])
+    local = prompt_keys_values(base, params, ids, locked._replace(super_embeddings=None))
+    for layer, fed in ours.items():
+        np.testing.assert_allclose(fed.key[0], plain[layer].key, atol=1e-5 * np.abs(plain[layer].key).max())
+        np.testing.assert_array_equal(fed.value, local[layer].value)
+        assert np.abs(local[layer].key[0] - plain[layer].key).max() > 1e-2 * np.abs(plain[layer].key).max()
+
+
+def test_the_unconditional_prompt_goes_through_the_frozen_weights(sd1_base):
+    base, params = sd1_base, sd1_base.params
+    concepts, _ = two_concepts(base)
+    wide = Gate(bias=-5.0, temperature=0.15, strength=1.0)  # open for every word
+    ids, empty = base.tokenizer(["a photo of a <rex>"], ["<rex>"]), base.tokenizer([""])
+    noise, plan = noise_for(base, [0], 32, 32), make_plan(base.schedule, "ddim", 2)
+    slots = in_slots(concepts, [wide, wide], [[1.0, 0, 0]])._replace(phase_of_step=jnp.zeros(2, jnp.int32))
+    drawn, _ = draw(base, params, ids, empty, noise, plan, Guidance(6.0, 0.0), slots)
+    prompted = prompt_keys_values(base, params, ids, slots)
+    edited = insert(params["unet"], concepts[0], wide)
+
+    def expected(unet):
+        unprompted = keys_values(unet, base.encode(params["text_encoder"], empty))
+        latents, _ = sample_latents(
+            base, params["unet"], prompted, unprompted, slots.phase_of_step, noise, plan, Guidance(6.0, 0.0)
+        )
+        return np.asarray(base.decode_latent(params["vae"], latents))
+
+    frozen = expected(params["unet"])
+    np.testing.assert_allclose(drawn, frozen, atol=1e-4 * np.abs(frozen).max())
+    assert np.abs(drawn - expected(edited)).max() > 1e-2 * np.abs(frozen).max()
+
+
+def test_pixels_are_rounded_and_cut():
+    np.testing.assert_array_equal(to_pixels(jnp.array([-2.0, -1.0, 0.0, 1.0, 2.0])), [0, 0, 128, 255, 255])

@@ -1,0 +1,138 @@
+"""`generate`, the function that people call."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from perfusion_jax import InputError
+from perfusion_jax.drawing.generation import compiled_draw, drawing, generate, per_concept
+from perfusion_jax.formats.concept_file import ConceptCard, TrainedConcept
+
+SMALL = {"steps": 3, "height": 32, "width": 32, "batch_size": 2}
+
+
+def make_concept(base, name, word="dog", seed=0, moved=0.3):
+    rng = np.random.default_rng(seed)
+    concept = base.new_concept(word, jnp.eye(base.context_width))
+    concept = jax.tree.map(
+        lambda leaf: leaf + moved * jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), concept
+    )
+    card = ConceptCard(name, word, "small", base.fingerprint, bias=0.6, temperature=0.15, guidance_scale=6.0, step=1)
+    return TrainedConcept(concept, card)
+
+
+def difference(one, other):
+    return np.abs(one.astype(int) - other).max()
+
+
+def test_a_picture_depends_on_its_own_prompt_and_seed_alone(small_base):
+    rex, tom = make_concept(small_base, "rex"), make_concept(small_base, "tom", "cat", seed=1)
+    prompts = ["a photo of a <rex>", "the teddy bear on the beach", "a photo of a <rex>", "my <tom>"]
+    together = generate(small_base, prompts, [5, 6, 7, 5], [rex, tom], **SMALL)
+    assert together.shape == (4, 32, 32, 3)
+    assert together.dtype == np.uint8
+    assert difference(together[:1], generate(small_base, prompts[:1], [5], [rex], **SMALL)) <= 1
+    assert difference(together[1:2], generate(small_base, prompts[1:2], [6], **SMALL)) <= 1
+    assert difference(together[3:], generate(small_base, prompts[3:], [5], [tom, rex], **SMALL)) <= 1
+    assert difference(together[0], together[2]) > 5
+
+
+def test_the_order_of_concepts_and_the_same_one_twice(small_base):
+    rex, tom = make_concept(small_base, "rex"), make_concept(small_base, "tom", "cat", seed=1)
+    one, other = (generate(small_base, ["<rex> and <tom>"], [0], pair, **SMALL) for pair in ([rex, tom], [tom, rex]))
+    assert difference(one, other) <= 1
+    twin = make_concept(small_base, "twin")
+    near = TrainedConcept(jax.tree.map(lambda leaf: leaf * (1 + 1e-7), twin.concept), twin.card)
+    for again in (twin, near):
+        pictures = [some.pixels for some in drawing(small_base, ["<rex> and <twin>"], [0], [rex, again], **SMALL)]
+        assert np.std(pictures[0]) > 1  # finite: NaN would be one colour
+
+
+def test_a_concept_still_untrained_draws_its_super_category(small_base):
+    rex = make_concept(small_base, "rex", moved=0.0)
+    plain = generate(small_base, ["a photo of a dog"], [0], **SMALL)
+    for closed in ({"strength": 0.0}, {"start": 1.0}, {"end": 0.0}, {"start": 0.5, "end": 0.5}):
+        assert difference(plain, generate(small_base, ["a photo of a <rex>"], [0], [rex], **closed, **SMALL)) <= 1
+    edited = generate(small_base, ["a photo of a <rex>"], [0], [rex], **SMALL)
+    assert difference(plain, edited) > 1
+    early = generate(small_base, ["a photo of a <rex>"], [0], [rex], end=0.3, **SMALL)
+    assert min(difference(early, plain), difference(early, edited)) > 1
+
+
+def test_what_changes_from_picture_to_picture_does_not_compile_anew(small_base):
+    rex, tom = make_concept(small_base, "rex"), make_concept(small_base, "tom", "cat", seed=1)
+    generate(small_base, ["a photo of a <rex>"], [0], [rex], **SMALL)
+    before = compiled_draw._cache_size()
+    generate(small_base, ["the <rex> on the beach"], [9], [rex], bias=0.4, temperature=0.1, strength=0.5, **SMALL)
+    generate(small_base, ["<tom> and <rex>", "a dog", "<tom>"], [1, 2, 3], [tom, rex], bias=[0.4, 0.5], **SMALL)
+    generate(small_base, ["a <tom>"], [0], [tom], guidance=2.0, guidance_rescale=0.5, negative_prompt="cat", **SMALL)
+    generate(small_base, ["a <tom>"], [0], [tom], sampler="dpm++", **SMALL)
+    generate(small_base, ["a <tom>"], [0], [tom], sampler="euler", **SMALL)
+    assert compiled_draw._cache_size() == before
+    generate(small_base, ["a <tom>"], [0], [tom], **{**SMALL, "width": 40})
+    assert compiled_draw._cache_size() == before + 1
+
+
+def test_from_a_picture(small_base):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (32, 40, 3)).astype(np.uint8)
+    options = {"steps": 10, "batch_size": 1, "init_image": image}
+    near = generate(small_base, ["a dog"], [0], init_strength=0.1, **options)
+    far = generate(small_base, ["a dog"], [0], init_strength=1.0, **options)
+    assert near.shape == (1, 32, 40, 3)
+    latents = small_base.encode_image(small_base.params["vae"], jnp.asarray(image[None] / 127.5 - 1, jnp.float32)).mean
+    decoded = np.asarray(small_base.decode_latent(small_base.params["vae"], latents))
+    kept = np.clip((decoded + 1) * 127.5, 0, 255)
+    assert np.abs(near - kept).mean() < 0.5 * np.abs(far - kept).mean()
+    for wrong in ({"init_strength": 0.0}, {"height": 48}, {"init_image": image / 255}):
+        with pytest.raises(InputError, match="init_"):
+            generate(small_base, ["a dog"], [0], **{**options, **wrong})
+
+
+def test_attention_and_progress(small_base):
+    steps = []
+    prompts = ["a dog", "a photo of a <rex>", "<rex>"]
+    rex = make_concept(small_base, "rex")
+
+    def tick():
+        steps.append(1)
+
+    watched = list(drawing(small_base, prompts, [0, 1, 2], [rex], attention=True, on_step=tick, **SMALL))
+    jax.effects_barrier()
+    assert len(steps) == 2 * SMALL["steps"]  # two batches
+    attention = np.concatenate([some.attention for some in watched])
+    assert attention.shape == (3, 16, 16, 16)
+    np.testing.assert_allclose(attention.sum(axis=-1), 1, atol=1e-4)
+    plain = generate(small_base, prompts, [0, 1, 2], [rex], **SMALL)
+    assert difference(np.concatenate([some.pixels for some in watched]), plain) <= 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("a dog", {"height": 31}, "pictures of 32 x 31 pixels: width and height must be multiples of 2"),
+        ("a dog", {"steps": 1001}, "1001 sampling steps"),
+        ("a dog", {"sampler": "heun"}, "sampler 'heun' is not one of"),
+        ("a <tom>", {}, "names <tom>, but the concepts given are: <rex>"),
+        ("a <rex>", {"lock": "none"}, "lock is 'none'"),
+        ("a <rex>", {"bias": [0.5, 0.6]}, "bias has 2 values: give one, or one for each of the 1 concepts"),
+        ("a <rex>", {"temperature": 0.0}, "temperature is 0.0; it must be finite, and above 0"),
+        ("a <rex>", {"strength": float("nan")}, "strength is nan; it must be finite"),
+        ("a <rex>", {"start": 1.5}, "start is 1.5; it is a fraction of the steps"),
+        ("a <rex>", {"guidance": float("inf")}, "guidance is inf"),
+        ("a <rex>", {"guidance_rescale": 2.0}, "guidance_rescale is 2.0; it must be at least 0 and at most 1"),
+        ("a <rex>", {"negative_prompt": "a <rex>"}, "names <rex>"),
+    ],
+)
+def test_impossible_requests_are_refused(small_base, prompt, options, message):
+    with pytest.raises(InputError, match=message):
+        generate(small_base, [prompt], [0], [make_concept(small_base, "rex")], **{**SMALL, **options})
+    with pytest.raises(InputError, match="1 prompts and 2 seeds"):
+        generate(small_base, ["a dog"], [0, 1])
+
+
+def test_values_of_a_control():
+    assert per_concept("bias", None, [0.6, 0.7]) == [0.6, 0.7]
+    assert per_concept("bias", 0.5, [0.6, 0.7]) == [0.5, 0.5]
+    assert per_concept("bias", [0.5, 0.4], [0.6, 0.7]) == [0.5, 0.4]

@@ -1,0 +1,42 @@
+"""What all command lines share."""
+
+import subprocess
+import sys
+
+import pytest
+from fleet_runs import ROOT
+
+from perfusion_jax.runtime.command_line import BAD_INPUT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/dgo.py"], "--config: [Errno 2] No such file or directory: 'configs/dgo.py'"),
+        (["--config=configs/dgo.py", "--config.steps=3"], "--config: [Errno 2] No such file or directory"),
+        (["--config=configs/dog.py", "--config.steps=many"], "flag --config.steps=many: invalid literal"),
+        (["--config=configs/dog.py", "--config.step=3"], "--config: no such key: 'step'. Did you mean \"steps\""),
+        (["--config=configs/dog.py", "dog"], "'dog' is not a flag; see --help"),
+    ],
+)
+def test_mistakes_in_a_command_are_told_in_a_line(tmp_path, arguments, message):
+    command = [sys.executable, "-m", "perfusion_jax.train", f"--workdir={tmp_path}", *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == BAD_INPUT
+    assert "Traceback" not in ended.stderr
+    assert "\\n" not in ended.stderr  # a message, and not the quoted form of one
+    assert ended.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_does_not_suffice_is_told_in_a_line():
+    program = (
+        "import jax.numpy as jnp; from perfusion_jax.runtime import command_line;"
+        "command_line.run(lambda: jnp.zeros(2**50), memory_advice='take less')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == BAD_INPUT
+    assert "Traceback" not in ended.stderr
+    told = ended.stderr.splitlines()[-1]
+    assert told.startswith("error: the memory of a device does not suffice (")
+    assert told.endswith("): take less")
