@@ -47,7 +47,7 @@ def main(_: list[str]) -> None:
     pipeline.set_progress_bar_config(disable=True)
     count, steps, side = (1, 4, 256) if SD15.value else (4, 50, 64)
     prompts = ["a photo of a dog on the beach"] * count
-    noise = torch.from_numpy(np.asarray(noise_for(base, range(count), side, side)).transpose(0, 3, 1, 2).copy())
+    noise = torch.from_numpy(np.asarray(noise_for(base.model, range(count), side, side)).transpose(0, 3, 1, 2).copy())
 
     def ours() -> np.ndarray:
         return generate(
@@ -60,7 +60,7 @@ def main(_: list[str]) -> None:
 
     print(f"largest difference of a pixel: {np.abs(ours() - theirs()).max():.1f} of 255")
     both = jax.jit(lambda params, encodings: keys_values(params, encodings))
-    encodings = base.encode(base.params["text_encoder"], base.tokenizer(prompts + [""] * count))
+    encodings = base.model.encode(base.params["text_encoder"], base.model.tokenizer(prompts + [""] * count))
     square = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
     in_jax, in_torch, multiply = jax.numpy.asarray(square), torch.from_numpy(square), jax.jit(jax.numpy.matmul)
     works: dict[str, Callable[[], object]] = {

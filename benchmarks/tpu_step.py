@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from perfusion_jax.base_model import BaseModel, load_architecture
+from perfusion_jax.base_model import Architecture, load_architecture
 from perfusion_jax.base_model.flax_classes import FlaxUNet2DConditionModel
 from perfusion_jax.compile import compile_step, topology_devices
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.pod import hlo_report
+from perfusion_jax.pod.chips import find_chip
 from perfusion_jax.pod.hlo_report import Report
 from perfusion_jax.pod.mesh import make_mesh
 
@@ -32,7 +33,7 @@ STOCK = "diffusers-Flax 4"
 PIXELS, TEMPLATES = 512, 9
 
 
-def stable_diffusion(folder: Path) -> BaseModel:
+def stable_diffusion(folder: Path) -> Architecture:
     """The architecture of Stable Diffusion 1.5; the tokeniser is a stand-in of four tokens."""
     widths = [320, 640, 1280, 1280]
     configs = {
@@ -79,7 +80,7 @@ def stable_diffusion(folder: Path) -> BaseModel:
     return load_architecture(folder, dtype=jnp.dtype(jnp.bfloat16))
 
 
-def stock(base: BaseModel, device: jax.Device, samples: int) -> Report:
+def stock(model: Architecture, device: jax.Device, samples: int) -> Report:
     """The UNet of diffusers-Flax with its gradient to the text encodings, on one chip."""
     mesh = Mesh(np.array([device]), ("chip",), axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -96,8 +97,8 @@ def stock(base: BaseModel, device: jax.Device, samples: int) -> Report:
 
     step = jax.jit(jax.value_and_grad(loss), in_shardings=everywhere, out_shardings=everywhere)
     latents = array(4, 64, 64)
-    lowered = step.lower(array(77, 768), base.params["unet"], latents, array(dtype=jnp.int32), latents)
-    return hlo_report.report(lowered.compile(), dict(mesh.shape), hlo_report.find_chip(device.device_kind))
+    lowered = step.lower(array(77, 768), model.shapes["unet"], latents, array(dtype=jnp.int32), latents)
+    return hlo_report.report(lowered.compile(), dict(mesh.shape), find_chip(device.device_kind))
 
 
 def main() -> None:
@@ -112,14 +113,14 @@ def main() -> None:
     headings = "".join(f"{heading:>13}" for heading in ("traffic", "accessed", "temporaries", "peak"))
     print(f"{'step':<20}{'TFLOP':>8}{headings}  collectives")
     with tempfile.TemporaryDirectory() as folder:
-        base = stable_diffusion(Path(folder))
+        model = stable_diffusion(Path(folder))
         for name in options.only:
             if name == STOCK:
-                found = stock(base, devices[0], samples=4)
+                found = stock(model, devices[0], samples=4)
             else:
                 concepts, samples = OURS[name]
                 members = concepts * len(devices)
-                found = compile_step(base, Settings(batch_size=samples), mesh, members, PIXELS, TEMPLATES)
+                found = compile_step(model, Settings(batch_size=samples), mesh, members, PIXELS, TEMPLATES)
             gigabytes = [figure / 1e9 for figure in (found.traffic, found.accessed, found.temporaries, found.peak)]
             print(
                 f"{name:<20}{found.flops / 1e12:>8.2f}{''.join(f'{figure:>13.2f}' for figure in gigabytes)}"

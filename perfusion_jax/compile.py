@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from perfusion_jax.base_model import BaseModel, load_architecture, network_dtype
+from perfusion_jax.base_model import Architecture, load_architecture, network_dtype
 from perfusion_jax.config import check, is_fleet
 from perfusion_jax.learning.fleet_step import MEMORY_ADVICE, make_fleet_step, member_shapes, step_shapes
 from perfusion_jax.learning.step import Settings
@@ -53,19 +53,19 @@ def topology_devices(name: str) -> list[jax.Device]:
         raise InputError(f"--topology={name}: no such topology ({reason}); one is v5e:2x4") from error
 
 
-def compile_step(base: BaseModel, settings: Settings, mesh: Mesh, members: int, side: int, prompts: int) -> Report:
+def compile_step(model: Architecture, settings: Settings, mesh: Mesh, members: int, side: int, prompts: int) -> Report:
     """Compiles a fleet's step and reports on it.
 
     Args:
-        base: the model; shapes are enough for its weights.
+        model: its architecture.
         settings: how concepts are learnt.
         mesh: of devices that are of one kind.
         members: concepts at once.
         side: of the pictures, in pixels.
         prompts: of each picture.
     """
-    shapes = step_shapes(base, member_shapes(base, settings, PICTURES, prompts, side), members)
-    step: Any = make_fleet_step(base, settings, mesh)
+    shapes = step_shapes(model, member_shapes(model, settings, PICTURES, prompts, side), members)
+    step: Any = make_fleet_step(model, settings, mesh)
     compiled = step.lower(*shapes).compile()
     chip = find_chip(mesh.devices.flat[0].device_kind)
     return hlo_report.report(compiled, dict(mesh.shape), chip, loops=settings.accumulation)
@@ -87,11 +87,11 @@ def describe(config: ConfigDict, topology: str) -> dict[str, Any]:
     if members % places:
         raise InputError(f"config.members is {members}; it must be a multiple of {places}, the mesh's axis concept")
     dtype = jnp.dtype(jnp.bfloat16) if config.dtype == "auto" else network_dtype(config.dtype)
-    base = load_architecture(config.base, dtype=dtype, revision=config.revision or None)
+    model = load_architecture(config.base, dtype=dtype, revision=config.revision or None)
     settings = Settings.of(config)
-    side = config.size or base.unet.sample_size * base.vae_factor
+    side = config.size or model.picture_side
     try:
-        found = compile_step(base, settings, mesh, members, side, len(config.templates))
+        found = compile_step(model, settings, mesh, members, side, len(config.templates))
     except jax.errors.JaxRuntimeError as error:
         reason = out_of_memory(error)
         problem = f"fit ({reason}): {MEMORY_ADVICE}" if reason else f"compile: {str(error).splitlines()[0]}"

@@ -87,7 +87,7 @@ def main() -> None:
     drawn = draw(recipe, base, attention=folder is not None)
     write(recipe, drawn, out)
     if folder:
-        write_attention(recipe, drawn[0], base.tokenizer, folder)
+        write_attention(recipe, drawn[0], base.model.tokenizer, folder)
     print(out)
 
 

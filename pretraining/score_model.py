@@ -131,7 +131,7 @@ def time_sampling(
 ) -> tuple[float, float]:
     """Median seconds for 4 pictures of 30 steps, compilation left out: (ours, PyTorch diffusers), turn by turn."""
     prompts = [request.prompt for request in requests(0, 4, 1)]
-    noise = np.asarray(noise_for(base, range(4), scenes.PIXELS, scenes.PIXELS))
+    noise = np.asarray(noise_for(base.model, range(4), scenes.PIXELS, scenes.PIXELS))
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         start = time.perf_counter()
@@ -179,7 +179,7 @@ def main(_: list[str]) -> None:
     asked = [*single, *pair]
     ours = drawn(asked, SEEDS["report"], guidance_scale)
     noise = np.asarray(
-        noise_for(base, range(SEEDS["report"], SEEDS["report"] + len(asked)), scenes.PIXELS, scenes.PIXELS)
+        noise_for(base.model, range(SEEDS["report"], SEEDS["report"] + len(asked)), scenes.PIXELS, scenes.PIXELS)
     )
     theirs = draw_in_pytorch(pipeline, noise, [each.prompt for each in asked], guidance_scale, STEPS)
     for name, pictures in (("ours", ours), ("PyTorch", theirs)):

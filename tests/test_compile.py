@@ -30,9 +30,9 @@ SIDE = 64  # latents of 32 x 32: enough tokens for the attention kernel
     [("v5e:2x4", (4, 2, 1)), ("v5e:16x16", (64, 4, 1)), ("v4:2x2x2", (2, 2, 2)), ("v6e:4x4", (16, 1, 1))],
 )
 def test_nothing_is_sent_between_concepts(tmp_path, topology, shape):
-    base = load_architecture(save_checkpoint(tmp_path, "sd1", small=True), dtype=jnp.dtype(jnp.bfloat16))
+    model = load_architecture(save_checkpoint(tmp_path, "sd1", small=True), dtype=jnp.dtype(jnp.bfloat16))
     mesh = make_mesh(shape, compile_lib.topology_devices(topology))
-    report = compile_lib.compile_step(base, Settings(batch_size=4), mesh, 2 * shape[0], SIDE, prompts=2)
+    report = compile_lib.compile_step(model, Settings(batch_size=4), mesh, 2 * shape[0], SIDE, prompts=2)
     assert not any("concept" in axes for axes in report.collectives)
     assert bool(report.collectives) == (shape[1:] != (1, 1))
     assert report.fits
@@ -100,13 +100,13 @@ def test_sixteen_concepts_cost_what_one_with_sixteen_samples_costs(tmp_path):
     file = folder / "unet" / "config.json"
     level = {"sample_size": 64, "block_out_channels": [128], "attention_head_dim": 8}
     file.write_text(json.dumps(json.loads(file.read_text()) | level))
-    base = load_architecture(folder, dtype=jnp.dtype(jnp.bfloat16))
+    model = load_architecture(folder, dtype=jnp.dtype(jnp.bfloat16))
     mesh = make_mesh((-1, 1, 1), compile_lib.topology_devices("v5e:2x4"))
 
-    side = base.unet.sample_size * base.vae_factor
+    side = model.picture_side
 
     def report(members, batch):
-        return compile_lib.compile_step(base, Settings(batch_size=batch), mesh, 8 * members, side, prompts=2)
+        return compile_lib.compile_step(model, Settings(batch_size=batch), mesh, 8 * members, side, prompts=2)
 
     with ThreadPoolExecutor() as executor:  # the compiler uses a core for each
         many, one = executor.map(report, (16, 1), (1, 16))

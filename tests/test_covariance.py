@@ -187,7 +187,7 @@ class TestCommand:
             assert saved["captions_file"] == "captions.txt"
             assert saved["captions_sha256"] == hashlib.sha256((tmp_path / "captions.txt").read_bytes()).hexdigest()
             assert len(str(saved["text_encoder_sha256"])) == 64
-        assert load_whitening(tmp_path / "c.npz", sd1_base.context_width).shape == (48, 48)
+        assert load_whitening(tmp_path / "c.npz", sd1_base.model.context_width).shape == (48, 48)
         again = self.start(sd1_folder, tmp_path / "captions.txt", tmp_path / "c.npz")
         assert "is there already" in again.communicate()[0]
 

@@ -14,7 +14,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_examples_run(tmp_path, monkeypatch):
     base = perfusion_jax.load_base_model("emoji")
-    concept = base.new_concept("dog", load_whitening(base.covariance, base.context_width))
+    concept = base.new_concept("dog", load_whitening(base.covariance, base.model.context_width))
     card = ConceptCard("dog", "dog", "emoji", base.fingerprint, 0.6, 0.15, guidance_scale=2.5, step=0)
     save_concept(tmp_path / "runs" / "dog" / "concepts" / "dog.safetensors", concept, card)
     monkeypatch.chdir(tmp_path)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def save(base, file, name, word="dog"):
-    concept = base.new_concept(word, jnp.eye(base.context_width))
+    concept = base.new_concept(word, jnp.eye(base.model.context_width))
     card = ConceptCard(name, word, "small", base.fingerprint, 0.6, 0.15, guidance_scale=6.0, step=1)
     save_concept(file, concept, card)
     return file
@@ -137,7 +137,7 @@ def test_prompts_of_a_file_have_a_row_each(recipe, small_base, tmp_path):
 
 def test_attention_shows_every_word(recipe, small_base, tmp_path):
     drawn = sample.draw(recipe, small_base, attention=True)
-    sample.write_attention(recipe, drawn[0], small_base.tokenizer, tmp_path / "maps")
+    sample.write_attention(recipe, drawn[0], small_base.model.tokenizer, tmp_path / "maps")
     for number in range(2):
         assert pixels(tmp_path / "maps" / f"{number}.png").shape == (20 + 128, 3 * 128 + 2 * 4, 3)  # picture, a, <rex>
 

@@ -3,8 +3,9 @@
 The Flax twin of transformers' CLIPSegForImageSegmentation, reading the same checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,14 @@ class Segmenter:
         small = jax.image.resize((images + 1) / 2, (len(images), self.side, self.side, 3), "linear")
         logits = self.logits(params, ids, (small - jnp.asarray(self.mean)) / jnp.asarray(self.deviation))
         return jax.image.resize(jax.nn.sigmoid(logits), (len(images), size, size), "linear")
+
+    @cached_property
+    def _compiled(self) -> Callable[..., jax.Array]:
+        return jax.jit(self.masks)
+
+    def segment(self, text: str, images: np.ndarray) -> jax.Array:
+        """Where a text's thing is in square pictures; arguments and result as for `masks`, compiled once."""
+        return self._compiled(self.params, self.tokenizer([text] * len(images)), images)
 
 
 def apply_at_any_size(module: nn.Module, params: Params, ids: jax.Array, pixels: jax.Array) -> jax.Array:

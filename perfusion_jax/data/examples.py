@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perfusion_jax.base_model import BaseModel
+from perfusion_jax.base_model import Architecture, BaseModel
 from perfusion_jax.base_model.vae import LatentDistribution
 from perfusion_jax.data.masks import normalise, shrink
 from perfusion_jax.data.pictures import Picture
@@ -40,7 +40,7 @@ def with_mirrored(pictures: np.ndarray) -> np.ndarray:
 
 
 # Compiled once for all concepts.
-_encode_image = jax.jit(BaseModel.encode_image, static_argnums=0)
+_encode_image = jax.jit(Architecture.encode_image, static_argnums=0)
 
 
 def encode(base: BaseModel, pixels: np.ndarray) -> LatentDistribution:
@@ -54,18 +54,18 @@ def encode(base: BaseModel, pixels: np.ndarray) -> LatentDistribution:
         Mean and standard deviation of the latents, float32 [count, 2, height / f, width / f, channels].
     """
     both = with_mirrored(pixels).astype(np.float32) / 127.5 - 1
-    each = [_encode_image(base, base.params["vae"], jnp.asarray(pair, base.vae.dtype)) for pair in both]
+    each = [_encode_image(base.model, base.params["vae"], jnp.asarray(pair, base.model.vae.dtype)) for pair in both]
     return LatentDistribution(*(jnp.stack(arrays) for arrays in zip(*each, strict=True)))
 
 
-def prompt_ids(base: BaseModel, pictures: Sequence[Picture], templates: Sequence[str]) -> np.ndarray:
+def prompt_ids(model: Architecture, pictures: Sequence[Picture], templates: Sequence[str]) -> np.ndarray:
     """Tokenises the prompts of each picture: its caption, or else the templates.
 
     Returns:
         int32 [pictures, prompts, tokens]; the concept's token is `vocabulary_size`.
     """
     rows = [[picture.caption] * len(templates) if picture.caption else templates for picture in pictures]
-    return np.stack([base.tokenizer([t.replace("{}", PLACEHOLDER) for t in row], [PLACEHOLDER]) for row in rows])
+    return np.stack([model.tokenizer([t.replace("{}", PLACEHOLDER) for t in row], [PLACEHOLDER]) for row in rows])
 
 
 def prompts_used(pictures: Sequence[Picture], templates: Sequence[str]) -> list[str]:
@@ -74,16 +74,16 @@ def prompts_used(pictures: Sequence[Picture], templates: Sequence[str]) -> list[
     return list(dict.fromkeys([*captions, *(templates if len(captions) < len(pictures) else ())]))
 
 
-def on_latents(base: BaseModel, masks: Sequence[np.ndarray]) -> np.ndarray:
+def on_latents(model: Architecture, masks: Sequence[np.ndarray]) -> np.ndarray:
     """Masks of pictures, float32 [height, width] each, on the grid of latents with their mirror images.
 
     Returns:
         float32 [count, 2, height / f, width / f].
     """
-    return with_mirrored(shrink(np.stack(masks), base.vae_factor))
+    return with_mirrored(shrink(np.stack(masks), model.vae_factor))
 
 
-def given_masks(base: BaseModel, pictures: Sequence[Picture]) -> np.ndarray | None:
+def given_masks(model: Architecture, pictures: Sequence[Picture]) -> np.ndarray | None:
     """The masks that came with the pictures: float32 [count, 2, height / f, width / f], or None if there are none.
 
     Raises:
@@ -96,7 +96,7 @@ def given_masks(base: BaseModel, pictures: Sequence[Picture]) -> np.ndarray | No
     if len(given) < len(pictures):
         without = next(name for name, mask in masks.items() if mask is None)
         raise InputError(f"{without}: has no mask, but other pictures have: give one for each, or none")
-    return on_latents(base, given)
+    return on_latents(model, given)
 
 
 def make_examples(latents: LatentDistribution, masks: np.ndarray, ids: np.ndarray) -> Examples:

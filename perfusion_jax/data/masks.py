@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perfusion_jax.base_model import BaseModel, keys_values
+from perfusion_jax.base_model import Architecture, keys_values
 from perfusion_jax.method.surgery import Params
 
 # Shares of the noise schedule at which the UNet is asked; with less noise it looks at details, with more at nothing.
@@ -28,12 +28,12 @@ def normalise(masks: np.ndarray) -> np.ndarray:
 
 
 def attention_masks(
-    base: BaseModel, params: dict[str, Params], latents: jax.Array, super_category: str, key: jax.Array
+    model: Architecture, params: dict[str, Params], latents: jax.Array, super_category: str, key: jax.Array
 ) -> jax.Array:
     """Masks from the UNet's cross-attention to the super-category's word, over noise levels, draws and layers.
 
     Args:
-        base: the model.
+        model: its architecture.
         params: its weights.
         latents: of the pictures, [count, height, width, channels].
         super_category: the word or words for this kind of thing.
@@ -42,13 +42,13 @@ def attention_masks(
     Returns:
         float32 [count, height, width], each from 0 at its least to 1 at its most attentive latent.
     """
-    ids, is_word = base.tokenizer.locate("a photo of a {}", super_category)
-    return _attention_masks(base, params, latents, ids, is_word.astype(np.float32), key)
+    ids, is_word = model.tokenizer.locate("a photo of a {}", super_category)
+    return _attention_masks(model, params, latents, ids, is_word.astype(np.float32), key)
 
 
-@partial(jax.jit, static_argnames="base")  # the word is an argument: one compilation serves all concepts
+@partial(jax.jit, static_argnames="model")  # the word is an argument: one compilation serves all concepts
 def _attention_masks(
-    base: BaseModel,
+    model: Architecture,
     params: dict[str, Params],
     latents: jax.Array,
     ids: jax.Array,
@@ -56,14 +56,14 @@ def _attention_masks(
     key: jax.Array,
 ) -> jax.Array:
     count = len(latents)
-    encodings = base.encode(params["text_encoder"], jnp.tile(ids, (count, 1)))
+    encodings = model.encode(params["text_encoder"], jnp.tile(ids, (count, 1)))
     fed = keys_values(params["unet"], encodings)
     levels = np.array(NOISE_LEVELS * DRAWS)
 
     def at(level: jax.Array, noise_key: jax.Array) -> jax.Array:
-        timesteps = jnp.full(count, (level * base.schedule.num_train_timesteps).astype(jnp.int32))
-        noisy = base.schedule.add_noise(latents, jax.random.normal(noise_key, latents.shape[1:]), timesteps)
-        _, maps = base.attention_maps(params["unet"], noisy.astype(base.unet.dtype), timesteps, fed)
+        timesteps = jnp.full(count, (level * model.schedule.num_train_timesteps).astype(jnp.int32))
+        noisy = model.schedule.add_noise(latents, jax.random.normal(noise_key, latents.shape[1:]), timesteps)
+        _, maps = model.attention_maps(params["unet"], noisy.astype(model.unet.dtype), timesteps, fed)
         return jnp.einsum("bhwt,t->bhw", maps, is_word)
 
     attention = jax.lax.map(lambda pair: at(*pair), (jnp.asarray(levels), jax.random.split(key, len(levels)))).mean(0)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perfusion_jax.base_model import BaseModel
+from perfusion_jax.base_model import Architecture, BaseModel
 from perfusion_jax.method.covariance import checked
 from perfusion_jax.method.surgery import Params
 from perfusion_jax.runtime.errors import InputError
@@ -44,16 +44,16 @@ class Progress(NamedTuple):
     text_encoder: str
 
 
-def outer_product_sum(base: BaseModel, text_params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+def outer_product_sum(model: Architecture, text_params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the sum of e e^T over the masked tokens, float32 [context_width, context_width].
 
     Args:
-        base: the model's architecture.
+        model: its architecture.
         text_params: the text encoder's weights.
         ids: int32 [batch, tokens].
         mask: bool [batch, tokens].
     """
-    encodings = jnp.where(mask[..., None], base.encode(text_params, ids).astype(jnp.float32), 0)
+    encodings = jnp.where(mask[..., None], model.encode(text_params, ids).astype(jnp.float32), 0)
     return jnp.einsum("btd,bte->de", encodings, encodings, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -68,8 +68,8 @@ def accumulate(base: BaseModel, captions: Path, start: Progress | None = None) -
     Raises:
         InputError: the file cannot be read.
     """
-    product_sum = jax.jit(partial(outer_product_sum, base))
-    width = base.context_width
+    product_sum = jax.jit(partial(outer_product_sum, base.model))
+    width = base.model.context_width
     done = start or Progress(
         np.zeros((width, width)), 0, 0, 0, hashlib.sha256().hexdigest(), base.name, _weights_digest(base)
     )
@@ -77,7 +77,7 @@ def accumulate(base: BaseModel, captions: Path, start: Progress | None = None) -
         with captions.open("rb") as stream:
             digest = _prefix_digest(stream, done.offset)
             for batch in _batches(stream, digest, captions):
-                ids, mask = base.tokenizer.captions(batch)
+                ids, mask = base.model.tokenizer.captions(batch)
                 # The text encoder is causal: what follows the last real token does not change the encodings before it.
                 longest = -(-mask.sum(axis=1).max() // LENGTH_STEP) * LENGTH_STEP
                 missing = (

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perfusion_jax.base_model import BaseModel, KeysValues, keys_values
+from perfusion_jax.base_model import Architecture, KeysValues, keys_values
 from perfusion_jax.drawing.samplers import Plan
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.method.edit import Gate
@@ -52,11 +52,13 @@ class Concepts(NamedTuple):
     super_embeddings: jax.Array | None
 
 
-def prompt_keys_values(base: BaseModel, params: dict[str, Params], ids: jax.Array, concepts: Concepts) -> KeysValues:
+def prompt_keys_values(
+    model: Architecture, params: dict[str, Params], ids: jax.Array, concepts: Concepts
+) -> KeysValues:
     """Computes the keys and values of prompts under the edits of the concepts that each of them names.
 
     Args:
-        base: the model.
+        model: its architecture.
         params: its weights, without edits.
         ids: int32 [batch, tokens].
         concepts: see `Concepts`.
@@ -65,10 +67,10 @@ def prompt_keys_values(base: BaseModel, params: dict[str, Params], ids: jax.Arra
         By layer, [phases, batch, tokens, out_width] each.
     """
     stacked, gates = concepts.stacked, concepts.gates
-    encodings = base.encode(params["text_encoder"], ids, stacked.embedding)
+    encodings = model.encode(params["text_encoder"], ids, stacked.embedding)
     super_encodings = None
     if concepts.super_embeddings is not None:
-        super_encodings = base.encode(params["text_encoder"], ids, concepts.super_embeddings)
+        super_encodings = model.encode(params["text_encoder"], ids, concepts.super_embeddings)
 
     def of_prompt(
         strengths: jax.Array, present: jax.Array, encoding: jax.Array, super_encoding: jax.Array | None
@@ -86,7 +88,7 @@ def prompt_keys_values(base: BaseModel, params: dict[str, Params], ids: jax.Arra
 
 
 def sample_latents(
-    base: BaseModel,
+    model: Architecture,
     unet_params: Params,
     prompted: KeysValues,
     unprompted: KeysValues,
@@ -100,7 +102,7 @@ def sample_latents(
     """Walks the plan of a sampler.
 
     Args:
-        base: the model.
+        model: its architecture.
         unet_params: its UNet's weights; edits act through `prompted` alone.
         prompted: keys and values of the prompts, [phases, batch, ...].
         unprompted: those of the empty prompt through the unedited weights, [batch, ...].
@@ -117,7 +119,7 @@ def sample_latents(
     """
     batch, height, width, _ = noisy.shape
     tokens = next(iter(prompted.values())).key.shape[2]
-    dtype = base.unet.dtype
+    dtype = model.unet.dtype
 
     def step(
         carried: tuple[jax.Array, jax.Array, jax.Array | None], now: tuple[Plan, jax.Array]
@@ -128,13 +130,13 @@ def sample_latents(
         twice = jnp.concatenate([latents, latents]).astype(dtype)
         timesteps = jnp.full(2 * batch, at.timesteps)
         if seen is None:
-            prediction = base.denoise(unet_params, twice, timesteps, both)
+            prediction = model.denoise(unet_params, twice, timesteps, both)
         else:
-            prediction, maps = base.attention_maps(unet_params, twice, timesteps, both)
+            prediction, maps = model.attention_maps(unet_params, twice, timesteps, both)
             seen = seen + maps[:batch]
         with_prompt, without = jnp.split(prediction.astype(jnp.float32), 2)
         guided = guide(with_prompt, without, guidance)
-        if base.schedule.prediction_type == "epsilon":
+        if model.schedule.prediction_type == "epsilon":
             picture = (latents - at.noise * guided) / at.signal
         else:
             picture = at.signal * latents - at.noise * guided
@@ -156,7 +158,7 @@ def guide(prompted: jax.Array, unprompted: jax.Array, guidance: Guidance) -> jax
 
 
 def draw(
-    base: BaseModel,
+    model: Architecture,
     params: dict[str, Params],
     ids: jax.Array,
     unprompted_ids: jax.Array,
@@ -171,7 +173,7 @@ def draw(
     """Draws tokenised prompts: pure, and meant to be jitted with `base`, `attention` and `on_step` static.
 
     Args:
-        base: the model.
+        model: its architecture.
         params: its weights, without edits.
         ids: int32 [batch, tokens].
         unprompted_ids: the empty prompt, or a negative one, int32 [batch, tokens].
@@ -186,32 +188,32 @@ def draw(
         (pictures in about [-1, 1], float32 [batch, height, width, 3]; attention as from `sample_latents`).
     """
     if concepts is None:
-        alone = keys_values(params["unet"], base.encode(params["text_encoder"], ids))
+        alone = keys_values(params["unet"], model.encode(params["text_encoder"], ids))
         prompted = jax.tree.map(lambda array: array[None], alone)
         phase_of_step = jnp.zeros(len(plan.timesteps), jnp.int32)
     else:
-        prompted = prompt_keys_values(base, params, ids, concepts)
+        prompted = prompt_keys_values(model, params, ids, concepts)
         phase_of_step = concepts.phase_of_step
     # The unconditional prompt goes through the frozen weights: guidance is away from what the model itself would draw.
-    unprompted = keys_values(params["unet"], base.encode(params["text_encoder"], unprompted_ids))
+    unprompted = keys_values(params["unet"], model.encode(params["text_encoder"], unprompted_ids))
     noisy = plan.start * noise if init_latents is None else plan.signal[0] * init_latents + plan.noise[0] * noise
     latents, seen = sample_latents(
-        base, params["unet"], prompted, unprompted, phase_of_step, noisy, plan, guidance, attention, on_step
+        model, params["unet"], prompted, unprompted, phase_of_step, noisy, plan, guidance, attention, on_step
     )
-    return base.decode_latent(params["vae"], latents.astype(base.vae.dtype)), seen
+    return model.decode_latent(params["vae"], latents.astype(model.vae.dtype)), seen
 
 
-def noise_for(base: BaseModel, seeds: jax.Array | Sequence[int], height: int, width: int) -> jax.Array:
+def noise_for(model: Architecture, seeds: jax.Array | Sequence[int], height: int, width: int) -> jax.Array:
     """Returns the noise each picture starts from, float32 [len(seeds), height / f, width / f, channels].
 
     It depends on the picture's own seed alone, not on its place in the batch.
 
     Args:
-        base: the model.
+        model: its architecture.
         seeds: uint32, one per picture.
         height, width: of the pictures in pixels, multiples of the autoencoder's factor f.
     """
-    shape = (height // base.vae_factor, width // base.vae_factor, base.latent_channels)
+    shape = (height // model.vae_factor, width // model.vae_factor, model.latent_channels)
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 

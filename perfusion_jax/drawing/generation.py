@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from perfusion_jax.base_model import BaseModel
+from perfusion_jax.base_model import Architecture, BaseModel
 from perfusion_jax.drawing.denoising import Concepts, Guidance, draw, noise_for, to_pixels
 from perfusion_jax.drawing.samplers import DEFAULT_STEPS, Plan, make_plan
 from perfusion_jax.formats.concept_file import TrainedConcept
@@ -43,7 +43,7 @@ class Drawn(NamedTuple):
 
 def _draw_on(
     mesh: Mesh | None,
-    base: BaseModel,
+    model: Architecture,
     params: dict[str, Params],
     ids: jax.Array,
     unprompted_ids: jax.Array,
@@ -56,7 +56,7 @@ def _draw_on(
     on_step: Callable[[], None] | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """`sampling.draw`; on a mesh, each device draws its own part of the batch and sends nothing to the others."""
-    draw_part = functools.partial(draw, base, attention=attention, on_step=on_step)
+    draw_part = functools.partial(draw, model, attention=attention, on_step=on_step)
     if mesh is not None:
         batch, whole = P(mesh.axis_names), P()
         of_concepts = None if concepts is None else jax.tree.map(lambda _: whole, concepts)._replace(present=batch)
@@ -66,8 +66,8 @@ def _draw_on(
 
 
 # One compiled function for all: what may change without compiling anew is an array.
-compiled_draw = jax.jit(_draw_on, static_argnames=("mesh", "base", "attention", "on_step"))
-_compiled_noise = jax.jit(noise_for, static_argnames=("base", "height", "width"))
+compiled_draw = jax.jit(_draw_on, static_argnames=("mesh", "model", "attention", "on_step"))
+_compiled_noise = jax.jit(noise_for, static_argnames=("model", "height", "width"))
 
 
 def generate(
@@ -154,7 +154,7 @@ def drawing(
     height, width = _size(base, height, width, init_image)
     steps = DEFAULT_STEPS.get(sampler, 1) if steps is None else steps
     skipped = 0 if init_image is None else skipped_steps(steps, init_strength)
-    plan = make_plan(base.schedule, sampler, steps, skipped)
+    plan = make_plan(base.model.schedule, sampler, steps, skipped)
     if guidance is None:
         guidance = concepts[0].card.guidance_scale if concepts else GUIDANCE
     for name, value, least, most in (
@@ -164,8 +164,8 @@ def drawing(
     ):
         if not (least <= value <= most and isfinite(value)):
             raise InputError(f"{name} is {value}; it must be at least {least}" + f" and at most {most}" * (most == 1))
-    ids = base.tokenizer(prompts, [card.placeholder for _, card in concepts])
-    unprompted = np.repeat(base.tokenizer([negative_prompt]), batch_size, axis=0)
+    ids = base.model.tokenizer(prompts, [card.placeholder for _, card in concepts])
+    unprompted = np.repeat(base.model.tokenizer([negative_prompt]), batch_size, axis=0)
     in_slots = None
     if concepts:
         gates = Gate(
@@ -180,19 +180,19 @@ def drawing(
         in_slots = _in_slots(base, concepts, gates, np.arange(skipped, steps) / steps, windows, ids, lock)
     init_latents = None
     if init_image is not None:
-        pixels = jnp.asarray(init_image[None].astype(np.float32) / 127.5 - 1, base.vae.dtype)
-        init_latents = base.encode_image(base.params["vae"], pixels).mean
+        pixels = jnp.asarray(init_image[None].astype(np.float32) / 127.5 - 1, base.model.vae.dtype)
+        init_latents = base.model.encode_image(base.params["vae"], pixels).mean
     scales = Guidance(jnp.float32(guidance), jnp.float32(guidance_rescale))
     for first in range(0, len(ids), batch_size):
         count = len(ids[first : first + batch_size])
         rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # one batch size is compiled
         images, seen = compiled_draw(
             mesh,
-            base,
+            base.model,
             base.params,
             ids[rows],
             unprompted,
-            _compiled_noise(base, np.asarray(seeds, np.uint32)[rows], height, width),
+            _compiled_noise(base.model, np.asarray(seeds, np.uint32)[rows], height, width),
             plan,
             scales,
             None if in_slots is None else in_slots._replace(present=in_slots.present[rows]),
@@ -224,14 +224,14 @@ def _size(base: BaseModel, height: int | None, width: int | None, init_image: np
     """Height and width of the pictures in pixels."""
     if init_image is not None and (init_image.ndim != 3 or init_image.shape[2] != 3 or init_image.dtype != np.uint8):
         raise InputError(f"init_image is {init_image.dtype} {init_image.shape}; it must be uint8 [height, width, 3]")
-    native = base.unet.sample_size * base.vae_factor
+    native = base.model.picture_side
     own = (native, native) if init_image is None else init_image.shape[:2]
     size = (height or own[0], width or own[1])
     if init_image is not None and size != own:
         raise InputError(f"init_image has {own[1]} x {own[0]} pixels; the picture asked for has {size[1]} x {size[0]}")
-    if any(side % base.vae_factor or side <= 0 for side in size):
+    if any(side % base.model.vae_factor or side <= 0 for side in size):
         raise InputError(
-            f"pictures of {size[1]} x {size[0]} pixels: width and height must be multiples of {base.vae_factor}"
+            f"pictures of {size[1]} x {size[0]} pixels: width and height must be multiples of {base.model.vae_factor}"
         )
     return size
 
@@ -283,7 +283,7 @@ def _in_slots(
     active = np.ones((len(fractions), slots), np.float32)
     active[:, :count] = (start <= fractions[:, None]) & (fractions[:, None] < end)
     phases, phase_of_step = np.unique(active, axis=0, return_inverse=True)
-    present = np.any(ids[:, :, None] == base.tokenizer.vocabulary_size + np.arange(slots), axis=1)
+    present = np.any(ids[:, :, None] == base.model.tokenizer.vocabulary_size + np.arange(slots), axis=1)
     return Concepts(
         stacked=jax.tree.map(pad, concept_lib.stack([concept for concept, _ in concepts])),
         gates=Gate(*(pad(jnp.asarray(field), fill=1.0) for field in gates)),

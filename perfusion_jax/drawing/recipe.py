@@ -225,7 +225,7 @@ def init_pixels(recipe: Recipe, base: BaseModel) -> np.ndarray:
     Raises:
         InputError: it cannot be read.
     """
-    native = base.unet.sample_size * base.vae_factor
+    native = base.model.picture_side
     size = (recipe.options["width"] or native, recipe.options["height"] or native)
     image = open_picture(epath.Path(recipe.init_image)).convert("RGB")
     return np.asarray(ImageOps.fit(image, size, Image.Resampling.LANCZOS))

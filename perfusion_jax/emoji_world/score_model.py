@@ -125,7 +125,7 @@ def time_sampling(
 ) -> tuple[float, float]:
     """Median seconds for 4 pictures of 30 steps, compilation left out: (ours, PyTorch diffusers), turn by turn."""
     prompts = [prompt_of(request) for request in single_requests(1)[:4]]
-    noise = np.asarray(noise_for(base, range(4), scenes.PIXELS, scenes.PIXELS))
+    noise = np.asarray(noise_for(base.model, range(4), scenes.PIXELS, scenes.PIXELS))
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         start = time.perf_counter()
@@ -167,7 +167,7 @@ def main(_: list[str]) -> None:
     requests = [*singles, *pairs]
     ours = drawn(requests, SEEDS["report"], guidance_scale)
     seeds = range(SEEDS["report"], SEEDS["report"] + len(requests))
-    noise = np.asarray(noise_for(base, seeds, scenes.PIXELS, scenes.PIXELS))
+    noise = np.asarray(noise_for(base.model, seeds, scenes.PIXELS, scenes.PIXELS))
     theirs = draw_in_pytorch(pipeline, noise, list(map(prompt_of, requests)), guidance_scale, STEPS)
     scores = {
         name: score(judge, pictures[: len(singles)], pictures[len(singles) :], requests)

@@ -153,7 +153,7 @@ def _card(file: epath.Path, metadata: dict[str, str]) -> ConceptCard:
 
 
 def _concept(file: epath.Path, tensors: dict[str, np.ndarray], base: BaseModel) -> Concept:
-    template = base.new_concept_shapes()
+    template = base.model.new_concept_shapes()
     expected = {"embedding": template.embedding, "target_input": template.target_input, "dual": template.dual}
     for kind in ("key_outputs", "value_outputs"):
         expected |= {f"{kind}.{_dotted(layer)}": shape for layer, shape in getattr(template, kind).items()}

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from perfusion_jax.base_model import BaseModel
+from perfusion_jax.base_model import Architecture
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.learning import step as training
 from perfusion_jax.learning.step import Batch, Learning, Settings
@@ -58,11 +58,11 @@ def check_split(settings: Settings, mesh: Mesh) -> None:
         )
 
 
-def make_fleet_step(base: BaseModel, settings: Settings, mesh: Mesh) -> Callable[..., tuple[Learning, jax.Array]]:
+def make_fleet_step(model: Architecture, settings: Settings, mesh: Mesh) -> Callable[..., tuple[Learning, jax.Array]]:
     """Compiles, when called or lowered, one optimiser step of every member: `jax.vmap` of `training.train_step`.
 
     Args:
-        base: the model's architecture.
+        model: its architecture.
         settings: how all of them learn.
         mesh: from `make_mesh`.
 
@@ -85,7 +85,7 @@ def make_fleet_step(base: BaseModel, settings: Settings, mesh: Mesh) -> Callable
         params: Any, whitening: jax.Array, member: Members, learning: Learning
     ) -> tuple[Learning, jax.Array]:
         key = jax.random.wrap_key_data(member.keys)
-        after, loss = training.train_step(base, params, whitening, member.examples, learning, key, settings, split)
+        after, loss = training.train_step(model, params, whitening, member.examples, learning, key, settings, split)
         done = learning.step >= member.limits
         kept = jax.tree.map(lambda old, new: jnp.where(done, old, new), learning, after)
         return kept, jnp.where(done, jnp.nan, loss)
@@ -105,7 +105,7 @@ def make_fleet_step(base: BaseModel, settings: Settings, mesh: Mesh) -> Callable
     return jax.jit(
         gathered_step,
         in_shardings=(
-            param_shardings({name: base.params[name] for name in STEP_PARAMS}, mesh),
+            param_shardings({name: model.shapes[name] for name in STEP_PARAMS}, mesh),
             whole,
             by_member,
             by_member,
@@ -116,12 +116,12 @@ def make_fleet_step(base: BaseModel, settings: Settings, mesh: Mesh) -> Callable
 
 
 def member_shapes(
-    base: BaseModel, settings: Settings, pictures: int, prompts: int, side: int
+    model: Architecture, settings: Settings, pictures: int, prompts: int, side: int
 ) -> tuple[Members, Learning]:
     """Shapes and dtypes of one member, without the axis of slots, as `jax.ShapeDtypeStruct`.
 
     Args:
-        base: the model.
+        model: its architecture.
         settings: how it learns.
         pictures: that the examples are padded to.
         prompts: of each picture.
@@ -131,31 +131,31 @@ def member_shapes(
     def array(*shape: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    latents = side // base.vae_factor
+    latents = side // model.vae_factor
     one = array(dtype=jnp.int32)
     examples = Examples(
-        mean=array(pictures, 2, latents, latents, base.latent_channels),
-        std=array(pictures, 2, latents, latents, base.latent_channels),
+        mean=array(pictures, 2, latents, latents, model.latent_channels),
+        std=array(pictures, 2, latents, latents, model.latent_channels),
         masks=array(pictures, 2, latents, latents),
-        prompt_ids=array(pictures, prompts, base.tokenizer.length, dtype=jnp.int32),
+        prompt_ids=array(pictures, prompts, model.tokenizer.length, dtype=jnp.int32),
         num_pictures=one,
     )
     keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    learning = jax.eval_shape(lambda concept: training.start(concept, settings), base.new_concept_shapes())
+    learning = jax.eval_shape(lambda concept: training.start(concept, settings), model.new_concept_shapes())
     return Members(examples, keys, one), learning
 
 
-def step_shapes(base: BaseModel, shapes: tuple[Members, Learning], slots: int) -> tuple[Any, ...]:
+def step_shapes(model: Architecture, shapes: tuple[Members, Learning], slots: int) -> tuple[Any, ...]:
     """Shapes of all arguments of the fleet's step, to lower it with.
 
     Args:
-        base: the model.
+        model: its architecture.
         shapes: of one member, from `member_shapes`.
         slots: members at once.
     """
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((slots, *leaf.shape), leaf.dtype), shapes)
-    params = jax.eval_shape(lambda tree: tree, {name: base.params[name] for name in STEP_PARAMS})
-    width = base.context_width
+    params = jax.eval_shape(lambda tree: tree, {name: model.shapes[name] for name in STEP_PARAMS})
+    width = model.context_width
     return params, jax.ShapeDtypeStruct((width, width), jnp.float32), *stacked
 
 

@@ -161,7 +161,7 @@ class Loop:
             )
             for slot, examples in prepared.examples.items()
         }
-        shapes = member_shapes(self._resources.base, current.settings, *shape)
+        shapes = member_shapes(self._resources.base.model, current.settings, *shape)
         return stack_members(rows, shapes, len(current.members), self._resources.mesh)
 
     def _no_best(self, concept: Concept) -> Best | None:

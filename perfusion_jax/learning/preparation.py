@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from perfusion_jax.base_model import BaseModel
-from perfusion_jax.base_model.clipseg import Segmenter, load_segmenter
+from perfusion_jax.base_model.clipseg import load_segmenter
 from perfusion_jax.data.examples import (
     Examples,
     encode,
@@ -57,22 +57,23 @@ def prepare_data(config: ConfigDict, base: BaseModel, pictures: Sequence[Picture
     Raises:
         InputError: the pictures, masks or prompts cannot be used.
     """
-    side = config.size or base.unet.sample_size * base.vae_factor
-    if side % base.vae_factor:
-        raise InputError(f"config.size is {side}; it must be a multiple of {base.vae_factor}")
+    side = config.size or base.model.picture_side
+    if side % base.model.vae_factor:
+        raise InputError(f"config.size is {side}; it must be a multiple of {base.model.vae_factor}")
     pictures = [fit(picture, side, config.crop) for picture in pictures]
     pixels = np.stack([picture.pixels for picture in pictures])
     latents = encode(base, pixels)
     masks = find_masks(config, base, pictures, latents.mean, key)
     whole = np.ones((side, side), np.float32)
-    masks = masks * on_latents(base, [whole if picture.inside is None else picture.inside for picture in pictures])
-    ids = prompt_ids(base, pictures, config.templates)
+    masks = masks * on_latents(
+        base.model, [whole if picture.inside is None else picture.inside for picture in pictures]
+    )
+    ids = prompt_ids(base.model, pictures, config.templates)
     return Data(pixels, prompts_used(pictures, config.templates), make_examples(latents, masks, ids))
 
 
 # Loaded and compiled once for all concepts.
 _segmenter = lru_cache(maxsize=1)(load_segmenter)
-_segment = jax.jit(Segmenter.masks, static_argnums=0)
 
 
 def find_masks(
@@ -96,7 +97,7 @@ def find_masks(
     if config.masks == "none":
         return np.ones(latents.shape[:-1], np.float32)
     if config.masks in ("auto", "files"):
-        masks = given_masks(base, pictures)
+        masks = given_masks(base.model, pictures)
         if masks is not None:
             return masks
         if config.masks == "files":
@@ -107,11 +108,10 @@ def find_masks(
         raise InputError("config.masks is 'segmenter', but config.segmenter names none")
     if config.segmenter and config.masks != "attention":
         segmenter = _segmenter(config.segmenter)
-        ids = segmenter.tokenizer([config.super_category] * 2)
         pairs = with_mirrored(np.stack([picture.pixels for picture in pictures])).astype(np.float32) / 127.5 - 1
-        masks = np.concatenate([_segment(segmenter, segmenter.params, ids, pair) for pair in pairs])
-        return shrink(masks, base.vae_factor).reshape(latents.shape[:-1])
-    return np.stack([attention_masks(base, base.params, pair, config.super_category, key) for pair in latents])
+        masks = np.concatenate([segmenter.segment(config.super_category, pair) for pair in pairs])
+        return shrink(masks, base.model.vae_factor).reshape(latents.shape[:-1])
+    return np.stack([attention_masks(base.model, base.params, pair, config.super_category, key) for pair in latents])
 
 
 def concept_key(config: ConfigDict) -> jax.Array:

@@ -45,7 +45,7 @@ def load_whitening(config: ConfigDict, base: BaseModel) -> jax.Array:
             f"config.covariance is empty, and no covariance came with {config.base}: measure it once with "
             f"`python -m perfusion_jax.covariance --base {config.base} --captions captions.txt --out covariance.npz`"
         )
-    return covariance_file.load_whitening(file, base.context_width)
+    return covariance_file.load_whitening(file, base.model.context_width)
 
 
 def load_evaluator(config: ConfigDict) -> Evaluator | None:
@@ -86,7 +86,7 @@ class Resources:
 
     def side_of(self, config: ConfigDict) -> int:
         """Side of a concept's pictures in pixels."""
-        return config.size or self.base.unet.sample_size * self.base.vae_factor
+        return config.size or self.base.model.picture_side
 
 
 def mesh_of(config: ConfigDict) -> Mesh:
@@ -128,9 +128,9 @@ def load_resources(config: ConfigDict) -> Resources:
 
     @functools.cache
     def compiled(settings: Settings, slots: int, pictures: int, prompts: int, side: int) -> jax.stages.Compiled:
-        shapes = member_shapes(base, settings, pictures, prompts, side)
-        step: Any = make_fleet_step(base, settings, mesh)
-        return step.lower(*step_shapes(base, shapes, slots)).compile()
+        shapes = member_shapes(base.model, settings, pictures, prompts, side)
+        step: Any = make_fleet_step(base.model, settings, mesh)
+        return step.lower(*step_shapes(base.model, shapes, slots)).compile()
 
     mesh_whitening = place(whitening, NamedSharding(mesh, PartitionSpec()))
     evaluator = load_evaluator(config) if config.validation_prompts else None

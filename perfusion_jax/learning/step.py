@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from perfusion_jax.base_model import BaseModel, keys_values
+from perfusion_jax.base_model import Architecture, keys_values
 from perfusion_jax.base_model.text import mean_at
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.method.concept import Concept
@@ -120,13 +120,13 @@ def start(concept: Concept, settings: Settings) -> Learning:
     )
 
 
-def draw_batch(key: jax.Array, examples: Examples, base: BaseModel, settings: Settings) -> Batch:
+def draw_batch(key: jax.Array, examples: Examples, model: Architecture, settings: Settings) -> Batch:
     """Draws the samples of a step: pictures, flips, prompts, latents of the posterior, noise and timesteps.
 
     Args:
         key: of this step.
         examples: what to draw from.
-        base: the model, for its schedule.
+        model: for its schedule.
         settings: batch size and flips.
     """
     keys = jax.random.split(key, 6)
@@ -140,12 +140,12 @@ def draw_batch(key: jax.Array, examples: Examples, base: BaseModel, settings: Se
         masks=examples.masks[pictures, flips],
         ids=examples.prompt_ids[pictures, prompts],
         noise=jax.random.normal(keys[4], mean.shape),
-        timesteps=jax.random.randint(keys[5], (size,), 0, base.schedule.num_train_timesteps),
+        timesteps=jax.random.randint(keys[5], (size,), 0, model.schedule.num_train_timesteps),
     )
 
 
 def loss(
-    base: BaseModel,
+    model: Architecture,
     params: dict[str, Params],
     whitening: jax.Array,
     concept: Concept,
@@ -160,26 +160,26 @@ def loss(
     Returns:
         (loss, mean encoding at the concept's token over the batch, [context_width]), float32.
     """
-    encodings = base.encode(params["text_encoder"], batch.ids, concept.embedding[None])
-    concept_encoding = mean_at(encodings, batch.ids == base.tokenizer.vocabulary_size)
+    encodings = model.encode(params["text_encoder"], batch.ids, concept.embedding[None])
+    concept_encoding = mean_at(encodings, batch.ids == model.tokenizer.vocabulary_size)
     if settings.straight_through:
         through = concept_encoding - jax.lax.stop_gradient(concept_encoding)
         concept = concept.with_target_input(concept.target_input + through, whitening)
     unet = (
         insert(params["unet"], concept, Gate(settings.bias, settings.temperature)) if settings.edit else params["unet"]
     )
-    noisy = base.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-    prediction = base.denoise(
-        params["unet"], noisy.astype(base.unet.dtype), batch.timesteps, keys_values(unet, encodings)
+    noisy = model.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+    prediction = model.denoise(
+        params["unet"], noisy.astype(model.unet.dtype), batch.timesteps, keys_values(unet, encodings)
     )
-    target = base.schedule.target(batch.latents, batch.noise, batch.timesteps)
+    target = model.schedule.target(batch.latents, batch.noise, batch.timesteps)
     error = jnp.mean((prediction.astype(jnp.float32) - target) ** 2, axis=-1)
     per_sample = jnp.sum(batch.masks * error, axis=(1, 2)) / jnp.sum(batch.masks, axis=(1, 2))
     return per_sample.mean(), concept_encoding
 
 
 def train_step(
-    base: BaseModel,
+    model: Architecture,
     params: dict[str, Params],
     whitening: jax.Array,
     examples: Examples,
@@ -191,7 +191,7 @@ def train_step(
     """Takes one optimiser step.
 
     Args:
-        base: the model's architecture.
+        model: its architecture.
         params: its frozen weights, without edits.
         whitening: C^-1/2, float32 [context_width, context_width].
         examples: what the concept is learnt from.
@@ -206,13 +206,13 @@ def train_step(
         was from then on, and the loss is NaN.
     """
     concept = learning.concept
-    batch = draw_batch(jax.random.fold_in(key, learning.step), examples, base, settings)
+    batch = draw_batch(jax.random.fold_in(key, learning.step), examples, model, settings)
     parts = place(jax.tree.map(lambda array: array.reshape(settings.accumulation, -1, *array.shape[1:]), batch))
     parameters = concept.trainable(settings.trained)
 
     def gradient_of(part: Batch) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
         def loss_of(parameters: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-            return loss(base, params, whitening, dataclasses.replace(concept, **parameters), part, settings)
+            return loss(model, params, whitening, dataclasses.replace(concept, **parameters), part, settings)
 
         return jax.value_and_grad(loss_of, has_aux=True)(parameters)
 

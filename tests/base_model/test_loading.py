@@ -81,7 +81,7 @@ def test_one_by_one_convolutions_stand_for_linear_layers_in_old_vaes(broken, sd1
 
 def test_number_of_heads_may_be_given_by_its_proper_name(broken, sd1_base):
     edit_json(broken / "unet/config.json", num_attention_heads=4, attention_head_dim=8)
-    assert load_base_model(broken).unet.attention_head_dim == sd1_base.unet.attention_head_dim == 4
+    assert load_base_model(broken).model.unet.attention_head_dim == sd1_base.model.unet.attention_head_dim == 4
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
@@ -152,9 +152,9 @@ def test_loads_where_pytorch_is_not_installed(sd1_folder):
         import perfusion_jax
 
         base = perfusion_jax.load_base_model(sys.argv[1])
-        encodings = base.encode(base.params["text_encoder"], base.tokenizer(["a photo of a dog"]))
+        encodings = base.model.encode(base.params["text_encoder"], base.model.tokenizer(["a photo of a dog"]))
         fed = perfusion_jax.keys_values(base.params["unet"], encodings)
-        noise = jax.jit(base.denoise)(base.params["unet"], jnp.ones((1, 16, 16, 4)), jnp.array([5]), fed)
+        noise = jax.jit(base.model.denoise)(base.params["unet"], jnp.ones((1, 16, 16, 4)), jnp.array([5]), fed)
         assert jnp.isfinite(noise).all()
         assert "torch" not in sys.modules
     """

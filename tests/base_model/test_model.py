@@ -1,6 +1,8 @@
 """The frozen model against PyTorch diffusers and transformers, on the same weights."""
 
+import gc
 import shutil
+import weakref
 from functools import partial
 
 import jax
@@ -33,22 +35,22 @@ def channels_first(array: np.ndarray) -> torch.Tensor:
 def compare_with_torch(folder, base, size: int, tolerance: float = TOLERANCE):
     """Compares text encoder, UNet and both ways of the VAE on a picture of `size` pixels."""
     rng = np.random.default_rng(0)
-    ids = base.tokenizer(["a photo of a dog", "the teddy bear on the beach"])
+    ids = base.model.tokenizer(["a photo of a dog", "the teddy bear on the beach"])
     with torch.no_grad():
         text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
         encodings = text_encoder(torch.from_numpy(ids).long()).last_hidden_state.numpy()
-    assert relative_error(base.encode(base.params["text_encoder"], ids), encodings) < tolerance
+    assert relative_error(base.model.encode(base.params["text_encoder"], ids), encodings) < tolerance
     del text_encoder
 
-    side = size // base.vae_factor
-    latents = rng.standard_normal((2, side, side, base.latent_channels), dtype=np.float32)
+    side = size // base.model.vae_factor
+    latents = rng.standard_normal((2, side, side, base.model.latent_channels), dtype=np.float32)
     timesteps = np.array([3, 700], np.int32)
     with torch.no_grad():
         unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
         expected = unet(channels_first(latents), torch.from_numpy(timesteps), torch.from_numpy(encodings)).sample
     del unet
     fed = keys_values(base.params["unet"], jnp.asarray(encodings))
-    ours = jax.jit(base.denoise)(base.params["unet"], latents, timesteps, fed)
+    ours = jax.jit(base.model.denoise)(base.params["unet"], latents, timesteps, fed)
     assert relative_error(ours, channels_last(expected)) < tolerance
 
     images = rng.uniform(-1, 1, (1, size, size, 3)).astype(np.float32)
@@ -57,11 +59,11 @@ def compare_with_torch(folder, base, size: int, tolerance: float = TOLERANCE):
         posterior = vae.encode(channels_first(images)).latent_dist
         decoded = vae.decode(channels_first(latents[:1]) / vae.config.scaling_factor).sample
     scale = vae.config.scaling_factor
-    encoded = base.encode_image(base.params["vae"], jnp.asarray(images))
+    encoded = base.model.encode_image(base.params["vae"], jnp.asarray(images))
     assert relative_error(encoded.mean, channels_last(posterior.mean) * scale) < tolerance
     assert relative_error(encoded.std, channels_last(posterior.std) * scale) < tolerance
     assert (
-        relative_error(base.decode_latent(base.params["vae"], jnp.asarray(latents[:1])), channels_last(decoded))
+        relative_error(base.model.decode_latent(base.params["vae"], jnp.asarray(latents[:1])), channels_last(decoded))
         < tolerance
     )
 
@@ -73,15 +75,15 @@ def test_equals_pytorch(folder, base):
 @pytest.mark.slow
 def test_a_unet_on_a_grid_of_any_size_equals_pytorch(folder, base):
     rng = np.random.default_rng(0)
-    encodings = rng.standard_normal((1, 16, base.context_width), dtype=np.float32)
+    encodings = rng.standard_normal((1, 16, base.model.context_width), dtype=np.float32)
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
     for size in ((15, 18), (9, 5)):
-        latents = rng.standard_normal((1, *size, base.latent_channels), dtype=np.float32)
+        latents = rng.standard_normal((1, *size, base.model.latent_channels), dtype=np.float32)
         with torch.no_grad():
             expected = unet(channels_first(latents), torch.tensor([300]), torch.from_numpy(encodings)).sample
         inputs = (base.params["unet"], latents, jnp.array([300]), keys_values(base.params["unet"], encodings))
-        assert relative_error(jax.jit(base.denoise)(*inputs), channels_last(expected)) < TOLERANCE
-        prediction, maps = jax.jit(base.attention_maps)(*inputs)
+        assert relative_error(jax.jit(base.model.denoise)(*inputs), channels_last(expected)) < TOLERANCE
+        prediction, maps = jax.jit(base.model.attention_maps)(*inputs)
         assert relative_error(prediction, channels_last(expected)) < TOLERANCE
         assert maps.shape == (1, *size, 16)
         np.testing.assert_allclose(maps.sum(axis=-1), 1, atol=1e-4)
@@ -90,7 +92,7 @@ def test_a_unet_on_a_grid_of_any_size_equals_pytorch(folder, base):
 @pytest.mark.slow
 def test_full_stable_diffusion_15_equals_pytorch(full_size_folder):
     base = load_base_model(full_size_folder)
-    concept = base.new_concept("teddy bear", jnp.eye(base.context_width))
+    concept = base.new_concept("teddy bear", jnp.eye(base.model.context_width))
     edited = insert(base.params["unet"], concept, Gate(bias=0.6, temperature=0.15))
     assert len(concept.value_outputs) == 16
     assert sum(output.size for output in concept.value_outputs.values()) == 12_480
@@ -111,24 +113,24 @@ def test_group_norm_before_attention_has_pytorchs_epsilon(sd1_folder, tmp_path):
 
 
 def test_pictures_need_not_be_square(base):
-    distribution = base.encode_image(base.params["vae"], jnp.zeros((1, 16, 24, 3)))
-    assert distribution.mean.shape == (1, 8, 12, base.latent_channels)
-    assert base.decode_latent(base.params["vae"], distribution.mean).shape == (1, 16, 24, 3)
+    distribution = base.model.encode_image(base.params["vae"], jnp.zeros((1, 16, 24, 3)))
+    assert distribution.mean.shape == (1, 8, 12, base.model.latent_channels)
+    assert base.model.decode_latent(base.params["vae"], distribution.mean).shape == (1, 16, 24, 3)
 
 
 def test_latents_as_wide_as_they_have_channels_are_not_mistaken_for_channels_first(base):
     latents = jax.random.normal(jax.random.key(0), (1, 6, 4, 4))
     wide = jnp.concatenate([latents, jnp.zeros((1, 6, 8, 4))], axis=2)
-    assert base.decode_latent(base.params["vae"], latents).shape == (1, 12, 8, 3)
-    assert base.decode_latent(base.params["vae"], wide).shape == (1, 12, 24, 3)
+    assert base.model.decode_latent(base.params["vae"], latents).shape == (1, 12, 8, 3)
+    assert base.model.decode_latent(base.params["vae"], wide).shape == (1, 12, 24, 3)
 
 
 def test_the_unet_never_reads_its_own_text_projections(sd1_base):
     rng = np.random.default_rng(1)
-    encodings = jnp.asarray(rng.standard_normal((1, 16, sd1_base.context_width)), jnp.float32)
+    encodings = jnp.asarray(rng.standard_normal((1, 16, sd1_base.model.context_width)), jnp.float32)
     latents = jnp.asarray(rng.standard_normal((1, 16, 16, 4)), jnp.float32)
     fed = keys_values(sd1_base.params["unet"], encodings)
-    denoise = jax.jit(sd1_base.denoise)
+    denoise = jax.jit(sd1_base.model.denoise)
     expected = denoise(sd1_base.params["unet"], latents, jnp.array([5]), fed)
 
     def poison(path, leaf):
@@ -143,21 +145,21 @@ def test_the_unet_never_reads_its_own_text_projections(sd1_base):
 
 
 def test_missing_keys_and_values_are_named(sd1_base):
-    fed = keys_values(sd1_base.params["unet"], jnp.zeros((1, 16, sd1_base.context_width)))
+    fed = keys_values(sd1_base.params["unet"], jnp.zeros((1, 16, sd1_base.model.context_width)))
     fed.pop("mid_block/attentions_0/transformer_blocks_0/attn2")
     with pytest.raises(ValueError, match="mid_block/attentions_0"):
-        sd1_base.denoise(sd1_base.params["unet"], jnp.zeros((1, 16, 16, 4)), jnp.array([5]), fed)
+        sd1_base.model.denoise(sd1_base.params["unet"], jnp.zeros((1, 16, 16, 4)), jnp.array([5]), fed)
 
 
 def test_bfloat16_is_close_to_float32(sd1_folder, sd1_base):
     half = load_base_model(sd1_folder, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
-    ids = sd1_base.tokenizer(["a photo of a dog"])
+    ids = sd1_base.model.tokenizer(["a photo of a dog"])
     latents = jax.random.normal(jax.random.key(0), (1, 16, 16, 4))
     images = jax.random.uniform(jax.random.key(1), (1, 32, 32, 3), minval=-1)
 
-    def outputs(model):
-        return jax.jit(partial(compute, model))(model.params)
+    def outputs(base):
+        return jax.jit(partial(compute, base.model))(base.params)
 
     def compute(model, params):
         encodings = model.encode(params["text_encoder"], ids)
@@ -169,11 +171,11 @@ def test_bfloat16_is_close_to_float32(sd1_folder, sd1_base):
         assert 1e-5 < relative_error(ours.astype(jnp.float32), reference) < 0.05
     cast = sd1_base.astype(jnp.bfloat16)
     jax.tree.map(np.testing.assert_array_equal, cast.params, half.params)
-    assert jax.eval_shape(partial(compute, cast), cast.params)[1].dtype == jnp.bfloat16
+    assert jax.eval_shape(partial(compute, cast.model), cast.params)[1].dtype == jnp.bfloat16
 
 
 def test_gradients_reach_the_keys_and_values(sd1_base):
-    encodings = jax.random.normal(jax.random.key(0), (1, 16, sd1_base.context_width))
+    encodings = jax.random.normal(jax.random.key(0), (1, 16, sd1_base.model.context_width))
     latents = jax.random.normal(jax.random.key(1), (1, 16, 16, 4))
     probe = jax.random.normal(jax.random.key(2), latents.shape)
     params = sd1_base.params["unet"]
@@ -182,7 +184,7 @@ def test_gradients_reach_the_keys_and_values(sd1_base):
 
     @jax.jit
     def loss(fed):
-        return jnp.sum(probe * sd1_base.denoise(params, latents, jnp.array([50]), fed))
+        return jnp.sum(probe * sd1_base.model.denoise(params, latents, jnp.array([50]), fed))
 
     def at(step):
         return float(loss(jax.tree.map(lambda leaf, direction: leaf + step * direction, fed, directions)))
@@ -203,6 +205,33 @@ def test_gradients_reach_the_keys_and_values(sd1_base):
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(sd1_base, shape, prompts, dtype, message):
-    fed = keys_values(sd1_base.params["unet"], jnp.zeros((prompts, 16, sd1_base.context_width), dtype))
+    fed = keys_values(sd1_base.params["unet"], jnp.zeros((prompts, 16, sd1_base.model.context_width), dtype))
     with pytest.raises(ValueError, match=message):
-        sd1_base.denoise(sd1_base.params["unet"], jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32), fed)
+        sd1_base.model.denoise(sd1_base.params["unet"], jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32), fed)
+
+
+def test_a_model_that_is_loaded_twice_compiles_nothing_anew(sd1_folder, sd1_base):
+    again = load_base_model(sd1_folder)
+    assert again.model == sd1_base.model
+    assert hash(again.model) == hash(sd1_base.model)
+    traced = []
+
+    @partial(jax.jit, static_argnums=0)
+    def width(model, encodings):
+        traced.append(model)
+        return encodings * model.context_width
+
+    for base in (sd1_base, again):
+        width(base.model, jnp.ones(2))
+    assert len(traced) == 1
+    width(again.astype(jnp.bfloat16).model, jnp.ones(2))
+    assert len(traced) == 2
+
+
+def test_no_model_is_kept_alive_by_what_was_compiled_for_it(sd1_folder):
+    base = load_base_model(sd1_folder)
+    base.new_concept("dog", jnp.eye(base.model.context_width))
+    leaf = weakref.ref(base.params["unet"]["conv_in"]["kernel"])
+    del base
+    gc.collect()
+    assert leaf() is None

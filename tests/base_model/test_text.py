@@ -15,20 +15,20 @@ PROMPTS = ["a photo of a dog", "", "the teddy bear, on the beach.", "A  Zebra in
 def test_ids_equal_those_of_transformers(sd1_folder, sd1_base):
     theirs = CLIPTokenizer.from_pretrained(sd1_folder / "tokenizer")
     expected = theirs(PROMPTS, padding="max_length", max_length=PROMPT_LENGTH)
-    np.testing.assert_array_equal(sd1_base.tokenizer(PROMPTS), expected["input_ids"])
+    np.testing.assert_array_equal(sd1_base.model.tokenizer(PROMPTS), expected["input_ids"])
 
 
 def test_captions_are_cut_and_their_padding_masked(sd1_folder, sd1_base):
     captions = [*PROMPTS, "a dog " * 20, "a <b>dog</b> named <rex>"]
     theirs = CLIPTokenizer.from_pretrained(sd1_folder / "tokenizer")
     expected = theirs(captions, padding="max_length", truncation=True, max_length=PROMPT_LENGTH)
-    ids, mask = sd1_base.tokenizer.captions(captions)
+    ids, mask = sd1_base.model.tokenizer.captions(captions)
     np.testing.assert_array_equal(ids, expected["input_ids"])
     np.testing.assert_array_equal(mask, np.array(expected["attention_mask"], bool))
 
 
 def test_a_placeholder_is_one_token_wherever_it_stands(sd1_base):
-    tokenizer = sd1_base.tokenizer
+    tokenizer = sd1_base.model.tokenizer
     named = tokenizer(["a photo of <rex> and my <tom>.", "<tom>,<rex>"], ["<rex>", "<tom>"])
     plain = tokenizer(["a photo of dog and my cat.", "cat,dog"])
     rex, tom = tokenizer.vocabulary_size, tokenizer.vocabulary_size + 1
@@ -39,13 +39,13 @@ def test_a_placeholder_is_one_token_wherever_it_stands(sd1_base):
 
 
 def test_position_is_right_behind_words_of_several_tokens(sd1_base):
-    ids = sd1_base.tokenizer(["a zebra and <rex>"], ["<rex>"])  # zebra is spelled in five tokens here
-    assert np.argwhere(ids[0] == sd1_base.tokenizer.vocabulary_size).item() == 1 + 1 + 5 + 1
+    ids = sd1_base.model.tokenizer(["a zebra and <rex>"], ["<rex>"])  # zebra is spelled in five tokens here
+    assert np.argwhere(ids[0] == sd1_base.model.tokenizer.vocabulary_size).item() == 1 + 1 + 5 + 1
 
 
 def test_locates_a_phrase_of_several_tokens(sd1_base):
-    ids, mask = sd1_base.tokenizer.locate("a photo of a {} on the beach", "teddy bear")
-    np.testing.assert_array_equal(ids, sd1_base.tokenizer(["a photo of a teddy bear on the beach"])[0])
+    ids, mask = sd1_base.model.tokenizer.locate("a photo of a {} on the beach", "teddy bear")
+    np.testing.assert_array_equal(ids, sd1_base.model.tokenizer(["a photo of a teddy bear on the beach"])[0])
     np.testing.assert_array_equal(np.flatnonzero(mask), [5, 6])
 
 
@@ -62,11 +62,11 @@ def test_locates_a_phrase_of_several_tokens(sd1_base):
 )
 def test_bad_prompts_are_refused(sd1_base, prompt, placeholders, message):
     with pytest.raises(InputError, match=message):
-        sd1_base.tokenizer([prompt], placeholders)
+        sd1_base.model.tokenizer([prompt], placeholders)
 
 
 def test_a_placeholder_that_is_a_word_already_is_refused(sd1_base, monkeypatch):
-    tokenizer = sd1_base.tokenizer
+    tokenizer = sd1_base.model.tokenizer
     known = {**tokenizer._tokenizer.get_vocab(), "<rex></w>": 5}
     monkeypatch.setattr(tokenizer._tokenizer, "get_vocab", lambda: known)
     with pytest.raises(InputError, match="<rex> is already a word"):
@@ -76,28 +76,28 @@ def test_a_placeholder_that_is_a_word_already_is_refused(sd1_base, monkeypatch):
 @pytest.mark.parametrize(("template", "phrase"), [("a {}", ""), ("a {}", "  "), ("a photo", "dog"), ("{} {}", "dog")])
 def test_bad_super_categories_are_refused(sd1_base, template, phrase):
     with pytest.raises(InputError, match=r"super-category .* is empty|exactly one"):
-        sd1_base.tokenizer.locate(template, phrase)
+        sd1_base.model.tokenizer.locate(template, phrase)
 
 
 def test_a_placeholder_takes_the_concepts_embedding(folder, base):
     theirs = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
     embeddings = np.random.default_rng(0).standard_normal((2, theirs.config.hidden_size)).astype(np.float32)
-    ids = base.tokenizer(["a <rex> and a <tom>", "<tom> in the snow"], ["<rex>", "<tom>"])
+    ids = base.model.tokenizer(["a <rex> and a <tom>", "<tom> in the snow"], ["<rex>", "<tom>"])
     # PyTorch's way: a larger table.
     table = torch.cat([theirs.text_model.embeddings.token_embedding.weight.detach(), torch.from_numpy(embeddings)])
     theirs.text_model.embeddings.token_embedding = torch.nn.Embedding.from_pretrained(table)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids).long()).last_hidden_state.numpy()
-    ours = base.encode(base.params["text_encoder"], ids, jnp.asarray(embeddings))
+    ours = base.model.encode(base.params["text_encoder"], ids, jnp.asarray(embeddings))
     assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_gradient_reaches_the_concepts_row_alone(base):
-    ids = base.tokenizer(["a <rex> in the snow"], ["<rex>", "<tom>"])
-    embeddings = jax.random.normal(jax.random.key(0), (2, base.context_width))
+    ids = base.model.tokenizer(["a <rex> in the snow"], ["<rex>", "<tom>"])
+    embeddings = jax.random.normal(jax.random.key(0), (2, base.model.context_width))
 
     def loss(embeddings):
-        return jnp.sum(base.encode(base.params["text_encoder"], ids, embeddings)[:, 2, :3] ** 2)
+        return jnp.sum(base.model.encode(base.params["text_encoder"], ids, embeddings)[:, 2, :3] ** 2)
 
     gradient = jax.grad(loss)(embeddings)
     assert not np.any(gradient[1])
@@ -113,24 +113,24 @@ def test_mean_at_averages_the_masked_tokens_of_all_prompts():
 
 
 def test_names_without_an_embedding_are_never_taken_for_another(sd1_base):
-    ids = sd1_base.tokenizer(["a <rex> and a <tom>"], ["<rex>", "<tom>"])
+    ids = sd1_base.model.tokenizer(["a <rex> and a <tom>"], ["<rex>", "<tom>"])
     params = sd1_base.params["text_encoder"]
-    embeddings = jnp.ones((1, sd1_base.context_width))
+    embeddings = jnp.ones((1, sd1_base.model.context_width))
     for given in (None, embeddings):
         with pytest.raises(InputError, match="names 2 concepts, but"):
-            sd1_base.encode(params, ids, given)
-        traced = jax.jit(sd1_base.encode)(params, ids, given)
+            sd1_base.model.encode(params, ids, given)
+        traced = jax.jit(sd1_base.model.encode)(params, ids, given)
         assert np.isnan(traced[0, 5]).all()
 
 
 def test_one_string_is_not_taken_for_a_list_of_letters(sd1_base):
     with pytest.raises(InputError, match="give a list"):
-        sd1_base.tokenizer("a photo of a dog")
+        sd1_base.model.tokenizer("a photo of a dog")
 
 
 def test_templates_may_hold_other_braces(sd1_base):
-    ids, mask = sd1_base.tokenizer.locate("a {} {colour}", "dog")
-    assert ids[mask] == sd1_base.tokenizer(["dog"])[0, 1]
+    ids, mask = sd1_base.model.tokenizer.locate("a {} {colour}", "dog")
+    assert ids[mask] == sd1_base.model.tokenizer(["dog"])[0, 1]
 
 
 @pytest.mark.parametrize(

@@ -53,14 +53,14 @@ def make_pipeline(folder, kind, sampler):
 
 
 def plain_keys_values(base, texts):
-    return keys_values(base.params["unet"], base.encode(base.params["text_encoder"], base.tokenizer(texts)))
+    return keys_values(base.params["unet"], base.model.encode(base.params["text_encoder"], base.model.tokenizer(texts)))
 
 
 def sample(base, noisy, plan, guidance):
     prompted = jax.tree.map(lambda array: array[None], plain_keys_values(base, PROMPTS))
     phases = jnp.zeros(len(plan.timesteps), jnp.int32)
     walk = jax.jit(lambda params, noisy, plan: sample_latents(
-        base, params, prompted, plain_keys_values(base, ["", ""]), phases, noisy, plan, guidance
+        base.model, params, prompted, plain_keys_values(base, ["", ""]), phases, noisy, plan, guidance
     )[0])  # fmt: skip
     return np.asarray(walk(base.params["unet"], noisy, plan))
 
@@ -71,7 +71,7 @@ def first(latents):
 
 
 def compare_after(folder, base, sampler, steps, size, rescale=0.0):
-    noise = noise_for(base, [3, 4], size, size)
+    noise = noise_for(base.model, [3, 4], size, size)
     theirs = make_pipeline(folder, StableDiffusionPipeline, sampler)(
         PROMPTS,
         num_inference_steps=steps,
@@ -82,7 +82,7 @@ def compare_after(folder, base, sampler, steps, size, rescale=0.0):
         width=size,
         output_type="latent",
     ).images.numpy()
-    plan = make_plan(base.schedule, sampler, steps)
+    plan = make_plan(base.model.schedule, sampler, steps)
     ours = sample(base, plan.start * noise, plan, Guidance(6.0, rescale))
     assert np.abs(first(ours) - theirs).max() < 1e-3 * np.abs(theirs).max()
 
@@ -112,7 +112,7 @@ def test_from_a_picture_as_pytorch(sd1_folder, sd1_base, sampler):
         generator=torch.Generator().manual_seed(5),
         output_type="latent",
     ).images.numpy()
-    plan = make_plan(sd1_base.schedule, sampler, 20, skipped=8)
+    plan = make_plan(sd1_base.model.schedule, sampler, 20, skipped=8)
     noisy = plan.signal[0] * start + plan.noise[0] * noise.transpose(0, 2, 3, 1)
     ours = sample(sd1_base, noisy, plan, Guidance(6.0, 0.0))
     assert np.abs(first(ours) - theirs).max() < 1e-3 * np.abs(theirs).max()
@@ -123,7 +123,7 @@ def two_concepts(base):
     rng = np.random.default_rng(0)
 
     def moved(word):
-        concept = base.new_concept(word, jnp.eye(base.context_width))
+        concept = base.new_concept(word, jnp.eye(base.model.context_width))
         return jax.tree.map(
             lambda leaf: leaf + 0.3 * jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), concept
         )
@@ -152,10 +152,10 @@ def test_each_prompt_of_a_batch_is_edited_by_the_concepts_that_it_names(sd1_base
     base, params = sd1_base, sd1_base.params
     concepts, gates = two_concepts(base)
     prompts = ["a photo of a <rex>", "a <tom> on the beach", "<rex> and <tom>", "a dog"]
-    ids = base.tokenizer(prompts, ["<rex>", "<tom>"])
+    ids = base.model.tokenizer(prompts, ["<rex>", "<tom>"])
     present = [[1.0, 0, 0], [0, 1.0, 0], [1.0, 1.0, 0], [0, 0, 0.0]]
     ours = jax.jit(prompt_keys_values, static_argnums=0)(base, params, ids, in_slots(concepts, gates, present))
-    encodings = base.encode(params["text_encoder"], ids, stack(concepts).embedding)
+    encodings = base.model.encode(params["text_encoder"], ids, stack(concepts).embedding)
     for number, named in enumerate(([0], [1], [0, 1], [])):
         edited = insert(params["unet"], [concepts[j] for j in named], [gates[j] for j in named])
         alone = keys_values(edited, encodings[number : number + 1])
@@ -165,10 +165,10 @@ def test_each_prompt_of_a_batch_is_edited_by_the_concepts_that_it_names(sd1_base
 def test_a_concept_acts_only_in_its_phases(sd1_base):
     base, params = sd1_base, sd1_base.params
     concepts, gates = two_concepts(base)
-    ids = base.tokenizer(["<rex> and <tom>"], ["<rex>", "<tom>"])
+    ids = base.model.tokenizer(["<rex> and <tom>"], ["<rex>", "<tom>"])
     phases = ((1.0, 1.0, 1.0), (0.0, 1.0, 1.0))
-    ours = prompt_keys_values(base, params, ids, in_slots(concepts, gates, [[1.0, 1.0, 0]], phases))
-    encodings = base.encode(params["text_encoder"], ids, stack(concepts).embedding)
+    ours = prompt_keys_values(base.model, params, ids, in_slots(concepts, gates, [[1.0, 1.0, 0]], phases))
+    encodings = base.model.encode(params["text_encoder"], ids, stack(concepts).embedding)
     for number, factors in enumerate(phases):
         weaker = [gate._replace(strength=gate.strength * factor) for gate, factor in zip(gates, factors, strict=False)]
         alone = keys_values(insert(params["unet"], concepts, weaker), encodings)
@@ -178,12 +178,12 @@ def test_a_concept_acts_only_in_its_phases(sd1_base):
 def test_the_global_lock_takes_all_keys_from_the_super_categories(sd1_base):
     base, params = sd1_base, sd1_base.params
     concepts, gates = two_concepts(base)
-    ids = base.tokenizer(["my <rex> and <tom>"], ["<rex>", "<tom>"])
+    ids = base.model.tokenizer(["my <rex> and <tom>"], ["<rex>", "<tom>"])
     words = [base.super_category_embedding(word) for word in ("dog", "cat")]
     locked = in_slots(concepts, gates, [[1.0, 1.0, 0]], super_embeddings=jnp.stack([*words, jnp.zeros_like(words[0])]))
-    ours = prompt_keys_values(base, params, ids, locked)
+    ours = prompt_keys_values(base.model, params, ids, locked)
     plain = plain_keys_values(base, ["my dog and cat"])
-    local = prompt_keys_values(base, params, ids, locked._replace(super_embeddings=None))
+    local = prompt_keys_values(base.model, params, ids, locked._replace(super_embeddings=None))
     for layer, fed in ours.items():
         np.testing.assert_allclose(fed.key[0], plain[layer].key, atol=1e-5 * np.abs(plain[layer].key).max())
         np.testing.assert_array_equal(fed.value, local[layer].value)
@@ -194,19 +194,19 @@ def test_the_unconditional_prompt_goes_through_the_frozen_weights(sd1_base):
     base, params = sd1_base, sd1_base.params
     concepts, _ = two_concepts(base)
     wide = Gate(bias=-5.0, temperature=0.15, strength=1.0)  # open for every word
-    ids, empty = base.tokenizer(["a photo of a <rex>"], ["<rex>"]), base.tokenizer([""])
-    noise, plan = noise_for(base, [0], 32, 32), make_plan(base.schedule, "ddim", 2)
+    ids, empty = base.model.tokenizer(["a photo of a <rex>"], ["<rex>"]), base.model.tokenizer([""])
+    noise, plan = noise_for(base.model, [0], 32, 32), make_plan(base.model.schedule, "ddim", 2)
     slots = in_slots(concepts, [wide, wide], [[1.0, 0, 0]])._replace(phase_of_step=jnp.zeros(2, jnp.int32))
-    drawn, _ = draw(base, params, ids, empty, noise, plan, Guidance(6.0, 0.0), slots)
-    prompted = prompt_keys_values(base, params, ids, slots)
+    drawn, _ = draw(base.model, params, ids, empty, noise, plan, Guidance(6.0, 0.0), slots)
+    prompted = prompt_keys_values(base.model, params, ids, slots)
     edited = insert(params["unet"], concepts[0], wide)
 
     def expected(unet):
-        unprompted = keys_values(unet, base.encode(params["text_encoder"], empty))
+        unprompted = keys_values(unet, base.model.encode(params["text_encoder"], empty))
         latents, _ = sample_latents(
-            base, params["unet"], prompted, unprompted, slots.phase_of_step, noise, plan, Guidance(6.0, 0.0)
+            base.model, params["unet"], prompted, unprompted, slots.phase_of_step, noise, plan, Guidance(6.0, 0.0)
         )
-        return np.asarray(base.decode_latent(params["vae"], latents))
+        return np.asarray(base.model.decode_latent(params["vae"], latents))
 
     frozen = expected(params["unet"])
     np.testing.assert_allclose(drawn, frozen, atol=1e-4 * np.abs(frozen).max())

@@ -14,7 +14,7 @@ SMALL = {"steps": 3, "height": 32, "width": 32, "batch_size": 2}
 
 def make_concept(base, name, word="dog", seed=0, moved=0.3):
     rng = np.random.default_rng(seed)
-    concept = base.new_concept(word, jnp.eye(base.context_width))
+    concept = base.new_concept(word, jnp.eye(base.model.context_width))
     concept = jax.tree.map(
         lambda leaf: leaf + moved * jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), concept
     )
@@ -81,8 +81,10 @@ def test_from_a_picture(small_base):
     near = generate(small_base, ["a dog"], [0], init_strength=0.1, **options)
     far = generate(small_base, ["a dog"], [0], init_strength=1.0, **options)
     assert near.shape == (1, 32, 40, 3)
-    latents = small_base.encode_image(small_base.params["vae"], jnp.asarray(image[None] / 127.5 - 1, jnp.float32)).mean
-    decoded = np.asarray(small_base.decode_latent(small_base.params["vae"], latents))
+    latents = small_base.model.encode_image(
+        small_base.params["vae"], jnp.asarray(image[None] / 127.5 - 1, jnp.float32)
+    ).mean
+    decoded = np.asarray(small_base.model.decode_latent(small_base.params["vae"], latents))
     kept = np.clip((decoded + 1) * 127.5, 0, 255)
     assert np.abs(near - kept).mean() < 0.5 * np.abs(far - kept).mean()
     for wrong in ({"init_strength": 0.0}, {"height": 48}, {"init_image": image / 255}):

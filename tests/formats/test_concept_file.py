@@ -18,7 +18,7 @@ from perfusion_jax.method.surgery import cross_attention_layers
 
 @pytest.fixture(scope="module")
 def concept(sd1_base):
-    return sd1_base.new_concept("teddy bear", jnp.eye(sd1_base.context_width))
+    return sd1_base.new_concept("teddy bear", jnp.eye(sd1_base.model.context_width))
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def make_member(base, whitening, number):
     """A concept of 3, 5 or 7 pictures: (examples, learning, key, steps to take)."""
     rng = np.random.default_rng(number)
     count = 3 + 2 * (number // 3 % 3)
-    shape = (count, 2, SIDE, SIDE, base.latent_channels)
+    shape = (count, 2, SIDE, SIDE, base.model.latent_channels)
     mean = rng.standard_normal(shape)
     if number == DIVERGES:
         mean[:] = np.inf
@@ -40,7 +40,7 @@ def make_member(base, whitening, number):
         mean=jnp.asarray(mean, jnp.float32),
         std=jnp.asarray(rng.uniform(0, 0.1, shape), jnp.float32),
         masks=jnp.asarray(masks / masks.max(axis=(2, 3), keepdims=True), jnp.float32),
-        prompt_ids=jnp.asarray(np.tile(base.tokenizer(PROMPTS, ["<rex>"]), (count, 1, 1))),
+        prompt_ids=jnp.asarray(np.tile(base.model.tokenizer(PROMPTS, ["<rex>"]), (count, 1, 1))),
         num_pictures=jnp.int32(count),
     )
     word = ("dog", "cat", "teddy bear")[number % 3]
@@ -67,22 +67,22 @@ def main(folder, out):
     steps = max(limit for *_, limit in concepts) + 1
     arrays, sent = {}, {}
 
-    alone = jax.jit(functools.partial(training.train_step, base, settings=SETTINGS))
+    alone = jax.jit(functools.partial(training.train_step, base.model, settings=SETTINGS))
     for number, (examples, learning, key, limit) in enumerate(concepts):
         for _ in range(limit):
             learning, _ = alone(base.params, whitening, examples, learning, key)
         for place, leaf in enumerate(jax.tree.leaves(learning)):
             arrays[f"alone/{number}/{place}"] = np.asarray(leaf)
 
-    shapes = fleet_step.member_shapes(base, SETTINGS, PICTURES, len(PROMPTS), SIDE * base.vae_factor)
+    shapes = fleet_step.member_shapes(base.model, SETTINGS, PICTURES, len(PROMPTS), SIDE * base.model.vae_factor)
     for mesh_shape in MESHES:
         mesh = mesh_lib.make_mesh(mesh_shape)
         slots = -(-CONCEPTS // mesh_shape[0]) * mesh_shape[0]
         frozen = {name: base.params[name] for name in fleet_step.STEP_PARAMS}
         params = mesh_lib.place(frozen, mesh_lib.param_shardings(frozen, mesh))
         step = (
-            fleet_step.make_fleet_step(base, SETTINGS, mesh)
-            .lower(*fleet_step.step_shapes(base, shapes, slots))
+            fleet_step.make_fleet_step(base.model, SETTINGS, mesh)
+            .lower(*fleet_step.step_shapes(base.model, shapes, slots))
             .compile()
         )
         name = "x".join(map(str, mesh_shape))

@@ -129,7 +129,7 @@ def test_minus_one_takes_the_devices_that_are_left():
 
 def test_padding_does_not_move_a_draw(small_base):
     rng = np.random.default_rng(0)
-    shapes, _ = fleet_step.member_shapes(small_base, SETTINGS, 3, 2, 16)
+    shapes, _ = fleet_step.member_shapes(small_base.model, SETTINGS, 3, 2, 16)
     examples = jax.tree.map(lambda leaf: rng.uniform(size=leaf.shape).astype(leaf.dtype), shapes.examples)
     examples = examples._replace(num_pictures=np.int32(3))
     padded = fleet_step.pad_pictures(examples, PICTURES)
@@ -178,10 +178,10 @@ def test_a_concept_that_does_not_fit_is_an_error():
 
 def test_the_compilers_report_grows_with_the_members(small_base):
     mesh = mesh_lib.make_mesh((1, 1, 1))
-    shapes = fleet_step.member_shapes(small_base, SETTINGS, PICTURES, 2, 16)
-    step = fleet_step.make_fleet_step(small_base, SETTINGS, mesh)
+    shapes = fleet_step.member_shapes(small_base.model, SETTINGS, PICTURES, 2, 16)
+    step = fleet_step.make_fleet_step(small_base.model, SETTINGS, mesh)
     one, three = (
-        memory_lib.bytes_per_chip(step.lower(*fleet_step.step_shapes(small_base, shapes, members)).compile())
+        memory_lib.bytes_per_chip(step.lower(*fleet_step.step_shapes(small_base.model, shapes, members)).compile())
         for members in (1, 3)
     )
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

@@ -23,21 +23,21 @@ SIDE = 8  # latents
 def make_metric(base):
     """A covariance of text encodings and its inverse root: (C, C^-1/2)."""
     rng = np.random.default_rng(0)
-    factor = rng.standard_normal((base.context_width, base.context_width)) / base.context_width**0.5
-    covariance = factor @ factor.T + 0.1 * np.eye(base.context_width)
+    factor = rng.standard_normal((base.model.context_width, base.model.context_width)) / base.model.context_width**0.5
+    covariance = factor @ factor.T + 0.1 * np.eye(base.model.context_width)
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
     return covariance, jnp.asarray(eigenvectors / np.sqrt(eigenvalues) @ eigenvectors.T, jnp.float32)
 
 
 def make_examples(base):
     rng = np.random.default_rng(1)
-    shape = (3, 2, SIDE, SIDE, base.latent_channels)
+    shape = (3, 2, SIDE, SIDE, base.model.latent_channels)
     masks = rng.uniform(0, 1, shape[:-1])
     return Examples(
         mean=jnp.asarray(rng.standard_normal(shape), jnp.float32),
         std=jnp.asarray(rng.uniform(0, 0.1, shape), jnp.float32),
         masks=jnp.asarray(masks / masks.max(axis=(2, 3), keepdims=True), jnp.float32),
-        prompt_ids=jnp.asarray(np.tile(base.tokenizer(PROMPTS, ["<rex>"]), (3, 1, 1))),
+        prompt_ids=jnp.asarray(np.tile(base.model.tokenizer(PROMPTS, ["<rex>"]), (3, 1, 1))),
         num_pictures=jnp.int32(3),
     )
 
@@ -79,7 +79,7 @@ def step(small_base, metric):
     def make(settings):
         return jax.jit(
             lambda examples, learning, key: training.train_step(
-                small_base, small_base.params, metric[1], examples, learning, key, settings
+                small_base.model, small_base.params, metric[1], examples, learning, key, settings
             )
         )
 
@@ -157,14 +157,14 @@ def test_loss_and_gradients_equal_pytorch(folder, base, variant):
         edit=edit,
         trained=("embedding", "value_outputs", "key_outputs"),
     )
-    batch = training.draw_batch(jax.random.key(3), examples, base, settings)
+    batch = training.draw_batch(jax.random.key(3), examples, base.model, settings)
     expected, torch_gradients, torch_encoding = torch_loss_and_gradients(
         folder, concept, batch, covariance, settings, straight_through, edit
     )
 
     def loss(parameters):
         moved = dataclasses.replace(concept, **parameters)
-        return training.loss(base, base.params, whitening, moved, batch, settings)
+        return training.loss(base.model, base.params, whitening, moved, batch, settings)
 
     (ours, encoding), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(concept.trainable(settings.trained))
     assert ours == pytest.approx(expected, rel=1e-4)
@@ -210,11 +210,12 @@ def test_the_target_input_moves_once_a_step_towards_the_mean_encoding(
     key = jax.random.key(5)
     before = training.start(concept, settings)
     after, _ = step(settings)(examples, before, key)
-    batch = training.draw_batch(jax.random.fold_in(key, 0), examples, small_base, settings)
+    batch = training.draw_batch(jax.random.fold_in(key, 0), examples, small_base.model, settings)
     encodings = np.asarray(
-        small_base.encode(small_base.params["text_encoder"], batch.ids, concept.embedding[None]), np.float64
+        small_base.model.encode(small_base.params["text_encoder"], batch.ids, concept.embedding[None]),
+        np.float64,
     )
-    at_concept = encodings[np.asarray(batch.ids) == small_base.tokenizer.vocabulary_size]
+    at_concept = encodings[np.asarray(batch.ids) == small_base.model.tokenizer.vocabulary_size]
     assert len(at_concept) == settings.batch_size
     expected = 0.99 * np.asarray(concept.target_input, np.float64) + 0.01 * at_concept.mean(0)
     np.testing.assert_allclose(after.concept.target_input, expected, atol=1e-5 * np.abs(expected).max())
@@ -235,14 +236,14 @@ def test_accumulation_changes_memory_and_not_the_result(step, concept, examples)
 
 
 def test_the_loss_is_weighted_by_the_mask_and_not_by_its_square_or_its_scale(small_base, metric, examples, concept):
-    batch = training.draw_batch(jax.random.key(3), examples, small_base, SETTINGS)
+    batch = training.draw_batch(jax.random.key(3), examples, small_base.model, SETTINGS)
     whole = jnp.ones_like(batch.masks)
     left, right = whole.at[:, :, SIDE // 2 :].set(0.0), whole.at[:, :, : SIDE // 2].set(0.0)
 
     @jax.jit
     def loss(masks: jax.Array) -> jax.Array:
         masked = batch._replace(masks=masks)
-        return training.loss(small_base, small_base.params, metric[1], concept, masked, SETTINGS)[0]
+        return training.loss(small_base.model, small_base.params, metric[1], concept, masked, SETTINGS)[0]
 
     np.testing.assert_allclose(loss(left) + loss(right), 2 * loss(whole), rtol=1e-5)
     np.testing.assert_allclose(loss(0.25 * left), loss(left), rtol=1e-5)
@@ -252,16 +253,18 @@ def test_the_loss_is_weighted_by_the_mask_and_not_by_its_square_or_its_scale(sma
 def test_padded_pictures_are_never_drawn(small_base, examples):
     padded = examples._replace(mean=examples.mean.at[2].set(jnp.nan), num_pictures=jnp.int32(2))
     settings = dataclasses.replace(SETTINGS, batch_size=256)
-    batch = training.draw_batch(jax.random.key(0), padded, small_base, settings)
+    batch = training.draw_batch(jax.random.key(0), padded, small_base.model, settings)
     assert jnp.isfinite(batch.latents).all()
 
 
 def test_flips_are_drawn_half_of_the_time_or_never(small_base, examples):
     marked = examples._replace(masks=examples.masks.at[:, 0].set(0.0).at[:, 1].set(1.0))
     settings = dataclasses.replace(SETTINGS, batch_size=512)
-    masks = training.draw_batch(jax.random.key(0), marked, small_base, settings).masks
+    masks = training.draw_batch(jax.random.key(0), marked, small_base.model, settings).masks
     assert masks.mean() == pytest.approx(0.5, abs=0.1)
-    masks = training.draw_batch(jax.random.key(0), marked, small_base, dataclasses.replace(settings, flip=False)).masks
+    masks = training.draw_batch(
+        jax.random.key(0), marked, small_base.model, dataclasses.replace(settings, flip=False)
+    ).masks
     assert masks.max() == 0
 
 
@@ -288,7 +291,7 @@ def test_a_gradient_that_is_not_finite_is_told_by_the_loss(small_base, metric, c
     true_loss = training.loss
     monkeypatch.setattr(training, "loss", lambda *args: (poisoned(true_loss(*args)[0]), true_loss(*args)[1]))
     before = training.start(concept, SETTINGS)
-    after, value = jax.jit(functools.partial(training.train_step, small_base, settings=SETTINGS))(
+    after, value = jax.jit(functools.partial(training.train_step, small_base.model, settings=SETTINGS))(
         small_base.params, metric[1], examples, before, jax.random.key(0)
     )
     assert jnp.isnan(value)
@@ -297,9 +300,9 @@ def test_a_gradient_that_is_not_finite_is_told_by_the_loss(small_base, metric, c
 
 def test_training_in_bfloat16_keeps_the_concept_in_float32(small_base, metric, concept, examples):
     losses = []
-    for model in (small_base, small_base.astype(jnp.bfloat16)):
-        after, value = jax.jit(functools.partial(training.train_step, model, settings=SETTINGS))(
-            model.params, metric[1], examples, training.start(concept, SETTINGS), jax.random.key(0)
+    for base in (small_base, small_base.astype(jnp.bfloat16)):
+        after, value = jax.jit(functools.partial(training.train_step, base.model, settings=SETTINGS))(
+            base.params, metric[1], examples, training.start(concept, SETTINGS), jax.random.key(0)
         )
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.concept))
         losses.append(value)
@@ -336,9 +339,9 @@ def test_a_step_depends_on_its_number_and_not_on_what_ran_before(step, concept, 
 
 
 def test_batches_have_the_shapes_they_say(small_base, examples):
-    batch = training.draw_batch(jax.random.key(0), examples, small_base, SETTINGS)
+    batch = training.draw_batch(jax.random.key(0), examples, small_base.model, SETTINGS)
     assert isinstance(batch, Batch)
-    assert batch.latents.shape == (4, SIDE, SIDE, small_base.latent_channels)
+    assert batch.latents.shape == (4, SIDE, SIDE, small_base.model.latent_channels)
     assert batch.masks.shape == (4, SIDE, SIDE)
-    assert batch.ids.shape == (4, small_base.tokenizer.length)
-    assert (batch.ids == small_base.tokenizer.vocabulary_size).sum() == 4
+    assert batch.ids.shape == (4, small_base.model.tokenizer.length)
+    assert (batch.ids == small_base.model.tokenizer.vocabulary_size).sum() == 4

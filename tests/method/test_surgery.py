@@ -19,7 +19,7 @@ GATE = Gate(bias=0.6, temperature=0.15)
 @pytest.fixture(scope="module")
 def whitening(sd1_base):
     rng = np.random.default_rng(0)
-    root = rng.standard_normal((sd1_base.context_width,) * 2) / sd1_base.context_width**0.5
+    root = rng.standard_normal((sd1_base.model.context_width,) * 2) / sd1_base.model.context_width**0.5
     return whitening_of(root @ root.T + 0.1 * np.eye(len(root)))
 
 
@@ -38,8 +38,8 @@ def concepts(sd1_base, whitening):
 
 @pytest.fixture(scope="module")
 def encodings(sd1_base, concepts):
-    ids = sd1_base.tokenizer(["a photo of <rex> and <tom>"], ["<rex>", "<tom>"])
-    return sd1_base.encode(sd1_base.params["text_encoder"], ids, jnp.stack([c.embedding for c in concepts]))
+    ids = sd1_base.model.tokenizer(["a photo of <rex> and <tom>"], ["<rex>", "<tom>"])
+    return sd1_base.model.encode(sd1_base.params["text_encoder"], ids, jnp.stack([c.embedding for c in concepts]))
 
 
 def same_tree(a, b):
@@ -94,12 +94,14 @@ def test_keys_and_values_equal_the_paper_in_every_layer(sd1_base, concepts, enco
 
 def test_global_lock_takes_all_keys_from_the_super_category_and_leaves_them_unedited(sd1_base, concepts, encodings):
     params = sd1_base.params["unet"]
-    ids = sd1_base.tokenizer(["a photo of <rex> and <tom>"], ["<rex>", "<tom>"])
+    ids = sd1_base.model.tokenizer(["a photo of <rex> and <tom>"], ["<rex>", "<tom>"])
     super_embeddings = jnp.stack([sd1_base.super_category_embedding(word) for word in ("dog", "teddy bear")])
-    super_encodings = sd1_base.encode(sd1_base.params["text_encoder"], ids, super_embeddings)
+    super_encodings = sd1_base.model.encode(sd1_base.params["text_encoder"], ids, super_embeddings)
     # A super-category of one word is simply that prompt; one of two words stands at one position, and moves no
     # other word.
-    one_word = sd1_base.encode(sd1_base.params["text_encoder"], sd1_base.tokenizer(["a photo of dog and cat"]))
+    one_word = sd1_base.model.encode(
+        sd1_base.params["text_encoder"], sd1_base.model.tokenizer(["a photo of dog and cat"])
+    )
     np.testing.assert_allclose(super_encodings[0, :6], one_word[0, :6], atol=1e-5)
     locked = keys_values(insert(params, concepts, GATE), encodings, super_encodings)
     local = keys_values(insert(params, concepts, GATE), encodings)
@@ -113,8 +115,8 @@ def test_global_lock_takes_all_keys_from_the_super_category_and_leaves_them_uned
 def test_locked_key_at_the_concepts_token_is_the_super_categorys(sd1_base, whitening):
     """With the gate wide open and e = i*, local lock gives exactly W_K i_super."""
     concept = sd1_base.new_concept("dog", whitening)
-    ids = sd1_base.tokenizer(["a photo of a dog"])
-    encodings = sd1_base.encode(sd1_base.params["text_encoder"], ids)
+    ids = sd1_base.model.tokenizer(["a photo of a dog"])
+    encodings = sd1_base.model.encode(sd1_base.params["text_encoder"], ids)
     np.testing.assert_allclose(encodings[0, 5], concept.target_input, rtol=1e-5, atol=1e-5)
     wide_open = Gate(bias=-10.0, temperature=0.1)
     edited = keys_values(insert(sd1_base.params["unet"], concept, wide_open), encodings)
@@ -127,9 +129,9 @@ def test_locked_key_at_the_concepts_token_is_the_super_categorys(sd1_base, white
 def test_a_new_concept_of_several_words_is_their_mean(sd1_base, whitening):
     concept = sd1_base.new_concept("teddy bear", whitening, ["a photo of a {}", "the {} in the snow"])
     table = sd1_base.params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]["embedding"]
-    ids = sd1_base.tokenizer(["a photo of a teddy bear", "the teddy bear in the snow"])
+    ids = sd1_base.model.tokenizer(["a photo of a teddy bear", "the teddy bear in the snow"])
     np.testing.assert_allclose(concept.embedding, (table[ids[0, 5]] + table[ids[0, 6]]) / 2, rtol=1e-6)
-    encodings = sd1_base.encode(sd1_base.params["text_encoder"], ids)
+    encodings = sd1_base.model.encode(sd1_base.params["text_encoder"], ids)
     expected = (encodings[0, 5] + encodings[0, 6] + encodings[1, 2] + encodings[1, 3]) / 4
     np.testing.assert_allclose(concept.target_input, expected, atol=1e-5)
     np.testing.assert_allclose(concept.dual, whitening @ whitening @ expected, rtol=1e-3, atol=1e-3)
@@ -189,7 +191,7 @@ def test_gradient_reaches_the_values_but_not_locked_keys(sd1_base, concepts, enc
 def test_an_edited_tree_denoises_differently(sd1_base, concepts, encodings):
     params = sd1_base.params["unet"]
     latents = jax.random.normal(jax.random.key(0), (1, 16, 16, 4))
-    denoise = jax.jit(sd1_base.denoise)
+    denoise = jax.jit(sd1_base.model.denoise)
     edited = insert(params, concepts, GATE)
     plain = denoise(params, latents, jnp.array([500]), keys_values(params, encodings))
     changed = denoise(edited, latents, jnp.array([500]), keys_values(edited, encodings))

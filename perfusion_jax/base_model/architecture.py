@@ -1,0 +1,287 @@
+"""The architecture of a frozen text-to-image model: all of it but its weights."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from perfusion_jax.base_model import text, unet, vae
+from perfusion_jax.base_model.flax_classes import (
+    CLIPTextConfig,
+    FlaxAutoencoderKL,
+    FlaxCLIPTextModule,
+    FlaxUNet2DConditionModel,
+)
+from perfusion_jax.base_model.schedule import NoiseSchedule
+from perfusion_jax.base_model.source import find_folder, read_config
+from perfusion_jax.base_model.unet import KeysValues
+from perfusion_jax.base_model.vae import LatentDistribution
+from perfusion_jax.method.concept import Concept
+from perfusion_jax.method.surgery import Params, cross_attention_layers
+from perfusion_jax.runtime.errors import InputError
+
+# What the Flax classes compute whatever the config says: a config that asks for something else cannot be run.
+_UNET_FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "class_embeddings_concat": False,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+}
+_VAE_FIXED: dict[str, Any] = {
+    "act_fn": "silu",
+    "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
+    "shift_factor": None,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+_UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+_VAE_BLOCKS = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Architecture:
+    """A text-to-image model in the layout of Stable Diffusion, without its weights.
+
+    It is hashable, and equal to another of the same configs, tokeniser and dtype: a static argument of compiled
+    functions. The methods are pure functions of their array arguments, weights among them.
+
+    Attributes:
+        tokenizer: prompts to token ids.
+        schedule: the noise schedule.
+        unet, vae, text_encoder: the networks.
+        shapes: of the weights by component (`unet`, `vae`, `text_encoder`), as trees of `jax.ShapeDtypeStruct`.
+        digest: SHA-256 of the configs and of the tokeniser's files, hexadecimal.
+    """
+
+    tokenizer: text.PromptTokenizer
+    schedule: NoiseSchedule
+    unet: FlaxUNet2DConditionModel
+    vae: FlaxAutoencoderKL
+    text_encoder: FlaxCLIPTextModule
+    shapes: dict[str, Params]
+    digest: str
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both compute the same of the same weights."""
+        return isinstance(other, Architecture) and (self.digest, self.dtype) == (other.digest, other.dtype)
+
+    def __hash__(self) -> int:
+        """Goes with `==`."""
+        return hash((self.digest, self.dtype))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the weights and of the computation."""
+        return jnp.dtype(self.unet.dtype)
+
+    @property
+    def context_width(self) -> int:
+        """Width of a text encoding, d_ctx: 768 for Stable Diffusion 1."""
+        return self.unet.cross_attention_dim
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent: 4 for Stable Diffusion."""
+        return self.vae.latent_channels
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels of a picture per latent, in each direction: 8 for Stable Diffusion."""
+        return 2 ** (len(self.vae.block_out_channels) - 1)
+
+    def encode(
+        self, text_params: Params, ids: jax.Array | np.ndarray, concept_embeddings: jax.Array | None = None
+    ) -> jax.Array:
+        """Encodes tokenised prompts, [batch, tokens, context_width]; see `text.encode`."""
+        return text.encode(self.text_encoder, text_params, jnp.asarray(ids), concept_embeddings)
+
+    def denoise(
+        self, unet_params: Params, latents: jax.Array, timesteps: jax.Array, keys_values: KeysValues
+    ) -> jax.Array:
+        """Runs the UNet on given keys and values; see `unet.denoise`."""
+        return unet.denoise(self.unet, unet_params, latents, timesteps, keys_values)
+
+    def attention_maps(
+        self, unet_params: Params, latents: jax.Array, timesteps: jax.Array, keys_values: KeysValues
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs the UNet and tells where it looks at which token; see `unet.attention_maps`."""
+        return unet.attention_maps(self.unet, unet_params, latents, timesteps, keys_values)
+
+    def encode_image(self, vae_params: Params, images: jax.Array) -> LatentDistribution:
+        """Encodes pictures in [-1, 1], [batch, height, width, 3]; see `vae.encode_image`."""
+        return vae.encode_image(self.vae, vae_params, images)
+
+    def decode_latent(self, vae_params: Params, latents: jax.Array) -> jax.Array:
+        """Decodes latents to pictures, [batch, height, width, 3]; see `vae.decode_latent`."""
+        return vae.decode_latent(self.vae, vae_params, latents)
+
+    @property
+    def picture_side(self) -> int:
+        """Side of the pictures that the model was made for, in pixels: 512 for Stable Diffusion 1."""
+        return self.unet.sample_size * self.vae_factor
+
+    def new_concept_shapes(self) -> Concept:
+        """Returns the shapes and dtypes of this model's concepts: a Concept of `jax.ShapeDtypeStruct`."""
+        width = self.context_width
+        return jax.eval_shape(
+            Concept.from_super_category,
+            cross_attention_layers(self.shapes["unet"]),
+            jax.ShapeDtypeStruct((self.text_encoder.config.hidden_size,), jnp.float32),
+            jax.ShapeDtypeStruct((width,), jnp.float32),
+            jax.ShapeDtypeStruct((width, width), jnp.float32),
+        )
+
+    def astype(self, dtype: jnp.dtype) -> "Architecture":
+        """Returns the model that computes in another float dtype."""
+        return dataclasses.replace(
+            self,
+            shapes=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), self.shapes),
+            **{name: getattr(self, name).clone(dtype=dtype) for name in ("unet", "vae", "text_encoder")},
+        )
+
+
+def load_architecture(
+    source: str | Path, *, dtype: jnp.dtype = jnp.float32, revision: str | None = None
+) -> Architecture:
+    """Loads a model without its weights, to trace and compile what runs on it: configs and tokenizer are enough.
+
+    Args:
+        source, dtype, revision: as for `load_base_model`.
+
+    Raises:
+        InputError: as `load_base_model`.
+    """
+    return read_architecture(find_folder(str(source), revision, weights=False), dtype)
+
+
+def read_architecture(folder: Path, dtype: jnp.dtype) -> Architecture:
+    """Reads the architecture of a folder in the diffusers layout.
+
+    Args:
+        folder: local.
+        dtype: float32 or bfloat16.
+
+    Raises:
+        InputError: a config is missing, or asks for what cannot be run; the message names the file.
+    """
+    files = {name: folder / name / "config.json" for name in ("unet", "vae", "text_encoder")}
+    unet_module, vae_module = _unet(files["unet"], dtype), _vae(files["vae"], dtype)
+    text_module = _text_encoder(files["text_encoder"], dtype)
+    _check_fit(folder, unet_module, vae_module, text_module)
+    tokenizer = text.load_tokenizer(folder / "tokenizer", text_module.config)
+    initialisers: dict[str, Callable[[jax.Array], Params]] = {
+        "unet": unet_module.init_weights,
+        "vae": vae_module.init_weights,
+        "text_encoder": partial(_initial_text_params, text_module),
+    }
+    shapes: dict[str, Params] = {}
+    for component, initialise in initialisers.items():
+        try:
+            initial = jax.eval_shape(initialise, jax.random.key(0))
+        except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+            raise InputError(f"{files[component]}: no model can be built from it ({error!r})") from error
+        shapes[component] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), initial)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    schedule = NoiseSchedule.from_config(read_config(scheduler), str(scheduler))
+    digest = hashlib.sha256()
+    for file in (*files.values(), scheduler):
+        digest.update(json.dumps(read_config(file), sort_keys=True).encode())
+    for name in ("vocab.json", "merges.txt"):
+        digest.update((folder / "tokenizer" / name).read_bytes())
+    return Architecture(tokenizer, schedule, unet_module, vae_module, text_module, shapes, digest.hexdigest())
+
+
+def network_dtype(name: str = "auto") -> jnp.dtype:
+    """The dtype for a network: `float32`, `bfloat16`, or with `auto` float32 on a CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _unet(file: Path, dtype: jnp.dtype) -> FlaxUNet2DConditionModel:
+    config = read_config(file, "UNet2DConditionModel", "FlaxUNet2DConditionModel")
+    _check(file, config, _UNET_FIXED, _UNET_BLOCKS)
+    # diffusers gives the number of heads as `attention_head_dim` unless `num_attention_heads` is set; its Flax
+    # class knows the first alone.
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    return _build(FlaxUNet2DConditionModel, {**config, "attention_head_dim": heads, "num_attention_heads": None}, dtype)
+
+
+def _vae(file: Path, dtype: jnp.dtype) -> FlaxAutoencoderKL:
+    config = read_config(file, "AutoencoderKL", "FlaxAutoencoderKL")
+    _check(file, config, _VAE_FIXED, _VAE_BLOCKS)
+    return _build(FlaxAutoencoderKL, config, dtype)
+
+
+def _text_encoder(file: Path, dtype: jnp.dtype) -> FlaxCLIPTextModule:
+    config = read_config(file, "CLIPTextModel", "FlaxCLIPTextModel")
+    return FlaxCLIPTextModule(CLIPTextConfig.from_dict(config), dtype=dtype)
+
+
+def _initial_text_params(module: FlaxCLIPTextModule, key: jax.Array) -> Params:
+    ids = jnp.zeros((1, module.config.max_position_embeddings), jnp.int32)
+    return module.init(key, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])["params"]
+
+
+def _check_fit(
+    folder: Path, unet: FlaxUNet2DConditionModel, vae: FlaxAutoencoderKL, text_encoder: FlaxCLIPTextModule
+) -> None:
+    if unet.in_channels != vae.latent_channels:
+        raise InputError(
+            f"{folder}: the UNet takes {unet.in_channels} channels, the VAE gives {vae.latent_channels}: models for "
+            "inpainting, depth or other extra inputs are not supported"
+        )
+    if unet.cross_attention_dim != text_encoder.config.hidden_size:
+        raise InputError(
+            f"{folder}: the UNet reads encodings of width {unet.cross_attention_dim}, the text encoder's are "
+            f"{text_encoder.config.hidden_size} wide"
+        )
+
+
+def _check(file: Path, config: Mapping[str, Any], fixed: Mapping[str, Any], blocks: set[str]) -> None:
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise InputError(f"{file}: {key} = {config[key]!r} is not supported, only {value!r}")
+    unknown = {*config.get("down_block_types", ()), *config.get("up_block_types", ())} - blocks
+    if unknown:
+        raise InputError(f"{file}: blocks {sorted(unknown)} are not supported, only {sorted(blocks)}")
+
+
+def _build(flax_class: type[nn.Module], config: Mapping[str, Any], dtype: jnp.dtype) -> Any:
+    fields = {key: config[key] for key in flax_class.__dataclass_fields__ if key in config and key != "dtype"}
+    return flax_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}, dtype=dtype)
