@@ -59,7 +59,7 @@ def check_split(settings: Settings, mesh: Mesh) -> None:
 
 
 def make_fleet_step(base: BaseModel, settings: Settings, mesh: Mesh) -> Callable[..., tuple[Learning, jax.Array]]:
-    """Compiles, when called or lowered, one optimiser step of every member: `jax.vmap` of `training.train_step`.
+    """Compiles, when called or lowered, one optimiser step of every member: `jax.vmap` of `step.train_step`.
 
     Args:
         base: the model's architecture.
