@@ -59,8 +59,7 @@ class BaseModel:
 
         Args:
             super_category: the word or words for this kind of thing, such as `dog` or `teddy bear`.
-            whitening: C^-1/2 of this model's text encoder (`covariance.load_whitening`), float32 [context_width,
-                context_width].
+            whitening: C^-1/2 of this model's text encoder (`load_whitening`), float32 [context_width, context_width].
             templates: prompts with one `{}`; the super-category's encoding is the mean over them and over its tokens.
 
         Raises:

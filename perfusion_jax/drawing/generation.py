@@ -55,7 +55,7 @@ def _draw_on(
     attention: bool,
     on_step: Callable[[], None] | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`sampling.draw`; on a mesh, each device draws its own part of the batch and sends nothing to the others."""
+    """`denoising.draw`; on a mesh, each device draws its own part of the batch and sends nothing to the others."""
     draw_part = functools.partial(draw, model, attention=attention, on_step=on_step)
     if mesh is not None:
         batch, whole = P(mesh.axis_names), P()

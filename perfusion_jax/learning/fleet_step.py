@@ -59,10 +59,10 @@ def check_split(settings: Settings, mesh: Mesh) -> None:
 
 
 def make_fleet_step(model: Architecture, settings: Settings, mesh: Mesh) -> Callable[..., tuple[Learning, jax.Array]]:
-    """Compiles, when called or lowered, one optimiser step of every member: `jax.vmap` of `training.train_step`.
+    """Compiles, when called or lowered, one optimiser step of every member: `jax.vmap` of `step.train_step`.
 
     Args:
-        model: its architecture.
+        model: the architecture.
         settings: how all of them learn.
         mesh: from `make_mesh`.
 
@@ -121,7 +121,7 @@ def member_shapes(
     """Shapes and dtypes of one member, without the axis of slots, as `jax.ShapeDtypeStruct`.
 
     Args:
-        model: its architecture.
+        model: the architecture.
         settings: how it learns.
         pictures: that the examples are padded to.
         prompts: of each picture.
@@ -149,7 +149,7 @@ def step_shapes(model: Architecture, shapes: tuple[Members, Learning], slots: in
     """Shapes of all arguments of the fleet's step, to lower it with.
 
     Args:
-        model: its architecture.
+        model: the architecture.
         shapes: of one member, from `member_shapes`.
         slots: members at once.
     """
