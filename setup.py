@@ -74,6 +74,12 @@ setup(
         ],
     },
     install_requires=DEPENDENCIES,
+    entry_points={
+        "console_scripts": [
+            f"perfusion-{command} = perfusion_jax.{command}:run"
+            for command in ("train", "sample", "covariance", "compile")
+        ]
+    },
     extras_require={
         "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.10"],  # the second reads and writes gs:// paths
         "pretrain": PRETRAIN,

@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from perfusion_jax.base_model import Architecture, load_architecture, network_dtype
-from perfusion_jax.config import check, is_fleet
-from perfusion_jax.learning.fleet_step import MEMORY_ADVICE, make_fleet_step, member_shapes, step_shapes
+from perfusion_jax.config import MEMORY_ADVICE, check, is_fleet
+from perfusion_jax.learning.fleet_step import make_fleet_step, member_shapes, step_shapes
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.pod import hlo_report
 from perfusion_jax.pod.chips import find_chip
@@ -57,7 +57,7 @@ def compile_step(model: Architecture, settings: Settings, mesh: Mesh, members: i
     """Compiles a fleet's step and reports on it.
 
     Args:
-        model: its architecture.
+        model: the architecture.
         settings: how concepts are learnt.
         mesh: of devices that are of one kind.
         members: concepts at once.

@@ -19,9 +19,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from perfusion_jax.base_model.text import PLACEHOLDER
 from perfusion_jax.data.table import Row
 from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.names import PLACEHOLDER
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,12 @@ BASES: dict[str, dict[str, Any]] = {
     },
 }
 """What a base model wants otherwise, by the name that a config's argument calls it."""
+
+MEMORY_ADVICE = (
+    "raise config.accumulation, or in a fleet lower config.members or split over more chips by the axes data and fsdp "
+    "of config.mesh"
+)
+"""What to do where the memory of a device does not suffice."""
 
 PER_CONCEPT = ("name", "super_category", "pictures")
 """Keys that a table gives for each concept."""

@@ -12,8 +12,6 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from perfusion_jax.base_model import load_base_model
-from perfusion_jax.data.text_covariance import accumulate, covariance_of, partial_file, resume
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import write_arrays
@@ -23,6 +21,10 @@ SAVE_EVERY = 2.0  # seconds
 
 def main() -> None:
     """Measures the covariance of a base model's text encoder."""
+    # Imported when the flags are right: JAX and diffusers take seconds.
+    from perfusion_jax.base_model import load_base_model
+    from perfusion_jax.data.text_covariance import accumulate, covariance_of, partial_file, resume
+
     given = flags.FLAGS
     captions, out = Path(given.captions), Path(given.out)
     if out.suffix != ".npz":

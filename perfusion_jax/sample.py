@@ -11,59 +11,22 @@ file of its own, and all to one grid. Every file says how it was drawn:
 """
 
 import json
-import math
-from importlib.metadata import version
 from pathlib import Path
 
 from absl import flags
 
-from perfusion_jax.base_model import load_base_model, network_dtype
-from perfusion_jax.drawing.attention_sheets import write_attention
-from perfusion_jax.drawing.recipe import (
-    CONTROLS,
-    LIBRARIES,
-    OPTIONS,
-    Recipe,
-    draw,
-    numbers,
-    parse_sweep,
-    read_concepts,
-    read_prompts,
-    recipe_of_picture,
-    write,
-)
-from perfusion_jax.drawing.samplers import SAMPLERS
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import check_writable
 
 
-def recipe_of_flags(arguments: flags.FlagValues) -> Recipe:
-    """What the command line asks for.
-
-    Raises:
-        InputError: a flag's value is not of its kind.
-    """
-    prompts = read_prompts(arguments.prompt, arguments.prompts)
-    count = arguments.num_images
-    options = {name: getattr(arguments, name) for name in OPTIONS if name != "batch_size"}
-    options |= {name: numbers(name, options[name]) for name in CONTROLS}
-    options["batch_size"] = min(arguments.batch_size, count * len(prompts))
-    return Recipe(
-        base={"source": arguments.base, "revision": arguments.revision, "variant": arguments.variant},
-        concepts=read_concepts(arguments.concept),
-        prompts=[prompt for prompt in prompts for _ in range(count)],
-        seeds=list(range(arguments.seed, arguments.seed + count)) * len(prompts),
-        columns=count if len(prompts) > 1 else math.ceil(math.sqrt(count)),
-        options=options,
-        init_image=arguments.init_image,
-        sweep=parse_sweep(arguments.sweep),
-        versions={library: version(library) for library in LIBRARIES},
-    )
-
-
 def main() -> None:
     """Draws --prompt and writes --out, or tells how --again was drawn."""
+    # Imported when the flags are right: JAX and diffusers take seconds.
+    from perfusion_jax.base_model import load_base_model, network_dtype
+    from perfusion_jax.drawing.attention_sheets import write_attention
+    from perfusion_jax.drawing.recipe import draw, recipe_of_flags, recipe_of_picture, write
+
     arguments = flags.FLAGS
     if arguments.again:
         recipe = recipe_of_picture(Path(arguments.again), bool(arguments["base"].present), arguments.base)
@@ -106,7 +69,7 @@ def run() -> None:
     flags.DEFINE_integer("num_images", 4, "pictures of each prompt", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of the first picture; the next has the next", lower_bound=0, upper_bound=2**31)
     flags.DEFINE_integer("batch_size", 8, "pictures drawn at once", lower_bound=1)
-    flags.DEFINE_enum("sampler", "ddim", sorted(SAMPLERS), "how noise is taken away")
+    flags.DEFINE_enum("sampler", "ddim", ["ddim", "dpm++", "euler"], "how noise is taken away")
     flags.DEFINE_integer("steps", None, "sampling steps; ddim 50, dpm++ 20, euler 30 if left out", lower_bound=1)
     flags.DEFINE_float(
         "guidance", None, "guidance scale, 1 for none; the concept's own, or 6, if left out", lower_bound=0

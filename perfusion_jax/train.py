@@ -14,24 +14,21 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-import jax
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from perfusion_jax import config as default_config
-from perfusion_jax.config import is_fleet
+from perfusion_jax.config import MEMORY_ADVICE, is_fleet
 from perfusion_jax.data.table import parse_shard
-from perfusion_jax.formats.concept_file import read_card
-from perfusion_jax.learning.fleet_step import MEMORY_ADVICE
-from perfusion_jax.learning.runs import train_fleet, train_one
-from perfusion_jax.pod import distributed
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
 
 
 def tell_result(config: ConfigDict, result: epath.Path) -> None:
     """Prints what was learnt, and the command that draws it."""
+    from perfusion_jax.formats.concept_file import read_card
+
     card = read_card(result)
     print(f"{result}: {result.stat().length / 1000:.0f} KB, from step {card.step}")
     arguments = {
@@ -57,21 +54,29 @@ def main() -> None:
     Raises:
         InputError: --shard or --distributed is given for one concept, or as for `train_one` and `train_fleet`.
     """
+    # Imported when the flags are right: JAX and diffusers take seconds.
+    import jax
+
+    from perfusion_jax.learning.progress import parse_profile
+    from perfusion_jax.learning.runs import train_fleet, train_one
+    from perfusion_jax.pod import distributed
+
     given = flags.FLAGS
     config, workdir = given.config, epath.Path(given.workdir)
     jax.config.update("jax_debug_nans", given.debug_nans)
+    profile = parse_profile(given.profile)
     if not is_fleet(config):
         if given.shard or given.distributed:
             raise InputError("--shard and --distributed are for fleets: config.concepts names none")
-        tell_result(config, train_one(config, workdir))
+        tell_result(config, train_one(config, workdir, profile))
         return
     with ExitStack() as stack:
         if given.distributed:
             stack.enter_context(distributed.job(given.coordinator_address, given.num_processes, given.process_id))
         if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            # So that after a preemption nothing is compiled again.
+            # So that on another host, after a preemption, nothing is compiled again.
             jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-        train_fleet(config, workdir, parse_shard(given.shard) if given.shard else (0, 1))
+        train_fleet(config, workdir, parse_shard(given.shard) if given.shard else (0, 1), profile)
 
 
 def run() -> None:
@@ -85,6 +90,7 @@ def run() -> None:
     flags.DEFINE_string("coordinator_address", None, "with --distributed, HOST:PORT of process 0, if JAX cannot tell")
     flags.DEFINE_integer("num_processes", None, "likewise")
     flags.DEFINE_integer("process_id", None, "likewise")
+    flags.DEFINE_string("profile", None, "START:STOP: trace these steps with jax.profiler, in WORKDIR/profile")
     flags.DEFINE_bool("debug_nans", False, "stop with a traceback where a value is first not a number; slow")
     command_line.run(main, resumes=True, memory_advice=MEMORY_ADVICE)
 

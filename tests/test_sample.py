@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perfusion_jax import InputError, sample
+from perfusion_jax import InputError
+from perfusion_jax.drawing import recipe as recipes
+from perfusion_jax.drawing.attention_sheets import write_attention
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
 
@@ -34,12 +36,12 @@ def rex(small_base, tmp_path):
 @pytest.fixture
 def recipe(small_folder, rex):
     """What `--concept rex --prompt "a <rex>" --num_images 2` asks for, small."""
-    options = dict.fromkeys(sample.OPTIONS)
+    options = dict.fromkeys(recipes.OPTIONS)
     options |= {"sampler": "ddim", "steps": 2, "guidance_rescale": 0.0, "negative_prompt": "", "lock": "local"}
     options |= {"height": 32, "width": 32, "init_strength": 0.8, "batch_size": 2}
-    return sample.Recipe(
+    return recipes.Recipe(
         base={"source": str(small_folder), "revision": None, "variant": None},
-        concepts=sample.read_concepts([str(rex)]),
+        concepts=recipes.read_concepts([str(rex)]),
         prompts=["a <rex>", "a <rex>"],
         seeds=[0, 1],
         columns=2,
@@ -112,32 +114,32 @@ def test_bad_words_are_one_line_and_nothing_is_drawn(small_folder, rex, tmp_path
 
 def test_a_sweep_is_a_labelled_grid(recipe, small_base, tmp_path):
     swept = recipe._replace(sweep=("bias", [0.4, 0.6, 0.8]))
-    sample.write(swept, sample.draw(swept, small_base), tmp_path / "sweep.png")
+    recipes.write(swept, recipes.draw(swept, small_base), tmp_path / "sweep.png")
     sheet = pixels(tmp_path / "sweep.png")
     assert sheet.shape == (20 + 2 * (20 + 128) + 4, 3 * 128 + 2 * 4, 3)
     assert (sheet[:20] < 128).any()  # words
     assert load_recipe(tmp_path / "sweep.png")["sweep"] == ["bias", [0.4, 0.6, 0.8]]
-    assert sample.parse_sweep("bias=0.4:0.8:5") == ("bias", [0.4, 0.5, 0.6, 0.7, 0.8])
+    assert recipes.parse_sweep("bias=0.4:0.8:5") == ("bias", [0.4, 0.5, 0.6, 0.7, 0.8])
     for wrong in ("bias", "bias=1:2", "height=1:2:3", "bias=a:b:2", "bias=0:1:0"):
         with pytest.raises(InputError, match="--sweep="):
-            sample.parse_sweep(wrong)
+            recipes.parse_sweep(wrong)
 
 
 def test_prompts_of_a_file_have_a_row_each(recipe, small_base, tmp_path):
     (tmp_path / "prompts.txt").write_text("a <rex>\n\nthe <rex> on the beach\n")
-    prompts = sample.read_prompts(None, str(tmp_path / "prompts.txt"))
+    prompts = recipes.read_prompts(None, str(tmp_path / "prompts.txt"))
     assert prompts == ["a <rex>", "the <rex> on the beach"]
     both = recipe._replace(prompts=[prompt for prompt in prompts for _ in range(2)], seeds=[0, 1, 0, 1])
-    sample.write(both, sample.draw(both, small_base), tmp_path / "both.png")
+    recipes.write(both, recipes.draw(both, small_base), tmp_path / "both.png")
     assert pixels(tmp_path / "both.png").shape == (2 * (20 + 128) + 4, 2 * 128 + 4, 3)
     for prompt, file in ((None, None), ("a dog", "prompts.txt"), (None, str(tmp_path / "none.txt"))):
         with pytest.raises(InputError, match=r"give --prompt or --prompts|none.txt: cannot be read"):
-            sample.read_prompts(prompt, file)
+            recipes.read_prompts(prompt, file)
 
 
 def test_attention_shows_every_word(recipe, small_base, tmp_path):
-    drawn = sample.draw(recipe, small_base, attention=True)
-    sample.write_attention(recipe, drawn[0], small_base.model.tokenizer, tmp_path / "maps")
+    drawn = recipes.draw(recipe, small_base, attention=True)
+    write_attention(recipe, drawn[0], small_base.model.tokenizer, tmp_path / "maps")
     for number in range(2):
         assert pixels(tmp_path / "maps" / f"{number}.png").shape == (20 + 128, 3 * 128 + 2 * 4, 3)  # picture, a, <rex>
 
@@ -145,23 +147,23 @@ def test_attention_shows_every_word(recipe, small_base, tmp_path):
 def test_from_a_picture(recipe, small_base, tmp_path):
     write_picture(tmp_path / "init.png", np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8))
     start = recipe._replace(init_image=str(tmp_path / "init.png"))
-    drawn = sample.draw(start, small_base)[0][0].pixels
-    assert np.abs(drawn.astype(int) - sample.draw(recipe, small_base)[0][0].pixels).max() > 5
+    drawn = recipes.draw(start, small_base)[0][0].pixels
+    assert np.abs(drawn.astype(int) - recipes.draw(recipe, small_base)[0][0].pixels).max() > 5
     with pytest.raises(InputError, match=r"none.png: no such picture"):
-        sample.draw(recipe._replace(init_image=str(tmp_path / "none.png")), small_base)
+        recipes.draw(recipe._replace(init_image=str(tmp_path / "none.png")), small_base)
 
 
 def test_concepts_by_name_twice_and_not_named(recipe, small_base, rex, tmp_path, capsys):
-    assert len(sample.read_concepts([str(rex), str(rex)])) == 1
+    assert len(recipes.read_concepts([str(rex), str(rex)])) == 1
     other = save(small_base, tmp_path / "other.safetensors", "rex", "cat")
     with pytest.raises(
         InputError, match="two concepts are called rex: give one another name, as in --concept other_rex="
     ):
-        sample.draw(recipe._replace(concepts=sample.read_concepts([str(rex), str(other)])), small_base)
-    both = recipe._replace(concepts=sample.read_concepts([str(rex), f"tom={other}"]), prompts=["<rex> and <tom>"] * 2)
-    sample.draw(both, small_base)
+        recipes.draw(recipe._replace(concepts=recipes.read_concepts([str(rex), str(other)])), small_base)
+    both = recipe._replace(concepts=recipes.read_concepts([str(rex), f"tom={other}"]), prompts=["<rex> and <tom>"] * 2)
+    recipes.draw(both, small_base)
     assert "warning" not in capsys.readouterr().out
-    sample.draw(recipe._replace(concepts=both.concepts), small_base)
+    recipes.draw(recipe._replace(concepts=both.concepts), small_base)
     assert "warning: no prompt names <tom>: the concept tom has no effect" in capsys.readouterr().out
 
 
@@ -178,9 +180,9 @@ def test_concept_files_that_cannot_be_used(recipe, small_base, rex, tmp_path, mo
     for (name, data), message in zip(broken.items(), messages, strict=True):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=rf"{name}: .*{message}"):
-            sample.draw(recipe._replace(concepts=sample.read_concepts([str(tmp_path / name)])), small_base)
+            recipes.draw(recipe._replace(concepts=recipes.read_concepts([str(tmp_path / name)])), small_base)
     with pytest.raises(InputError, match="nowhere: no such concept file"):
-        sample.read_concepts([str(tmp_path / "nowhere")])
+        recipes.read_concepts([str(tmp_path / "nowhere")])
 
 
 def test_a_picture_is_not_believed_blindly(recipe, rex, tmp_path, capsys):
@@ -188,18 +190,18 @@ def test_a_picture_is_not_believed_blindly(recipe, rex, tmp_path, capsys):
     source = recipe.base["source"]
     write_picture(file, np.zeros((8, 8, 3), np.uint8), recipe._asdict())
     with pytest.raises(InputError, match=r"drawn on the base model .*; give --base"):
-        sample.recipe_of_picture(file, False, "emoji")
-    assert sample.recipe_of_picture(file, True, source).prompts == recipe.prompts
+        recipes.recipe_of_picture(file, False, "emoji")
+    assert recipes.recipe_of_picture(file, True, source).prompts == recipe.prompts
     assert "warning: drawn with perfusion_jax 0" in capsys.readouterr().out
     rex.write_bytes(rex.read_bytes() + b" ")
     with pytest.raises(InputError, match=r"rex.safetensors: the concept has changed since"):
-        sample.recipe_of_picture(file, True, source)
+        recipes.recipe_of_picture(file, True, source)
     write_picture(file, np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(InputError, match="does not say how it was drawn"):
         load_recipe(file)
     write_picture(file, np.zeros((8, 8, 3), np.uint8), {"format": "another"})
     with pytest.raises(InputError, match="another version of perfusion_jax"):
-        sample.recipe_of_picture(file, False, "emoji")
+        recipes.recipe_of_picture(file, False, "emoji")
     (tmp_path / "text.png").write_text("a picture")
     for name, message in (("text.png", "not a picture"), ("nowhere.png", "no such picture")):
         with pytest.raises(InputError, match=message):

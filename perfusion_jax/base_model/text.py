@@ -4,7 +4,6 @@ A placeholder `<name>` stands for concept j of a list and has the token id `voca
 tokeniser's vocabulary nor the embedding table grows.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ import numpy as np
 from perfusion_jax.base_model.flax_classes import CLIPTextConfig, CLIPTokenizer, FlaxCLIPTextModule
 from perfusion_jax.method.surgery import Params
 from perfusion_jax.runtime.errors import InputError
-
-PLACEHOLDER = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]*>")
+from perfusion_jax.runtime.names import PLACEHOLDER
 
 
 class PromptTokenizer:

@@ -217,7 +217,7 @@ def read_tree(checkpoint: Checkpoint, expected: Mapping[str, Any], dtype: jnp.dt
         converted = tensor.astype(dtype, order="C")
         if not np.isfinite(converted).all():
             problems.append(f"{name} has values that are not finite")
-        leaves[path] = jnp.asarray(converted)
+        leaves[path] = jax.device_put(converted)  # `jnp.asarray` would compile a program for every shape
     if problems:
         raise InputError(f"{component}: " + "; ".join(problems))
     return unflatten_dict(leaves)

@@ -33,7 +33,7 @@ def attention_masks(
     """Masks from the UNet's cross-attention to the super-category's word, over noise levels, draws and layers.
 
     Args:
-        model: its architecture.
+        model: the architecture.
         params: its weights.
         latents: of the pictures, [count, height, width, channels].
         super_category: the word or words for this kind of thing.

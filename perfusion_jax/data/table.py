@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from perfusion_jax.base_model.text import PLACEHOLDER
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError, UnavailableError
 from perfusion_jax.runtime.files import read_text, storage_errors, subfolders
+from perfusion_jax.runtime.names import PLACEHOLDER
 
 NEEDED = ("name", "super_category", "pictures")
 FOLDERS = ("masks", "captions")

@@ -48,7 +48,7 @@ def outer_product_sum(model: Architecture, text_params: Params, ids: jax.Array, 
     """Returns the sum of e e^T over the masked tokens, float32 [context_width, context_width].
 
     Args:
-        model: its architecture.
+        model: the architecture.
         text_params: the text encoder's weights.
         ids: int32 [batch, tokens].
         mask: bool [batch, tokens].

@@ -1,11 +1,11 @@
-"""Drawing, as pure functions: prompts and noise to latents, all steps in one `lax.scan`, and latents to pictures.
+"""Drawing, as pure functions: prompts and noise to latents, step by step, and latents to pictures.
 
 Guidance is classifier-free (Ho and Salimans, arXiv 2207.12598), its rescaling that of Lin et al. (arXiv 2305.08891,
 section 3.4).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -39,7 +39,6 @@ class Concepts(NamedTuple):
         gates: [slots] each.
         present: which concepts act on each prompt, float32 [batch, slots].
         phases: how strongly each acts in each phase of the sampling, float32 [phases, slots].
-        phase_of_step: int32 [steps].
         super_embeddings: the super-categories' word embeddings, float32 [slots, token_width], if all keys are to come
             from the prompt with these words (global key locking); None for local key locking.
     """
@@ -48,8 +47,34 @@ class Concepts(NamedTuple):
     gates: Gate
     present: jax.Array
     phases: jax.Array
-    phase_of_step: jax.Array
     super_embeddings: jax.Array | None
+
+
+class Prompts(NamedTuple):
+    """What the steps of a sampler read of the text.
+
+    Attributes:
+        prompted: keys and values of the prompts, [phases, batch, tokens, out_width] each.
+        unprompted: those of the empty prompt, [batch, tokens, out_width] each.
+    """
+
+    prompted: KeysValues
+    unprompted: KeysValues
+
+
+class Walk(NamedTuple):
+    """Where a sampler is.
+
+    Attributes:
+        latents: float32 [batch, height / f, width / f, channels].
+        picture: the network's estimate of the finished latents at the step before, the same shape.
+        attention: that each latent has paid to each token of its prompt, the mean over heads and layers, summed over
+            the steps so far: float32 [batch, height / f, width / f, tokens]; None if it is not wanted.
+    """
+
+    latents: jax.Array
+    picture: jax.Array
+    attention: jax.Array | None
 
 
 def prompt_keys_values(
@@ -58,7 +83,7 @@ def prompt_keys_values(
     """Computes the keys and values of prompts under the edits of the concepts that each of them names.
 
     Args:
-        model: its architecture.
+        model: the architecture.
         params: its weights, without edits.
         ids: int32 [batch, tokens].
         concepts: see `Concepts`.
@@ -87,67 +112,82 @@ def prompt_keys_values(
     )
 
 
-def sample_latents(
+def read_prompts(
     model: Architecture,
-    unet_params: Params,
-    prompted: KeysValues,
-    unprompted: KeysValues,
-    phase_of_step: jax.Array,
-    noisy: jax.Array,
-    plan: Plan,
-    guidance: Guidance,
-    attention: bool = False,
-    on_step: Callable[[], None] | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Walks the plan of a sampler.
+    params: dict[str, Params],
+    ids: jax.Array,
+    unprompted_ids: jax.Array,
+    concepts: Concepts | None = None,
+) -> Prompts:
+    """Computes what all steps read of tokenised prompts.
 
     Args:
-        model: its architecture.
-        unet_params: its UNet's weights; edits act through `prompted` alone.
-        prompted: keys and values of the prompts, [phases, batch, ...].
-        unprompted: those of the empty prompt through the unedited weights, [batch, ...].
-        phase_of_step: which of the phases each step reads, int32 [steps].
-        noisy: what to start from, float32 [batch, height / f, width / f, channels].
-        plan: the sampler's.
-        guidance: see `Guidance`.
-        attention: whether to tell where the UNet looked.
-        on_step: called on the host after every step, for progress.
-
-    Returns:
-        (latents, float32, the shape of `noisy`; the attention that each latent paid to each token of its prompt, the
-        mean over heads, layers and steps, float32 [batch, height / f, width / f, tokens], or None if not asked for).
+        model: the architecture.
+        params: its weights, without edits.
+        ids: int32 [batch, tokens].
+        unprompted_ids: the empty prompt, or a negative one, int32 [batch, tokens].
+        concepts: what the prompts may name.
     """
-    batch, height, width, _ = noisy.shape
-    tokens = next(iter(prompted.values())).key.shape[2]
-    dtype = model.unet.dtype
+    if concepts is None:
+        alone = keys_values(params["unet"], model.encode(params["text_encoder"], ids))
+        prompted = jax.tree.map(lambda array: array[None], alone)
+    else:
+        prompted = prompt_keys_values(model, params, ids, concepts)
+    # The unconditional prompt goes through the frozen weights: guidance is away from what the model itself would draw.
+    return Prompts(prompted, keys_values(params["unet"], model.encode(params["text_encoder"], unprompted_ids)))
 
-    def step(
-        carried: tuple[jax.Array, jax.Array, jax.Array | None], now: tuple[Plan, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], None]:
-        latents, picture_before, seen = carried
-        at, phase = now
-        both = jax.tree.map(lambda one, other: jnp.concatenate([one[phase], other]), prompted, unprompted)
-        twice = jnp.concatenate([latents, latents]).astype(dtype)
-        timesteps = jnp.full(2 * batch, at.timesteps)
-        if seen is None:
-            prediction = model.denoise(unet_params, twice, timesteps, both)
-        else:
-            prediction, maps = model.attention_maps(unet_params, twice, timesteps, both)
-            seen = seen + maps[:batch]
-        with_prompt, without = jnp.split(prediction.astype(jnp.float32), 2)
-        guided = guide(with_prompt, without, guidance)
-        if model.schedule.prediction_type == "epsilon":
-            picture = (latents - at.noise * guided) / at.signal
-        else:
-            picture = at.signal * latents - at.noise * guided
-        if on_step is not None:
-            jax.debug.callback(on_step)
-        return (at.carry * latents + at.current * picture + at.previous * picture_before, picture, seen), None
 
-    steps = plan._replace(start=jnp.zeros_like(plan.timesteps))  # of all steps, so that the scan runs over all fields
-    seen = jnp.zeros((batch, height, width, tokens), jnp.float32) if attention else None
-    (latents, _, seen), _ = jax.lax.scan(step, (noisy, jnp.zeros_like(noisy), seen), (steps, phase_of_step))
-    return latents, None if seen is None else seen / len(phase_of_step)
+def begin(noise: jax.Array, plan: Plan, tokens: int | None = None, init_latents: jax.Array | None = None) -> Walk:
+    """Returns the state before the first step.
+
+    Args:
+        noise: from `noise_for`, [batch, height / f, width / f, channels].
+        plan: of the sampler; with `init_latents`, of the steps that are left.
+        tokens: of a prompt, to sum up the attention to each; None does not.
+        init_latents: of a picture to start from, the shape of the noise.
+    """
+    noisy = plan.start * noise if init_latents is None else plan.signal[0] * init_latents + plan.noise[0] * noise
+    attention = None if tokens is None else jnp.zeros((*noise.shape[:3], tokens), jnp.float32)
+    return Walk(noisy, jnp.zeros_like(noisy), attention)
+
+
+def take_step(
+    model: Architecture,
+    unet_params: Params,
+    prompts: Prompts,
+    walk: Walk,
+    at: Plan,
+    phase: jax.Array | int,
+    guidance: Guidance,
+) -> Walk:
+    """Takes one step of a sampler. What differs from step to step is an array: one program serves all of them.
+
+    Args:
+        model: the architecture.
+        unet_params: its UNet's weights; edits act through `prompts` alone.
+        prompts: from `read_prompts`.
+        walk: the state before.
+        at: the step's row of the plan, scalars.
+        phase: which of the prompts' phases the step reads.
+        guidance: see `Guidance`.
+    """
+    latents, picture_before, attention = walk
+    batch = len(latents)
+    both = jax.tree.map(lambda one, other: jnp.concatenate([one[phase], other]), prompts.prompted, prompts.unprompted)
+    twice = jnp.concatenate([latents, latents]).astype(model.unet.dtype)
+    timesteps = jnp.full(2 * batch, at.timesteps)
+    if attention is None:
+        prediction = model.denoise(unet_params, twice, timesteps, both)
+    else:
+        prediction, maps = model.attention_maps(unet_params, twice, timesteps, both)
+        attention = attention + maps[:batch]
+    with_prompt, without = jnp.split(prediction.astype(jnp.float32), 2)
+    guided = guide(with_prompt, without, guidance)
+    if model.schedule.prediction_type == "epsilon":
+        picture = (latents - at.noise * guided) / at.signal
+    else:
+        picture = at.signal * latents - at.noise * guided
+    return Walk(at.carry * latents + at.current * picture + at.previous * picture_before, picture, attention)
 
 
 def guide(prompted: jax.Array, unprompted: jax.Array, guidance: Guidance) -> jax.Array:
@@ -157,59 +197,13 @@ def guide(prompted: jax.Array, unprompted: jax.Array, guidance: Guidance) -> jax
     return guided * (1 + guidance.rescale * (spread / spread_guided - 1))
 
 
-def draw(
-    model: Architecture,
-    params: dict[str, Params],
-    ids: jax.Array,
-    unprompted_ids: jax.Array,
-    noise: jax.Array,
-    plan: Plan,
-    guidance: Guidance,
-    concepts: Concepts | None = None,
-    init_latents: jax.Array | None = None,
-    attention: bool = False,
-    on_step: Callable[[], None] | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Draws tokenised prompts: pure, and meant to be jitted with `base`, `attention` and `on_step` static.
-
-    Args:
-        model: its architecture.
-        params: its weights, without edits.
-        ids: int32 [batch, tokens].
-        unprompted_ids: the empty prompt, or a negative one, int32 [batch, tokens].
-        noise: from `noise_for`, [batch, height / f, width / f, channels].
-        plan: of the sampler; with `init_latents`, of the steps that are left.
-        guidance: see `Guidance`.
-        concepts: what the prompts may name.
-        init_latents: of a picture to start from, the shape of the noise.
-        attention, on_step: as for `sample_latents`.
-
-    Returns:
-        (pictures in about [-1, 1], float32 [batch, height, width, 3]; attention as from `sample_latents`).
-    """
-    if concepts is None:
-        alone = keys_values(params["unet"], model.encode(params["text_encoder"], ids))
-        prompted = jax.tree.map(lambda array: array[None], alone)
-        phase_of_step = jnp.zeros(len(plan.timesteps), jnp.int32)
-    else:
-        prompted = prompt_keys_values(model, params, ids, concepts)
-        phase_of_step = concepts.phase_of_step
-    # The unconditional prompt goes through the frozen weights: guidance is away from what the model itself would draw.
-    unprompted = keys_values(params["unet"], model.encode(params["text_encoder"], unprompted_ids))
-    noisy = plan.start * noise if init_latents is None else plan.signal[0] * init_latents + plan.noise[0] * noise
-    latents, seen = sample_latents(
-        model, params["unet"], prompted, unprompted, phase_of_step, noisy, plan, guidance, attention, on_step
-    )
-    return model.decode_latent(params["vae"], latents.astype(model.vae.dtype)), seen
-
-
 def noise_for(model: Architecture, seeds: jax.Array | Sequence[int], height: int, width: int) -> jax.Array:
     """Returns the noise each picture starts from, float32 [len(seeds), height / f, width / f, channels].
 
     It depends on the picture's own seed alone, not on its place in the batch.
 
     Args:
-        model: its architecture.
+        model: the architecture.
         seeds: uint32, one per picture.
         height, width: of the pictures in pixels, multiples of the autoencoder's factor f.
     """
@@ -220,4 +214,4 @@ def noise_for(model: Architecture, seeds: jax.Array | Sequence[int], height: int
 
 def to_pixels(images: jax.Array) -> np.ndarray:
     """Rounds pictures in [-1, 1] to bytes: uint8 of the same shape, what is outside cut off."""
-    return np.asarray(jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8))
+    return np.round(np.clip((np.asarray(images, np.float32) + 1) * 127.5, 0, 255)).astype(np.uint8)

@@ -12,7 +12,17 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from perfusion_jax.base_model import Architecture, BaseModel
-from perfusion_jax.drawing.denoising import Concepts, Guidance, draw, noise_for, to_pixels
+from perfusion_jax.drawing.denoising import (
+    Concepts,
+    Guidance,
+    Prompts,
+    Walk,
+    begin,
+    noise_for,
+    read_prompts,
+    take_step,
+    to_pixels,
+)
 from perfusion_jax.drawing.samplers import DEFAULT_STEPS, Plan, make_plan
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.method import concept as concept_lib
@@ -41,33 +51,110 @@ class Drawn(NamedTuple):
     attention: np.ndarray | None
 
 
-def _draw_on(
+def _on(mesh: Mesh | None, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """On a mesh, has each device compute its own part of the batch; it sends nothing to the others."""
+    if mesh is None:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+# On a mesh, of how prompts, latents and attention lie: the batch comes after the phases, or first.
+def _specs(mesh: Mesh | None) -> tuple[P, P, Prompts]:
+    batch = P() if mesh is None else P(mesh.axis_names)
+    return P(), batch, Prompts(P(None, *batch), batch)  # type: ignore[arg-type]
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model"))
+def _compiled_read(
     mesh: Mesh | None,
     model: Architecture,
     params: dict[str, Params],
     ids: jax.Array,
     unprompted_ids: jax.Array,
+    concepts: Concepts | None,
+) -> Prompts:
+    whole, batch, prompts = _specs(mesh)
+    of_concepts = None if concepts is None else jax.tree.map(lambda _: whole, concepts)._replace(present=batch)
+    read = _on(mesh, functools.partial(read_prompts, model), (whole, batch, batch, of_concepts), prompts)
+    return read(params, ids, unprompted_ids, concepts)
+
+
+# One program for all steps of all samplers: what may change without compiling anew is an array.
+@functools.partial(jax.jit, static_argnames=("mesh", "model"))
+def compiled_step(
+    mesh: Mesh | None,
+    model: Architecture,
+    unet_params: Params,
+    prompts: Prompts,
+    walk: Walk,
+    at: Plan,
+    phase: jax.Array,
+    guidance: Guidance,
+) -> Walk:
+    """`denoising.take_step`, its batch split over a mesh."""
+    whole, batch, of_prompts = _specs(mesh)
+    step = _on(mesh, functools.partial(take_step, model), (whole, of_prompts, batch, whole, whole, whole), batch)
+    return step(unet_params, prompts, walk, at, phase, guidance)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model"))
+def _compiled_show(mesh: Mesh | None, model: Architecture, vae_params: Params, latents: jax.Array) -> jax.Array:
+    whole, batch, _ = _specs(mesh)
+    show = _on(mesh, model.decode_latent, (whole, batch), batch)
+    return show(vae_params, latents.astype(model.vae.dtype))
+
+
+_compiled_noise = jax.jit(noise_for, static_argnames=("model", "height", "width"))
+_compiled_begin = jax.jit(begin, static_argnames="tokens")
+
+
+def draw_batch(
+    mesh: Mesh | None,
+    model: Architecture,
+    params: dict[str, Params],
+    ids: np.ndarray,
+    unprompted_ids: np.ndarray,
     noise: jax.Array,
     plan: Plan,
+    phase_of_step: np.ndarray,
     guidance: Guidance,
     concepts: Concepts | None,
     init_latents: jax.Array | None,
     attention: bool,
     on_step: Callable[[], None] | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`denoising.draw`; on a mesh, each device draws its own part of the batch and sends nothing to the others."""
-    draw_part = functools.partial(draw, model, attention=attention, on_step=on_step)
-    if mesh is not None:
-        batch, whole = P(mesh.axis_names), P()
-        of_concepts = None if concepts is None else jax.tree.map(lambda _: whole, concepts)._replace(present=batch)
-        in_specs = (whole, batch, batch, batch, whole, whole, of_concepts, whole)
-        draw_part = jax.shard_map(draw_part, mesh=mesh, in_specs=in_specs, out_specs=batch, check_vma=False)
-    return draw_part(params, ids, unprompted_ids, noise, plan, guidance, concepts, init_latents)
+    """Draws one batch.
 
+    Args:
+        mesh: devices that share it, or None.
+        model: the architecture.
+        params: its weights, without edits.
+        ids: int32 [batch, tokens].
+        unprompted_ids: the empty prompt, or a negative one, int32 [batch, tokens].
+        noise: from `noise_for`, [batch, height / f, width / f, channels].
+        plan: of the sampler; with `init_latents`, of the steps that are left.
+        phase_of_step: which of the concepts' phases each step reads, int32 [steps].
+        guidance: see `denoising.Guidance`.
+        concepts: what the prompts may name.
+        init_latents: of a picture to start from, the shape of the noise.
+        attention: whether to tell where the UNet looked.
+        on_step: called after every step.
 
-# One compiled function for all: what may change without compiling anew is an array.
-compiled_draw = jax.jit(_draw_on, static_argnames=("mesh", "model", "attention", "on_step"))
-_compiled_noise = jax.jit(noise_for, static_argnames=("model", "height", "width"))
+    Returns:
+        (pictures in about [-1, 1], float32 [batch, height, width, 3]; the attention that each latent paid to each token
+        of its prompt, the mean over heads, layers and steps, float32 [batch, height / f, width / f, tokens], or None).
+    """
+    prompts = _compiled_read(mesh, model, params, ids, unprompted_ids, concepts)
+    walk = _compiled_begin(noise, plan, ids.shape[1] if attention else None, init_latents)
+    columns = [np.broadcast_to(np.asarray(column), len(phase_of_step)) for column in plan]
+    for number, phase in enumerate(phase_of_step):
+        before, at = walk, Plan(*(column[number] for column in columns))
+        walk = compiled_step(mesh, model, params["unet"], prompts, before, at, phase, guidance)
+        before.latents.block_until_ready()  # so that what is told of the progress is one step ahead at most
+        if on_step is not None:
+            on_step()
+    images = _compiled_show(mesh, model, params["vae"], walk.latents)
+    return images, None if walk.attention is None else walk.attention / len(phase_of_step)
 
 
 def generate(
@@ -140,7 +227,7 @@ def drawing(
         init_strength: how much of it is drawn anew, above 0, at most 1.
         batch_size: pictures drawn at once; the last batch is padded.
         attention: also tell where the UNet looked.
-        on_step: called after every step of every batch, by every device; another function compiles anew.
+        on_step: called after every step of every batch.
         mesh: devices that share each batch, whose size they divide; the weights of `base` lie whole on all of them.
 
     Yields:
@@ -166,7 +253,7 @@ def drawing(
             raise InputError(f"{name} is {value}; it must be at least {least}" + f" and at most {most}" * (most == 1))
     ids = base.model.tokenizer(prompts, [card.placeholder for _, card in concepts])
     unprompted = np.repeat(base.model.tokenizer([negative_prompt]), batch_size, axis=0)
-    in_slots = None
+    in_slots, phase_of_step = None, np.zeros(steps - skipped, np.int32)
     if concepts:
         gates = Gate(
             jnp.asarray(per_concept("bias", bias, [card.bias for _, card in concepts])),
@@ -177,7 +264,9 @@ def drawing(
             per_concept("start", start, [0.0] * len(concepts)),
             per_concept("end", end, [1.0] * len(concepts)),
         )
-        in_slots = _in_slots(base, concepts, gates, np.arange(skipped, steps) / steps, windows, ids, lock)
+        in_slots, phase_of_step = _in_slots(
+            base, concepts, gates, np.arange(skipped, steps) / steps, windows, ids, lock
+        )
     init_latents = None
     if init_image is not None:
         pixels = jnp.asarray(init_image[None].astype(np.float32) / 127.5 - 1, base.model.vae.dtype)
@@ -186,7 +275,7 @@ def drawing(
     for first in range(0, len(ids), batch_size):
         count = len(ids[first : first + batch_size])
         rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # one batch size is compiled
-        images, seen = compiled_draw(
+        images, seen = draw_batch(
             mesh,
             base.model,
             base.params,
@@ -194,11 +283,12 @@ def drawing(
             unprompted,
             _compiled_noise(base.model, np.asarray(seeds, np.uint32)[rows], height, width),
             plan,
+            phase_of_step,
             scales,
             None if in_slots is None else in_slots._replace(present=in_slots.present[rows]),
             init_latents,
-            attention=attention,
-            on_step=on_step,
+            attention,
+            on_step,
         )
         yield Drawn(to_pixels(images)[:count], None if seen is None else np.asarray(seen)[:count])
 
@@ -255,8 +345,8 @@ def _in_slots(
     windows: tuple[Sequence[float], Sequence[float]],
     ids: np.ndarray,
     lock: str,
-) -> Concepts:
-    """Puts concepts into slots.
+) -> tuple[Concepts, np.ndarray]:
+    """Puts concepts into slots; returns them, and which of their phases each step reads, int32 [steps].
 
     Args:
         base: the model.
@@ -284,11 +374,11 @@ def _in_slots(
     active[:, :count] = (start <= fractions[:, None]) & (fractions[:, None] < end)
     phases, phase_of_step = np.unique(active, axis=0, return_inverse=True)
     present = np.any(ids[:, :, None] == base.model.tokenizer.vocabulary_size + np.arange(slots), axis=1)
-    return Concepts(
+    in_slots = Concepts(
         stacked=jax.tree.map(pad, concept_lib.stack([concept for concept, _ in concepts])),
         gates=Gate(*(pad(jnp.asarray(field), fill=1.0) for field in gates)),
         present=jnp.asarray(present, jnp.float32),
         phases=jnp.asarray(phases),
-        phase_of_step=jnp.asarray(phase_of_step.reshape(-1), jnp.int32),
         super_embeddings=super_embeddings,
     )
+    return in_slots, phase_of_step.reshape(-1).astype(np.int32)

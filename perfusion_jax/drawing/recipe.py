@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from absl import flags
 from etils import epath
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -134,6 +134,30 @@ def _sha256(file: str) -> str:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
 
 
+def recipe_of_flags(arguments: flags.FlagValues) -> Recipe:
+    """What the command line asks for.
+
+    Raises:
+        InputError: a flag's value is not of its kind.
+    """
+    prompts = read_prompts(arguments.prompt, arguments.prompts)
+    count = arguments.num_images
+    options = {name: getattr(arguments, name) for name in OPTIONS if name != "batch_size"}
+    options |= {name: numbers(name, options[name]) for name in CONTROLS}
+    options["batch_size"] = min(arguments.batch_size, count * len(prompts))
+    return Recipe(
+        base={"source": arguments.base, "revision": arguments.revision, "variant": arguments.variant},
+        concepts=read_concepts(arguments.concept),
+        prompts=[prompt for prompt in prompts for _ in range(count)],
+        seeds=list(range(arguments.seed, arguments.seed + count)) * len(prompts),
+        columns=count if len(prompts) > 1 else math.ceil(math.sqrt(count)),
+        options=options,
+        init_image=arguments.init_image,
+        sweep=parse_sweep(arguments.sweep),
+        versions={library: version(library) for library in LIBRARIES},
+    )
+
+
 def recipe_of_picture(file: Path, base_given: bool, base: str) -> Recipe:
     """How a picture was drawn.
 
@@ -198,7 +222,6 @@ def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[
                     )
                 )
             )
-        jax.effects_barrier()  # the last steps may still be on their way to the bar
     return drawn
 
 

@@ -24,11 +24,6 @@ from perfusion_jax.runtime.errors import InputError
 # Parts of the frozen model that the step reads.
 STEP_PARAMS = ("text_encoder", "unet")
 
-MEMORY_ADVICE = (
-    "raise config.accumulation, or in a fleet lower config.members or split over more chips by the axes data and fsdp "
-    "of config.mesh"
-)
-
 
 class Members(NamedTuple):
     """What the fleet's step reads of its members, each array with the slots as leading axis.

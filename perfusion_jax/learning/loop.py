@@ -23,7 +23,7 @@ from perfusion_jax.learning.checkpoints import Checkpoints
 from perfusion_jax.learning.fleet_step import Members, member_shapes, pad_pictures
 from perfusion_jax.learning.metrics import Similarities
 from perfusion_jax.learning.preparation import Prepared
-from perfusion_jax.learning.progress import Bar, Meter, Work
+from perfusion_jax.learning.progress import Bar, Meter, Profiler, Work
 from perfusion_jax.learning.records import Records, finite_mean, report_line
 from perfusion_jax.learning.report import OpenRound
 from perfusion_jax.learning.resources import Resources
@@ -83,11 +83,20 @@ class Loop:
         prepared: what this process has read for it.
         records: where results go.
         bar: what people see.
+        profiler: what traces steps.
     """
 
-    def __init__(self, resources: Resources, current: Round, prepared: Prepared, records: Records, bar: Bar):
+    def __init__(
+        self,
+        resources: Resources,
+        current: Round,
+        prepared: Prepared,
+        records: Records,
+        bar: Bar,
+        profiler: Profiler,
+    ):
         self._resources, self._current, self._prepared = resources, current, prepared
-        self._records, self._bar = records, bar
+        self._records, self._bar, self._profiler = records, bar, profiler
         self._config = resources.config
         self._owned = set(slot_owners(resources.mesh, len(current.members))[1])
         self._waiting = [slot for slot, limit in enumerate(current.limits) if limit]
@@ -176,6 +185,7 @@ class Loop:
 
     def _take_step(self) -> None:
         config, resources, limits = self._config, self._resources, self._current.limits
+        self._profiler.before_step(lambda: jax.block_until_ready(self._state))
         learning, loss = self._compiled(resources.params, resources.mesh_whitening, self._members, self._state.learning)
         self._state = dataclasses.replace(self._state, learning=learning)
         self._step += 1

@@ -1,5 +1,6 @@
 """What a person sees of a run while it learns: a bar, the loss, and how fast it goes."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from perfusion_jax.pod import chips
 from perfusion_jax.pod.hlo_report import kernel_cost
+from perfusion_jax.runtime.errors import InputError
 
 
 class Meter:
@@ -46,6 +48,51 @@ class Meter:
             yield
         finally:
             self._began += self._clock() - began
+
+
+def parse_profile(text: str | None) -> tuple[int, int] | None:
+    """Reads `START:STOP`: the steps of this run, from 0, that are traced; None where none are.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise InputError(f"--profile is {text!r}; it must be START:STOP, two numbers of steps, such as 10:15")
+    return int(match[1]), int(match[2])
+
+
+class Profiler:
+    """Traces some steps of a run with `jax.profiler`.
+
+    Args:
+        folder: where the trace goes; TensorBoard and Perfetto read it.
+        steps: first, and the one after the last, counted from the first step of this run.
+    """
+
+    def __init__(self, folder: str, steps: tuple[int, int] | None):
+        self._folder, self._first, self._end = folder, *(steps or (-1, -1))
+        self._taken = 0
+        self._tracing = False
+
+    def before_step(self, wait: Callable[[], None]) -> None:
+        """Begins or ends the trace; `wait` waits for the steps that are under way."""
+        if self._taken == self._first:
+            wait()
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+        elif self._taken == self._end:
+            wait()
+            self.close()
+        self._taken += 1
+
+    def close(self) -> None:
+        """Ends the trace, if one is open."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
 
 
 @dataclass(frozen=True)

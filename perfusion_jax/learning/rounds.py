@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from perfusion_jax.config import MEMORY_ADVICE
 from perfusion_jax.data.sources import count_pictures
 from perfusion_jax.data.table import Row
-from perfusion_jax.learning.fleet_step import MEMORY_ADVICE, STEP_PARAMS, check_split
+from perfusion_jax.learning.fleet_step import STEP_PARAMS, check_split
 from perfusion_jax.learning.report import OpenRound
 from perfusion_jax.learning.resources import Resources
 from perfusion_jax.learning.step import Settings

@@ -34,7 +34,7 @@ from perfusion_jax.data.table import Row, read_table
 from perfusion_jax.learning.checkpoints import Checkpoints
 from perfusion_jax.learning.loop import Loop
 from perfusion_jax.learning.preparation import Prepared, prepare
-from perfusion_jax.learning.progress import Bar
+from perfusion_jax.learning.progress import Bar, Profiler
 from perfusion_jax.learning.records import Records, report_line
 from perfusion_jax.learning.report import Report
 from perfusion_jax.learning.resources import load_resources
@@ -47,8 +47,13 @@ from perfusion_jax.runtime.errors import InputError, Stopped, out_of_memory
 from perfusion_jax.runtime.files import locked, storage_errors
 
 
-def train_one(config: ConfigDict, workdir: epath.Path) -> epath.Path:
+def train_one(config: ConfigDict, workdir: epath.Path, profile: tuple[int, int] | None = None) -> epath.Path:
     """Learns the concept of a config, or goes on with it.
+
+    Args:
+        config: of one concept.
+        workdir: where results go.
+        profile: steps that are traced (`progress.Profiler`).
 
     Returns:
         The concept's file.
@@ -71,17 +76,23 @@ def train_one(config: ConfigDict, workdir: epath.Path) -> epath.Path:
         if taken >= config.steps and result.exists():
             print(f"finished already, after {taken} steps: {result}")
         else:
-            _learn(config, records, [member], [member])
+            _learn(config, records, [member], [member], profile)
     return result
 
 
-def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] = (0, 1)) -> None:
+def train_fleet(
+    config: ConfigDict,
+    workdir: epath.Path,
+    shard: tuple[int, int] = (0, 1),
+    profile: tuple[int, int] | None = None,
+) -> None:
     """Learns what is missing of a table.
 
     Args:
         config: one that names `concepts` (`configs/fleet.py`).
         workdir: shared by all processes, and by all jobs that have a part of the table.
         shard: (I, N): every N-th concept from the I-th on. Each job keeps its report in `shard_I_of_N/`.
+        profile: steps that are traced (`progress.Profiler`).
 
     Raises:
         InputError: the config, table or workdir cannot be used, or not one concept was learnt and there are no other
@@ -109,7 +120,7 @@ def train_fleet(config: ConfigDict, workdir: epath.Path, shard: tuple[int, int] 
         todo = [member for member in members if not report.is_over(member.name)]
         _warn_of_changed_rows(rows, report)
         if todo:
-            _learn(config, Records(workdir, folder, report), members, todo)
+            _learn(config, Records(workdir, folder, report), members, todo, profile)
     _summarise(rows, report, workdir, is_part=count > 1)
 
 
@@ -169,7 +180,13 @@ def _check_split(workdir: epath.Path, count: int) -> None:
         )
 
 
-def _learn(config: ConfigDict, records: Records, members: list[Member], todo: list[Member]) -> None:
+def _learn(
+    config: ConfigDict,
+    records: Records,
+    members: list[Member],
+    todo: list[Member],
+    profile: tuple[int, int] | None,
+) -> None:
     """Learns members round by round, the next round being prepared by a thread.
 
     Raises:
@@ -184,6 +201,7 @@ def _learn(config: ConfigDict, records: Records, members: list[Member], todo: li
     with (
         distributed.stopping() as stop,
         ThreadPoolExecutor(1, "prepare") as executor,
+        closing(Profiler(str(records.folder / "profile"), profile)) as profiler,
         closing(Bar(steps, len(todo), name, shown=distributed.is_first())) as bar,
     ):
 
@@ -213,7 +231,7 @@ def _learn(config: ConfigDict, records: Records, members: list[Member], todo: li
                     show_masks(records.workdir / "masks.png", prepared.pixels[0], masks)
                 if any(left.members):
                     bar.say("compiling")
-                    Loop(resources, left, prepared, records, bar).run(stop)
+                    Loop(resources, left, prepared, records, bar, profiler).run(stop)
         finally:
             cancelled.set()
 

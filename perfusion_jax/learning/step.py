@@ -191,7 +191,7 @@ def train_step(
     """Takes one optimiser step.
 
     Args:
-        model: its architecture.
+        model: the architecture.
         params: its frozen weights, without edits.
         whitening: C^-1/2, float32 [context_width, context_width].
         examples: what the concept is learnt from.

@@ -1,18 +1,23 @@
 """What all command lines share."""
 
+import hashlib
+import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
-import jax
 from absl import app, flags, logging
 
-from perfusion_jax.runtime.errors import InputError, Stopped, UnavailableError, out_of_memory
+from perfusion_jax.runtime.errors import InputError, Stopped, UnavailableError, is_jax_runtime_error, out_of_memory
 
 # Exit status where the same command would fail again.
 BAD_INPUT = 2
+# Compiled programs that the cache keeps; those used longest ago go first.
+CACHE_BYTES = 2 * 2**30
 
 
 @contextmanager
@@ -39,6 +44,29 @@ def stopping() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def share_compiled_programs() -> None:
+    """Has JAX keep what it compiles in the user's cache folder, so that the next command need not compile it again.
+
+    JAX_COMPILATION_CACHE_DIR names another folder. Programs for a CPU are for one kind of it, so each kind of machine
+    has a folder of its own, where several share a home.
+    """
+    import jax  # here, so that a flag that is wrong is told at once
+
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    try:
+        cpu = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
+        )
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    machine = f"{platform.machine()}-{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache / "perfusion_jax" / "compiled" / machine))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+
+
 def run(
     main: Callable[[], None], resumes: bool = False, memory_advice: str = "take fewer or smaller pictures at once"
 ) -> None:
@@ -60,19 +88,20 @@ def run(
             sys.exit(BAD_INPUT)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax and others tell every step they take
+        share_compiled_programs()
         try:
             main()
+        except (KeyboardInterrupt, Stopped):
+            sys.exit("interrupted; the same command goes on where it was" if resumes else "interrupted")
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1 if isinstance(error, UnavailableError) else BAD_INPUT)
-        except jax.errors.JaxRuntimeError as error:
-            reason = out_of_memory(error)
+        except Exception as error:
+            reason = out_of_memory(error) if is_jax_runtime_error(error) else ""
             if not reason:
                 raise
             print(f"error: the memory of a device does not suffice ({reason}): {memory_advice}", file=sys.stderr)
             sys.exit(BAD_INPUT)
-        except (KeyboardInterrupt, Stopped):
-            sys.exit("interrupted; the same command goes on where it was" if resumes else "interrupted")
 
     def parse(arguments: list[str]) -> list[str]:
         try:

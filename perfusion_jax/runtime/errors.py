@@ -1,8 +1,7 @@
 """The errors that end a program with their message alone, and what JAX's own are about."""
 
 import re
-
-import jax
+import sys
 
 _FAILED = re.compile("(CANCELLED|UNKNOWN|DEADLINE_EXCEEDED|ABORTED|INTERNAL|UNAVAILABLE): ")
 
@@ -19,9 +18,15 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """The program was told to stop, and has saved what it had done."""
 
 
+def is_jax_runtime_error(error: BaseException) -> bool:
+    """Whether an error is JAX's own, of a device or of the compiler."""
+    jax = sys.modules.get("jax")  # which takes a second to import: where it is not, it has raised nothing
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+
+
 def of_the_runtime(error: Exception) -> bool:
     """Whether an error is of the devices or of other processes; JAX raises a few of these as a plain ValueError."""
-    return isinstance(error, jax.errors.JaxRuntimeError) or (
+    return is_jax_runtime_error(error) or (
         # TensorStore's errors begin alike; they are of storage, and name their spec or driver.
         type(error) is ValueError
         and _FAILED.match(str(error)) is not None

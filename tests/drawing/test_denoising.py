@@ -20,10 +20,12 @@ from perfusion_jax import Gate, insert, keys_values, load_base_model
 from perfusion_jax.drawing.denoising import (
     Concepts,
     Guidance,
-    draw,
+    Prompts,
+    begin,
     noise_for,
     prompt_keys_values,
-    sample_latents,
+    read_prompts,
+    take_step,
     to_pixels,
 )
 from perfusion_jax.drawing.samplers import make_plan
@@ -56,13 +58,19 @@ def plain_keys_values(base, texts):
     return keys_values(base.params["unet"], base.model.encode(base.params["text_encoder"], base.model.tokenizer(texts)))
 
 
-def sample(base, noisy, plan, guidance):
-    prompted = jax.tree.map(lambda array: array[None], plain_keys_values(base, PROMPTS))
-    phases = jnp.zeros(len(plan.timesteps), jnp.int32)
-    walk = jax.jit(lambda params, noisy, plan: sample_latents(
-        base.model, params, prompted, plain_keys_values(base, ["", ""]), phases, noisy, plan, guidance
-    )[0])  # fmt: skip
-    return np.asarray(walk(base.params["unet"], noisy, plan))
+def walk_all(base, prompts, walk, plan, guidance):
+    """The latents after all steps of a plan."""
+    step = jax.jit(take_step, static_argnums=0)
+    for number in range(len(plan.timesteps)):
+        at = plan._replace(**{name: column[number] for name, column in plan._asdict().items() if name != "start"})
+        walk = step(base.model, base.params["unet"], prompts, walk, at, 0, guidance)
+    return walk.latents
+
+
+def sample(base, noise, plan, guidance, init_latents=None):
+    ids, empty = base.model.tokenizer(PROMPTS), base.model.tokenizer([""] * len(PROMPTS))
+    prompts = read_prompts(base.model, base.params, ids, empty)
+    return np.asarray(walk_all(base, prompts, begin(noise, plan, init_latents=init_latents), plan, guidance))
 
 
 def first(latents):
@@ -83,7 +91,7 @@ def compare_after(folder, base, sampler, steps, size, rescale=0.0):
         output_type="latent",
     ).images.numpy()
     plan = make_plan(base.model.schedule, sampler, steps)
-    ours = sample(base, plan.start * noise, plan, Guidance(6.0, rescale))
+    ours = sample(base, noise, plan, Guidance(6.0, rescale))
     assert np.abs(first(ours) - theirs).max() < 1e-3 * np.abs(theirs).max()
 
 
@@ -113,8 +121,7 @@ def test_from_a_picture_as_pytorch(sd1_folder, sd1_base, sampler):
         output_type="latent",
     ).images.numpy()
     plan = make_plan(sd1_base.model.schedule, sampler, 20, skipped=8)
-    noisy = plan.signal[0] * start + plan.noise[0] * noise.transpose(0, 2, 3, 1)
-    ours = sample(sd1_base, noisy, plan, Guidance(6.0, 0.0))
+    ours = sample(sd1_base, noise.transpose(0, 2, 3, 1), plan, Guidance(6.0, 0.0), init_latents=start)
     assert np.abs(first(ours) - theirs).max() < 1e-3 * np.abs(theirs).max()
 
 
@@ -135,9 +142,7 @@ def in_slots(concepts, gates, present, phases=((1.0, 1.0, 1.0),), super_embeddin
     """Two concepts and an empty slot."""
     stacked = jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, 1), *[(0, 0)] * (leaf.ndim - 1)]), stack(concepts))
     padded = Gate(*(jnp.array([*pair, 1.0]) for pair in zip(*gates, strict=True)))
-    return Concepts(
-        stacked, padded, jnp.array(present), jnp.array(phases), jnp.zeros(1, jnp.int32), super_embeddings
-    )  # fmt: skip
+    return Concepts(stacked, padded, jnp.array(present), jnp.array(phases), super_embeddings)
 
 
 def assert_close(ours, expected, tolerance=1e-5):
@@ -154,7 +159,7 @@ def test_each_prompt_of_a_batch_is_edited_by_the_concepts_that_it_names(sd1_base
     prompts = ["a photo of a <rex>", "a <tom> on the beach", "<rex> and <tom>", "a dog"]
     ids = base.model.tokenizer(prompts, ["<rex>", "<tom>"])
     present = [[1.0, 0, 0], [0, 1.0, 0], [1.0, 1.0, 0], [0, 0, 0.0]]
-    ours = jax.jit(prompt_keys_values, static_argnums=0)(base, params, ids, in_slots(concepts, gates, present))
+    ours = jax.jit(prompt_keys_values, static_argnums=0)(base.model, params, ids, in_slots(concepts, gates, present))
     encodings = base.model.encode(params["text_encoder"], ids, stack(concepts).embedding)
     for number, named in enumerate(([0], [1], [0, 1], [])):
         edited = insert(params["unet"], [concepts[j] for j in named], [gates[j] for j in named])
@@ -196,19 +201,17 @@ def test_the_unconditional_prompt_goes_through_the_frozen_weights(sd1_base):
     wide = Gate(bias=-5.0, temperature=0.15, strength=1.0)  # open for every word
     ids, empty = base.model.tokenizer(["a photo of a <rex>"], ["<rex>"]), base.model.tokenizer([""])
     noise, plan = noise_for(base.model, [0], 32, 32), make_plan(base.model.schedule, "ddim", 2)
-    slots = in_slots(concepts, [wide, wide], [[1.0, 0, 0]])._replace(phase_of_step=jnp.zeros(2, jnp.int32))
-    drawn, _ = draw(base.model, params, ids, empty, noise, plan, Guidance(6.0, 0.0), slots)
-    prompted = prompt_keys_values(base.model, params, ids, slots)
+    slots = in_slots(concepts, [wide, wide], [[1.0, 0, 0]])
     edited = insert(params["unet"], concepts[0], wide)
+
+    def latents(prompts):
+        return np.asarray(walk_all(base, prompts, begin(noise, plan), plan, Guidance(6.0, 0.0)))
 
     def expected(unet):
         unprompted = keys_values(unet, base.model.encode(params["text_encoder"], empty))
-        latents, _ = sample_latents(
-            base.model, params["unet"], prompted, unprompted, slots.phase_of_step, noise, plan, Guidance(6.0, 0.0)
-        )
-        return np.asarray(base.model.decode_latent(params["vae"], latents))
+        return latents(Prompts(prompt_keys_values(base.model, params, ids, slots), unprompted))
 
-    frozen = expected(params["unet"])
+    drawn, frozen = latents(read_prompts(base.model, params, ids, empty, slots)), expected(params["unet"])
     np.testing.assert_allclose(drawn, frozen, atol=1e-4 * np.abs(frozen).max())
     assert np.abs(drawn - expected(edited)).max() > 1e-2 * np.abs(frozen).max()
 

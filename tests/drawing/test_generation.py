@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from perfusion_jax import InputError
-from perfusion_jax.drawing.generation import compiled_draw, drawing, generate, per_concept
+from perfusion_jax.drawing.generation import compiled_step, drawing, generate, per_concept
 from perfusion_jax.formats.concept_file import ConceptCard, TrainedConcept
 
 SMALL = {"steps": 3, "height": 32, "width": 32, "batch_size": 2}
@@ -63,15 +63,16 @@ def test_a_concept_still_untrained_draws_its_super_category(small_base):
 def test_what_changes_from_picture_to_picture_does_not_compile_anew(small_base):
     rex, tom = make_concept(small_base, "rex"), make_concept(small_base, "tom", "cat", seed=1)
     generate(small_base, ["a photo of a <rex>"], [0], [rex], **SMALL)
-    before = compiled_draw._cache_size()
+    before = compiled_step._cache_size()
     generate(small_base, ["the <rex> on the beach"], [9], [rex], bias=0.4, temperature=0.1, strength=0.5, **SMALL)
     generate(small_base, ["<tom> and <rex>", "a dog", "<tom>"], [1, 2, 3], [tom, rex], bias=[0.4, 0.5], **SMALL)
     generate(small_base, ["a <tom>"], [0], [tom], guidance=2.0, guidance_rescale=0.5, negative_prompt="cat", **SMALL)
     generate(small_base, ["a <tom>"], [0], [tom], sampler="dpm++", **SMALL)
     generate(small_base, ["a <tom>"], [0], [tom], sampler="euler", **SMALL)
-    assert compiled_draw._cache_size() == before
+    generate(small_base, ["a <tom>"], [0], [tom], **{**SMALL, "steps": 5})
+    assert compiled_step._cache_size() == before
     generate(small_base, ["a <tom>"], [0], [tom], **{**SMALL, "width": 40})
-    assert compiled_draw._cache_size() == before + 1
+    assert compiled_step._cache_size() == before + 1
 
 
 def test_from_a_picture(small_base):
@@ -101,7 +102,6 @@ def test_attention_and_progress(small_base):
         steps.append(1)
 
     watched = list(drawing(small_base, prompts, [0, 1, 2], [rex], attention=True, on_step=tick, **SMALL))
-    jax.effects_barrier()
     assert len(steps) == 2 * SMALL["steps"]  # two batches
     attention = np.concatenate([some.attention for some in watched])
     assert attention.shape == (3, 16, 16, 16)

@@ -35,7 +35,7 @@ def theirs(scheduler, x, skipped):
 
 
 def ours(plan, prediction_type, x):
-    """The recurrence of `denoising.sample_latents`, in NumPy."""
+    """The recurrence of `denoising.take_step`, in NumPy."""
     before = np.zeros_like(x)
     for at in zip(*(np.asarray(field, np.float64) for field in plan[:-1]), strict=True):
         timestep, signal, noise, carry, current, previous = at

@@ -398,7 +398,7 @@ def test_an_interrupted_fleet_goes_on_on_another_mesh(inputs, finished, tmp_path
     telling = """
 import jax
 from perfusion_jax.drawing import generation
-draw = generation.compiled_draw
+draw = generation.draw_batch
 def draw_and_tell(mesh, base, params, *arguments, **options):
     images, seen = draw(mesh, base, params, *arguments, **options)
     if mesh is not None:
@@ -406,7 +406,7 @@ def draw_and_tell(mesh, base, params, *arguments, **options):
         shapes = [part.data.shape for part in images.addressable_shards]
         print("shared:", shapes, abs(jax.device_get(images) - jax.device_get(alone)).max() < 1e-3)
     return images, seen
-generation.compiled_draw = draw_and_tell
+generation.draw_batch = draw_and_tell
 """
     config = make_config(inputs, members=4, validation_prompts=("a {} on the moon",), sampling_steps=2)
     config.pictures_per_prompt = 3
