@@ -4,6 +4,7 @@ import errno
 import fcntl
 import io
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -153,14 +154,14 @@ def replacing(file: Path) -> Iterator[Path]:
     """
     with storage_errors(file, "written"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        os.close(handle)
-        temporary = Path(name)
+        # A name of any length that the file system allows leaves no room for more; and not by `tempfile`, whose files
+        # nobody else can read: the system takes the umask off the mode, which no thread can then change in between.
+        temporary = file.with_name(f".{file.name[:40]}.{secrets.token_hex(8)}")
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
             yield temporary
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
-            temporary.chmod(0o644)
             temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)
