@@ -13,7 +13,6 @@ file of its own, and all to one grid. Every file says how it was drawn:
 import json
 import math
 from importlib.metadata import version
-from pathlib import Path
 
 from absl import flags
 
@@ -35,7 +34,7 @@ from perfusion_jax.drawing.recipe import (
 from perfusion_jax.drawing.samplers import SAMPLERS
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import check_writable
+from perfusion_jax.runtime.files import check_writable, to_path
 
 
 def recipe_of_flags(arguments: flags.FlagValues) -> Recipe:
@@ -66,7 +65,7 @@ def main() -> None:
     """Draws --prompt and writes --out, or tells how --again was drawn."""
     arguments = flags.FLAGS
     if arguments.again:
-        recipe = recipe_of_picture(Path(arguments.again), bool(arguments["base"].present), arguments.base)
+        recipe = recipe_of_picture(arguments.again, bool(arguments["base"].present), arguments.base)
         print(json.dumps(recipe._asdict(), indent=2, ensure_ascii=False))
         if not arguments.out:
             return
@@ -74,11 +73,11 @@ def main() -> None:
         recipe = recipe_of_flags(arguments)
     if not arguments.out:
         raise InputError("give --out, the .png file to write")
-    out = Path(arguments.out)
+    out = to_path(arguments.out)
     if out.suffix.lower() != ".png":
         raise InputError(f"{out}: pictures are written as .png; name it so")
     check_writable(out.parent)
-    folder = Path(arguments.attention) if arguments.attention else None
+    folder = to_path(arguments.attention) if arguments.attention else None
     if folder:
         if recipe.sweep:
             raise InputError("--attention shows the pictures of one setting: leave out --sweep")

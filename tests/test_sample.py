@@ -10,11 +10,17 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from odd_names import ODD_NAMES
 from PIL import Image
 
 from perfusion_jax import InputError, sample
+from perfusion_jax.drawing.generation import Drawn
+from perfusion_jax.drawing.recipe import init_pixels
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
+from perfusion_jax.runtime.errors import UnavailableError
+from perfusion_jax.runtime.files import to_path, write_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -163,6 +169,82 @@ def test_concepts_by_name_twice_and_not_named(recipe, small_base, rex, tmp_path,
     assert "warning" not in capsys.readouterr().out
     sample.draw(recipe._replace(concepts=both.concepts), small_base)
     assert "warning: no prompt names <tom>: the concept tom has no effect" in capsys.readouterr().out
+
+
+def test_everything_may_lie_in_a_bucket(recipe, small_base, bucket, capsys):
+    file = save(small_base, f"{bucket}/a=b/rex.safetensors", "rex")
+    for word, name in ((file, "rex"), (f"tom={file}", "tom")):
+        (entry,) = sample.read_concepts([word])
+        assert (entry["name"], entry["file"]) == (name, file)
+    write_picture(f"{bucket}/init.png", np.zeros((32, 32, 3), np.uint8))
+    write_bytes(f"{bucket}/prompts.txt", b"a <tom>")
+    asked = recipe._replace(
+        concepts=sample.read_concepts([f"tom={file}"]),
+        prompts=sample.read_prompts(None, f"{bucket}/prompts.txt"),
+        seeds=[0],
+        init_image=f"{bucket}/init.png",
+        versions={},
+    )
+    out, maps = to_path(f"{bucket}/new/out.png"), to_path(f"{bucket}/maps")
+    for folder in (out.parent, maps):
+        sample.check_writable(folder)
+    drawn = sample.draw(asked, small_base, attention=True)
+    sample.write(asked, drawn, out)
+    sample.write_attention(asked, drawn[0], small_base.tokenizer, maps)
+    assert [file.name for file in maps.iterdir()] == ["0.png"]
+    found = sample.recipe_of_picture(str(out), True, recipe.base["source"])
+    assert (found.concepts, found.init_image) == (asked.concepts, asked.init_image)
+    write_bytes(file, b"another")
+    with pytest.raises(InputError, match=r"rex.safetensors: the concept has changed since gs://bucket/new/out.png"):
+        sample.recipe_of_picture(str(out), True, recipe.base["source"])
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(OSError(5, "Input/output error"), UnavailableError), (PermissionError(13, "no"), InputError)]
+)
+def test_storage_that_fails_is_named(recipe, small_base, rex, tmp_path, monkeypatch, error, kind):
+    def fail(_):
+        raise error
+
+    picture = tmp_path / "picture.png"
+    write_picture(picture, np.zeros((8, 8, 3), np.uint8), recipe._asdict())
+    for method in ("read_bytes", "read_text"):
+        monkeypatch.setattr(type(epath.Path(picture)), method, fail)
+    for read, name in (
+        (lambda: sample.read_concepts([f"tom={rex}"]), "rex.safetensors"),
+        (lambda: sample.read_prompts(None, str(tmp_path / "prompts.txt")), "prompts.txt"),
+        (lambda: sample.recipe_of_picture(picture, True, "emoji"), "picture.png"),
+        (lambda: init_pixels(recipe._replace(init_image=str(picture)), small_base), "picture.png"),
+    ):
+        with pytest.raises(InputError, match=f"{name}: cannot be read") as raised:
+            read()
+        assert type(raised.value) is kind
+
+
+def test_addresses_of_no_storage_are_named(recipe, small_base):
+    http = "http://host/x"
+    for read in (
+        lambda: sample.read_concepts([http]),
+        lambda: sample.read_concepts([f"tom={http}"]),
+        lambda: sample.read_prompts(None, http),
+        lambda: sample.recipe_of_picture(http, True, "emoji"),
+        lambda: init_pixels(recipe._replace(init_image=http), small_base),
+        lambda: write_picture(http, np.zeros((8, 8, 3), np.uint8)),
+    ):
+        with pytest.raises(InputError, match="http://host/x: http:// is no storage known here"):
+            read()
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_files_and_folders_may_have_any_name(recipe, small_base, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for out in (to_path(f"{name}.png"), to_path(name) / "out.png"):
+        sample.check_writable(out.parent)
+        sample.write(recipe, [[Drawn(np.zeros((2, 8, 8, 3), np.uint8), None)]], out)
+        assert load_recipe(out.with_stem(f"{out.stem}_1"))["seeds"] == [1]
+    concept = save(small_base, f"{name}=.safetensors", "rex")
+    for word in (concept, f"rex={concept}"):
+        assert [entry["file"] for entry in sample.read_concepts([word])] == [concept]
 
 
 def test_concept_files_that_cannot_be_used(recipe, small_base, rex, tmp_path, monkeypatch):

@@ -4,9 +4,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from perfusion_jax.drawing.samplers import DEFAULT_STEPS
 from perfusion_jax.formats.concept_file import TrainedConcept, load_concept, read_card
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
 from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import is_local, storage_errors, to_path
 
 FORMAT = "perfusion_jax picture 1"
 LIBRARIES = ("perfusion_jax", "jax", "flax", "diffusers")
@@ -97,16 +98,16 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
 
     Raises:
         InputError: neither or both are given, or the file has none or cannot be read.
+        UnavailableError: storage fails.
     """
     if (prompt is None) == (file is None):
         raise InputError("give --prompt or --prompts, one of them")
     if prompt is not None:
         return [prompt]
     assert file is not None
-    try:
-        prompts = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from error
+    path = to_path(file)
+    with storage_errors(path, "read"):
+        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not prompts:
         raise InputError(f"{file}: no prompts in it; write one on a line")
     return prompts
@@ -116,25 +117,34 @@ def read_concepts(given: Sequence[str]) -> list[dict[str, str]]:
     """What a recipe says of concept files, `FILE` or `NAME=FILE`; the same file given twice counts once.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: a file cannot be read, or is none of a concept.
+        UnavailableError: storage fails.
     """
     found = []
     for word in given:
-        name, file = word.split("=", 1) if "=" in word and not Path(word).exists() else ("", word)
+        name, file = word.split("=", 1) if _names_a_file(word) else ("", word)
         entry = {"name": name or read_card(file).name, "file": file, "sha256": _sha256(file)}
         if entry not in found:
             found.append(entry)
     return found
 
 
+def _names_a_file(word: str) -> bool:
+    """Whether a word is NAME=FILE; a folder, a bucket or a file may have = in its name, too."""
+    name, sign, _ = word.partition("=")
+    return bool(sign) and "/" not in name and not (is_local(word) and epath.Path(word).exists())
+
+
 def _sha256(file: str) -> str:
-    try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    path = to_path(file)
+    with storage_errors(path, "read"):
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        except FileNotFoundError as error:
+            raise InputError(f"{file}: no such concept file") from error
 
 
-def recipe_of_picture(file: Path, base_given: bool, base: str) -> Recipe:
+def recipe_of_picture(file: str | os.PathLike[str], base_given: bool, base: str) -> Recipe:
     """How a picture was drawn.
 
     Args:
@@ -143,10 +153,12 @@ def recipe_of_picture(file: Path, base_given: bool, base: str) -> Recipe:
         base: that base model.
 
     Raises:
-        InputError: it does not say, or names a base model that the user did not.
+        InputError: it does not say, or names a base model that the user did not, or a concept is not what it was.
+        UnavailableError: storage fails.
     """
     said = load_recipe(file)
-    if said.get("format") != FORMAT or said.keys() != set(Recipe._fields) or said["options"].keys() != set(OPTIONS):
+    known = said.get("format") == FORMAT and said.keys() == set(Recipe._fields)
+    if not known or not isinstance(said["options"], dict) or said["options"].keys() != set(OPTIONS):
         raise InputError(f"{file}: it was drawn by another version of perfusion_jax: {json.dumps(said)}")
     recipe = Recipe(**said)
     source = recipe.base["source"]
@@ -227,11 +239,12 @@ def init_pixels(recipe: Recipe, base: BaseModel) -> np.ndarray:
     """
     native = base.unet.sample_size * base.vae_factor
     size = (recipe.options["width"] or native, recipe.options["height"] or native)
-    image = open_picture(epath.Path(recipe.init_image)).convert("RGB")
+    assert recipe.init_image is not None
+    image = open_picture(to_path(recipe.init_image)).convert("RGB")
     return np.asarray(ImageOps.fit(image, size, Image.Resampling.LANCZOS))
 
 
-def write(recipe: Recipe, drawn: list[list[Drawn]], out: Path) -> None:
+def write(recipe: Recipe, drawn: list[list[Drawn]], out: epath.Path) -> None:
     """Writes pictures: a single one to `out`; several each beside it, as NAME_0.png and so on, and their grid to `out`.
 
     Raises:

@@ -42,13 +42,25 @@ def is_local(path: str | os.PathLike[str]) -> bool:
     return "://" not in os.fspath(path)
 
 
+def to_path(path: str | os.PathLike[str]) -> epath.Path:
+    """A path as people give it, local or in a bucket.
+
+    Raises:
+        InputError: it is an address of something else.
+    """
+    try:
+        return epath.Path(path)
+    except KeyError as error:  # of no scheme that epath knows
+        raise InputError(f"{path}: {error.args[0]} is no storage known here: give a local path or gs://...") from error
+
+
 def write_bytes(file: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file whole or not at all, local or in a bucket (where a write is whole by itself).
 
     Raises:
         InputError, UnavailableError: it cannot be written.
     """
-    path = epath.Path(file)
+    path = to_path(file)
     if is_local(path):
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(data)
@@ -133,13 +145,18 @@ def is_lasting(error: BaseException) -> bool:
     return str(error).startswith("Forbidden")  # gcsfs says by its text alone that somebody has no right to something
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path | epath.Path) -> None:
     """Makes a folder and sees that a file can be written in it, before work is done whose result goes there.
+
+    A bucket has no folders to make, and may allow no file to be deleted again: it is only looked at.
 
     Raises:
         InputError, UnavailableError: it cannot.
     """
     with storage_errors(folder, "written"):
+        if not is_local(folder):
+            folder.exists()
+            return
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
