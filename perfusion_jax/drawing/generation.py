@@ -3,7 +3,8 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from math import isfinite
-from typing import Any, NamedTuple
+from operator import index
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ SLOTS = 4
 # Without a concept that says otherwise (the public implementations).
 GUIDANCE = 6.0
 
-Control = float | Sequence[float] | None
+Control = float | Sequence[float] | np.ndarray | jax.Array | None
+Number = TypeVar("Number", int, float)
 
 
 class Drawn(NamedTuple):
@@ -85,7 +87,7 @@ def generate(
         seeds: one per picture, whole numbers from 0 to 2**32 - 1. A picture depends on its own prompt, its seed and the
             options alone.
         concepts: what the prompts may name. A concept acts only on prompts that name it.
-        options: those of `drawing`, all by name.
+        options: those of `drawing`, all by name. Numbers may be of Python, NumPy or JAX.
 
     Returns:
         uint8 [len(prompts), height, width, 3].
@@ -152,11 +154,15 @@ def drawing(
     if len(prompts) != len(seeds):
         raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each picture")
     height, width = _size(base, height, width, init_image)
-    steps = DEFAULT_STEPS.get(sampler, 1) if steps is None else steps
+    steps = _number("steps", DEFAULT_STEPS.get(sampler, 1) if steps is None else steps, index)
+    batch_size = _number("batch_size", batch_size, index)
+    init_strength = _number("init_strength", init_strength, float)
     skipped = 0 if init_image is None else skipped_steps(steps, init_strength)
     plan = make_plan(base.schedule, sampler, steps, skipped)
     if guidance is None:
         guidance = concepts[0].card.guidance_scale if concepts else GUIDANCE
+    guidance = _number("guidance", guidance, float)
+    guidance_rescale = _number("guidance_rescale", guidance_rescale, float)
     for name, value, least, most in (
         ("guidance", guidance, 0, float("inf")),
         ("guidance_rescale", guidance_rescale, 0, 1),
@@ -203,13 +209,31 @@ def drawing(
         yield Drawn(to_pixels(images)[:count], None if seen is None else np.asarray(seen)[:count])
 
 
+def _number(name: str, given: Any, kind: Callable[[Any], Number]) -> Number:
+    """A number of Python's, of whatever library the given one is; `kind` is `index` for whole ones, or `float`.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return kind(given)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is {given!r}; it must be a {'whole ' * (kind is index)}number") from error
+
+
 def per_concept(name: str, given: Control, defaults: Sequence[float]) -> list[float]:
     """Values of one control of all concepts: those given, one for all or one for each, or else the defaults.
 
     Raises:
         InputError: another number of values, or an impossible one.
     """
-    values = [given] if isinstance(given, int | float) else list(defaults if given is None else given)
+    try:
+        array = np.asarray(defaults if given is None else given, np.float64)  # numbers of any library, and arrays
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is {given!r}; it must be a number, or one for each concept") from error
+    if array.ndim > 1:
+        raise InputError(f"{name} has the shape {array.shape}: give one number, or one for each concept")
+    values = array.reshape(-1).tolist()
     if len(values) not in (1, len(defaults)):
         raise InputError(f"{name} has {len(values)} values: give one, or one for each of the {len(defaults)} concepts")
     for value in values:
@@ -226,7 +250,7 @@ def _size(base: BaseModel, height: int | None, width: int | None, init_image: np
         raise InputError(f"init_image is {init_image.dtype} {init_image.shape}; it must be uint8 [height, width, 3]")
     native = base.unet.sample_size * base.vae_factor
     own = (native, native) if init_image is None else init_image.shape[:2]
-    size = (height or own[0], width or own[1])
+    size = (_number("height", height or own[0], index), _number("width", width or own[1], index))
     if init_image is not None and size != own:
         raise InputError(f"init_image has {own[1]} x {own[0]} pixels; the picture asked for has {size[1]} x {size[0]}")
     if any(side % base.vae_factor or side <= 0 for side in size):
