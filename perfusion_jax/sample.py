@@ -29,6 +29,7 @@ from perfusion_jax.drawing.recipe import (
     read_concepts,
     read_prompts,
     recipe_of_picture,
+    warn_of_unnamed,
     write,
 )
 from perfusion_jax.drawing.samplers import SAMPLERS
@@ -82,6 +83,7 @@ def main() -> None:
         if recipe.sweep:
             raise InputError("--attention shows the pictures of one setting: leave out --sweep")
         check_writable(folder)
+    warn_of_unnamed(recipe)
     base = load_base_model(dtype=network_dtype(), **recipe.base)  # type: ignore[arg-type]
     drawn = draw(recipe, base, attention=folder is not None)
     write(recipe, drawn, out)

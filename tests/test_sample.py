@@ -79,7 +79,7 @@ def test_draws_pictures_tells_how_and_draws_them_again(small_folder, rex, tmp_pa
         "--bias=0.5",
     )
     assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stdout
+    assert "warning: " not in done.stdout + done.stderr
     assert "4/4" not in done.stderr  # two steps of one batch
     assert "2/2" in done.stderr
     sheet = pixels(out)
@@ -112,6 +112,12 @@ def test_bad_words_are_one_line_and_nothing_is_drawn(small_folder, rex, tmp_path
     (tmp_path / "file").write_text("")
     done = run("--prompt=a dog", f"--out={tmp_path}/file/x.png")
     assert "file: cannot be written" in done.stderr.strip().splitlines()[-1]
+    done = run(f"--base={small_folder}", f"--concept={rex}", f"--prompt={'dog ' * 20}", f"--out={tmp_path}/x.png")
+    warning, error = done.stderr.strip().splitlines()[0], done.stderr.strip().splitlines()[-1]
+    assert warning == "warning: no prompt names <rex>: the concept rex has no effect"
+    assert "has 20 tokens" in error
+    assert "step" not in done.stderr
+    assert not done.stdout
     done = run("--prompt=a dog")
     assert done.stderr.strip().splitlines()[-1] == "error: give --out, the .png file to write"
 
@@ -166,9 +172,28 @@ def test_concepts_by_name_twice_and_not_named(recipe, small_base, rex, tmp_path,
         sample.draw(recipe._replace(concepts=sample.read_concepts([str(rex), str(other)])), small_base)
     both = recipe._replace(concepts=sample.read_concepts([str(rex), f"tom={other}"]), prompts=["<rex> and <tom>"] * 2)
     sample.draw(both, small_base)
-    assert "warning" not in capsys.readouterr().out
-    sample.draw(recipe._replace(concepts=both.concepts), small_base)
-    assert "warning: no prompt names <tom>: the concept tom has no effect" in capsys.readouterr().out
+    sample.warn_of_unnamed(both)
+    assert "warning" not in "".join(capsys.readouterr())
+    sample.warn_of_unnamed(recipe._replace(concepts=both.concepts))
+    said = capsys.readouterr()
+    assert said.err == "warning: no prompt names <tom>: the concept tom has no effect\n"
+    assert not said.out
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"prompts": ["a <rex>", "dog " * 20]}, {}, "has 20 tokens; this text encoder takes 14"),
+        ({"sweep": ("end", [0.5, 1.5])}, {}, "end is 1.5"),
+        ({}, {"negative_prompt": "dog " * 20}, "has 20 tokens; this text encoder takes 14"),
+        ({}, {"bias": [0.5, 0.6]}, "bias has 2 values"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_bar_begins(recipe, small_base, capsys, change, options, message):
+    asked = recipe._replace(**change, options={**recipe.options, **options})
+    with pytest.raises(InputError, match=message):
+        sample.draw(asked, small_base)
+    assert not "".join(capsys.readouterr())
 
 
 def test_everything_may_lie_in_a_bucket(recipe, small_base, bucket, capsys):
@@ -272,7 +297,9 @@ def test_a_picture_is_not_believed_blindly(recipe, rex, tmp_path, capsys):
     with pytest.raises(InputError, match=r"drawn on the base model .*; give --base"):
         sample.recipe_of_picture(file, False, "emoji")
     assert sample.recipe_of_picture(file, True, source).prompts == recipe.prompts
-    assert "warning: drawn with perfusion_jax 0" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "warning: drawn with perfusion_jax 0" in said.err
+    assert not said.out  # which is the recipe's, as JSON
     rex.write_bytes(rex.read_bytes() + b" ")
     with pytest.raises(InputError, match=r"rex.safetensors: the concept has changed since"):
         sample.recipe_of_picture(file, True, source)

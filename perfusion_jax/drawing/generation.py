@@ -126,6 +126,8 @@ def drawing(
 ) -> Iterator[Drawn]:
     """Draws prompts batch by batch.
 
+    What cannot be drawn is refused by the call itself, before the first batch is asked for.
+
     Args:
         base, prompts, seeds, concepts: as for `generate`.
         sampler: `ddim`, `dpm++` or `euler`.
@@ -145,8 +147,8 @@ def drawing(
         on_step: called after every step of every batch, by every device; another function compiles anew.
         mesh: devices that share each batch, whose size they divide; the weights of `base` lie whole on all of them.
 
-    Yields:
-        The next `batch_size` pictures; the last time, those that are left.
+    Returns:
+        An iterator that draws as it goes: the next `batch_size` pictures; the last time, those that are left.
 
     Raises:
         InputError: a prompt names a concept that is not given, or an option is impossible; before anything is drawn.
@@ -189,24 +191,28 @@ def drawing(
         pixels = jnp.asarray(init_image[None].astype(np.float32) / 127.5 - 1, base.vae.dtype)
         init_latents = base.encode_image(base.params["vae"], pixels).mean
     scales = Guidance(jnp.float32(guidance), jnp.float32(guidance_rescale))
-    for first in range(0, len(ids), batch_size):
-        count = len(ids[first : first + batch_size])
-        rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # one batch size is compiled
-        images, seen = compiled_draw(
-            mesh,
-            base,
-            base.params,
-            ids[rows],
-            unprompted,
-            _compiled_noise(base, np.asarray(seeds, np.uint32)[rows], height, width),
-            plan,
-            scales,
-            None if in_slots is None else in_slots._replace(present=in_slots.present[rows]),
-            init_latents,
-            attention=attention,
-            on_step=on_step,
-        )
-        yield Drawn(to_pixels(images)[:count], None if seen is None else np.asarray(seen)[:count])
+
+    def batches() -> Iterator[Drawn]:
+        for first in range(0, len(ids), batch_size):
+            count = len(ids[first : first + batch_size])
+            rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # one batch size is compiled
+            images, seen = compiled_draw(
+                mesh,
+                base,
+                base.params,
+                ids[rows],
+                unprompted,
+                _compiled_noise(base, np.asarray(seeds, np.uint32)[rows], height, width),
+                plan,
+                scales,
+                None if in_slots is None else in_slots._replace(present=in_slots.present[rows]),
+                init_latents,
+                attention=attention,
+                on_step=on_step,
+            )
+            yield Drawn(to_pixels(images)[:count], None if seen is None else np.asarray(seen)[:count])
+
+    return batches()
 
 
 def _number(name: str, given: Any, kind: Callable[[Any], Number]) -> Number:

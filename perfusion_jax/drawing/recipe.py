@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -170,8 +171,18 @@ def recipe_of_picture(file: str | os.PathLike[str], base_given: bool, base: str)
             raise InputError(f"{entry['file']}: the concept has changed since {file} was drawn")
     for library, then in recipe.versions.items():
         if version(library) != then:
-            print(f"warning: drawn with {library} {then}; this is {version(library)}")
+            print(f"warning: drawn with {library} {then}; this is {version(library)}", file=sys.stderr)
     return recipe
+
+
+def warn_of_unnamed(recipe: Recipe) -> None:
+    """Says on stderr which concepts have no effect, for no prompt names them."""
+    for entry in recipe.concepts:
+        if not any(f"<{entry['name']}>" in prompt for prompt in recipe.prompts):
+            print(
+                f"warning: no prompt names <{entry['name']}>: the concept {entry['name']} has no effect",
+                file=sys.stderr,
+            )
 
 
 def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[Drawn]]:
@@ -184,9 +195,6 @@ def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[
         InputError: it cannot be drawn.
     """
     concepts = load_concepts(recipe, base)
-    for _, card in concepts:
-        if not any(card.placeholder in prompt for prompt in recipe.prompts):
-            print(f"warning: no prompt names {card.placeholder}: the concept {card.name} has no effect")
     options = dict(recipe.options)
     steps = options["steps"] or DEFAULT_STEPS.get(options["sampler"], 0)
     if recipe.init_image:
@@ -194,22 +202,18 @@ def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[
         steps -= skipped_steps(steps, options["init_strength"])
     name, values = recipe.sweep or ("", [0.0])
     batches = math.ceil(len(recipe.prompts) / options["batch_size"])
-    drawn = []
+
+    def advance() -> None:
+        bar.update()
+
+    # All of them before the bar begins, for what cannot be drawn is refused here.
+    swept = [{**options, name: value} if name else options for value in values]
+    drawings = [
+        drawing(base, recipe.prompts, recipe.seeds, concepts, attention=attention, on_step=advance, **each)
+        for each in swept
+    ]
     with tqdm(total=len(values) * batches * steps, unit="step") as bar:
-
-        def advance() -> None:
-            bar.update()
-
-        for value in values:
-            if name:
-                options[name] = value
-            drawn.append(
-                list(
-                    drawing(
-                        base, recipe.prompts, recipe.seeds, concepts, attention=attention, on_step=advance, **options
-                    )
-                )
-            )
+        drawn = [list(each) for each in drawings]
         jax.effects_barrier()  # the last steps may still be on their way to the bar
     return drawn
 
