@@ -11,13 +11,12 @@ file of its own, and all to one grid. Every file says how it was drawn:
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import check_writable
+from perfusion_jax.runtime.files import check_writable, to_path
 
 
 def main() -> None:
@@ -25,11 +24,11 @@ def main() -> None:
     # Imported when the flags are right: JAX and diffusers take seconds.
     from perfusion_jax.base_model import load_base_model, network_dtype
     from perfusion_jax.drawing.attention_sheets import write_attention
-    from perfusion_jax.drawing.recipe import draw, recipe_of_flags, recipe_of_picture, write
+    from perfusion_jax.drawing.recipe import draw, recipe_of_flags, recipe_of_picture, warn_of_unnamed, write
 
     arguments = flags.FLAGS
     if arguments.again:
-        recipe = recipe_of_picture(Path(arguments.again), bool(arguments["base"].present), arguments.base)
+        recipe = recipe_of_picture(arguments.again, bool(arguments["base"].present), arguments.base)
         print(json.dumps(recipe._asdict(), indent=2, ensure_ascii=False))
         if not arguments.out:
             return
@@ -37,15 +36,16 @@ def main() -> None:
         recipe = recipe_of_flags(arguments)
     if not arguments.out:
         raise InputError("give --out, the .png file to write")
-    out = Path(arguments.out)
+    out = to_path(arguments.out)
     if out.suffix.lower() != ".png":
         raise InputError(f"{out}: pictures are written as .png; name it so")
     check_writable(out.parent)
-    folder = Path(arguments.attention) if arguments.attention else None
+    folder = to_path(arguments.attention) if arguments.attention else None
     if folder:
         if recipe.sweep:
             raise InputError("--attention shows the pictures of one setting: leave out --sweep")
         check_writable(folder)
+    warn_of_unnamed(recipe)
     base = load_base_model(dtype=network_dtype(), **recipe.base)  # type: ignore[arg-type]
     drawn = draw(recipe, base, attention=folder is not None)
     write(recipe, drawn, out)

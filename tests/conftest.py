@@ -7,9 +7,11 @@ import os
 import tempfile
 from pathlib import Path
 
+import fsspec
 import jax
 import pytest
 from checkpoints import LAYOUTS, save_checkpoint, save_full_size
+from etils.epath.backend import fsspec_backend
 
 from perfusion_jax import load_base_model
 
@@ -36,6 +38,16 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> str:
+    """The address of an empty bucket, in memory."""
+    memory = fsspec.filesystem("memory")
+    monkeypatch.setattr(memory, "store", {})
+    monkeypatch.setattr(memory, "pseudo_dirs", [""])
+    monkeypatch.setattr(type(fsspec_backend), "fs", lambda *_: memory)
+    return "gs://bucket"
 
 
 @pytest.fixture(scope="session", params=sorted(LAYOUTS))

@@ -10,13 +10,19 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from odd_names import ODD_NAMES
 from PIL import Image
 
 from perfusion_jax import InputError
 from perfusion_jax.drawing import recipe as recipes
 from perfusion_jax.drawing.attention_sheets import write_attention
+from perfusion_jax.drawing.generation import Drawn
+from perfusion_jax.drawing.recipe import init_pixels
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
+from perfusion_jax.runtime.errors import UnavailableError
+from perfusion_jax.runtime.files import check_writable, to_path, write_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,7 +81,7 @@ def test_draws_pictures_tells_how_and_draws_them_again(small_folder, rex, tmp_pa
         "--bias=0.5",
     )
     assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stdout
+    assert "warning: " not in done.stdout + done.stderr
     assert "4/4" not in done.stderr  # two steps of one batch
     assert "2/2" in done.stderr
     sheet = pixels(out)
@@ -108,6 +114,12 @@ def test_bad_words_are_one_line_and_nothing_is_drawn(small_folder, rex, tmp_path
     (tmp_path / "file").write_text("")
     done = run("--prompt=a dog", f"--out={tmp_path}/file/x.png")
     assert "file: cannot be written" in done.stderr.strip().splitlines()[-1]
+    done = run(f"--base={small_folder}", f"--concept={rex}", f"--prompt={'dog ' * 20}", f"--out={tmp_path}/x.png")
+    warning, error = done.stderr.strip().splitlines()[0], done.stderr.strip().splitlines()[-1]
+    assert warning == "warning: no prompt names <rex>: the concept rex has no effect"
+    assert "has 20 tokens" in error
+    assert "step" not in done.stderr
+    assert not done.stdout
     done = run("--prompt=a dog")
     assert done.stderr.strip().splitlines()[-1] == "error: give --out, the .png file to write"
 
@@ -162,9 +174,104 @@ def test_concepts_by_name_twice_and_not_named(recipe, small_base, rex, tmp_path,
         recipes.draw(recipe._replace(concepts=recipes.read_concepts([str(rex), str(other)])), small_base)
     both = recipe._replace(concepts=recipes.read_concepts([str(rex), f"tom={other}"]), prompts=["<rex> and <tom>"] * 2)
     recipes.draw(both, small_base)
-    assert "warning" not in capsys.readouterr().out
-    recipes.draw(recipe._replace(concepts=both.concepts), small_base)
-    assert "warning: no prompt names <tom>: the concept tom has no effect" in capsys.readouterr().out
+    recipes.warn_of_unnamed(both)
+    assert "warning" not in "".join(capsys.readouterr())
+    recipes.warn_of_unnamed(recipe._replace(concepts=both.concepts))
+    said = capsys.readouterr()
+    assert said.err == "warning: no prompt names <tom>: the concept tom has no effect\n"
+    assert not said.out
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"prompts": ["a <rex>", "dog " * 20]}, {}, "has 20 tokens; this text encoder takes 14"),
+        ({"sweep": ("end", [0.5, 1.5])}, {}, "end is 1.5"),
+        ({}, {"negative_prompt": "dog " * 20}, "has 20 tokens; this text encoder takes 14"),
+        ({}, {"bias": [0.5, 0.6]}, "bias has 2 values"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_bar_begins(recipe, small_base, capsys, change, options, message):
+    asked = recipe._replace(**change, options={**recipe.options, **options})
+    with pytest.raises(InputError, match=message):
+        recipes.draw(asked, small_base)
+    assert not "".join(capsys.readouterr())
+
+
+def test_everything_may_lie_in_a_bucket(recipe, small_base, bucket, capsys):
+    file = save(small_base, f"{bucket}/a=b/rex.safetensors", "rex")
+    for word, name in ((file, "rex"), (f"tom={file}", "tom")):
+        (entry,) = recipes.read_concepts([word])
+        assert (entry["name"], entry["file"]) == (name, file)
+    write_picture(f"{bucket}/init.png", np.zeros((32, 32, 3), np.uint8))
+    write_bytes(f"{bucket}/prompts.txt", b"a <tom>")
+    asked = recipe._replace(
+        concepts=recipes.read_concepts([f"tom={file}"]),
+        prompts=recipes.read_prompts(None, f"{bucket}/prompts.txt"),
+        seeds=[0],
+        init_image=f"{bucket}/init.png",
+        versions={},
+    )
+    out, maps = to_path(f"{bucket}/new/out.png"), to_path(f"{bucket}/maps")
+    for folder in (out.parent, maps):
+        check_writable(folder)
+    drawn = recipes.draw(asked, small_base, attention=True)
+    recipes.write(asked, drawn, out)
+    write_attention(asked, drawn[0], small_base.model.tokenizer, maps)
+    assert [file.name for file in maps.iterdir()] == ["0.png"]
+    found = recipes.recipe_of_picture(str(out), True, recipe.base["source"])
+    assert (found.concepts, found.init_image) == (asked.concepts, asked.init_image)
+    write_bytes(file, b"another")
+    with pytest.raises(InputError, match=r"rex.safetensors: the concept has changed since gs://bucket/new/out.png"):
+        recipes.recipe_of_picture(str(out), True, recipe.base["source"])
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(OSError(5, "Input/output error"), UnavailableError), (PermissionError(13, "no"), InputError)]
+)
+def test_storage_that_fails_is_named(recipe, small_base, rex, tmp_path, monkeypatch, error, kind):
+    def fail(_):
+        raise error
+
+    picture = tmp_path / "picture.png"
+    write_picture(picture, np.zeros((8, 8, 3), np.uint8), recipe._asdict())
+    for method in ("read_bytes", "read_text"):
+        monkeypatch.setattr(type(epath.Path(picture)), method, fail)
+    for read, name in (
+        (lambda: recipes.read_concepts([f"tom={rex}"]), "rex.safetensors"),
+        (lambda: recipes.read_prompts(None, str(tmp_path / "prompts.txt")), "prompts.txt"),
+        (lambda: recipes.recipe_of_picture(picture, True, "emoji"), "picture.png"),
+        (lambda: init_pixels(recipe._replace(init_image=str(picture)), small_base), "picture.png"),
+    ):
+        with pytest.raises(InputError, match=f"{name}: cannot be read") as raised:
+            read()
+        assert type(raised.value) is kind
+
+
+def test_addresses_of_no_storage_are_named(recipe, small_base):
+    http = "http://host/x"
+    for read in (
+        lambda: recipes.read_concepts([http]),
+        lambda: recipes.read_concepts([f"tom={http}"]),
+        lambda: recipes.read_prompts(None, http),
+        lambda: recipes.recipe_of_picture(http, True, "emoji"),
+        lambda: init_pixels(recipe._replace(init_image=http), small_base),
+        lambda: write_picture(http, np.zeros((8, 8, 3), np.uint8)),
+    ):
+        with pytest.raises(InputError, match="http://host/x: http:// is no storage known here"):
+            read()
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_files_and_folders_may_have_any_name(recipe, small_base, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for out in (to_path(f"{name}.png"), to_path(name) / "out.png"):
+        check_writable(out.parent)
+        recipes.write(recipe, [[Drawn(np.zeros((2, 8, 8, 3), np.uint8), None)]], out)
+        assert load_recipe(out.with_stem(f"{out.stem}_1"))["seeds"] == [1]
+    concept = save(small_base, f"{name}=.safetensors", "rex")
+    for word in (concept, f"rex={concept}"):
+        assert [entry["file"] for entry in recipes.read_concepts([word])] == [concept]
 
 
 def test_concept_files_that_cannot_be_used(recipe, small_base, rex, tmp_path, monkeypatch):
@@ -192,7 +299,9 @@ def test_a_picture_is_not_believed_blindly(recipe, rex, tmp_path, capsys):
     with pytest.raises(InputError, match=r"drawn on the base model .*; give --base"):
         recipes.recipe_of_picture(file, False, "emoji")
     assert recipes.recipe_of_picture(file, True, source).prompts == recipe.prompts
-    assert "warning: drawn with perfusion_jax 0" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "warning: drawn with perfusion_jax 0" in said.err
+    assert not said.out  # which is the recipe's, as JSON
     rex.write_bytes(rex.read_bytes() + b" ")
     with pytest.raises(InputError, match=r"rex.safetensors: the concept has changed since"):
         recipes.recipe_of_picture(file, True, source)

@@ -145,7 +145,7 @@ def test_a_run_of_one_concept_uses_all_devices_of_its_host(config, tmp_path):
         "resources.mesh_of = lambda config: (mesh := load(config), print('mesh', dict(mesh.shape)))[0]; "
         "import runpy; runpy.run_module('perfusion_jax.train', run_name='__main__')"
     )
-    config.batch_size, config.accumulation = 16, 2
+    config.update(batch_size=16, accumulation=2, steps=4, validate_every=2)
     one, eight = tmp_path / "one", tmp_path / "eight"
     for workdir, xla_flags in ((one, ""), (eight, flag)):
         process = subprocess.run(

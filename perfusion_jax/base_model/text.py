@@ -4,6 +4,7 @@ A placeholder `<name>` stands for concept j of a list and has the token id `voca
 tokeniser's vocabulary nor the embedding table grows.
 """
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from perfusion_jax.base_model.flax_classes import CLIPTextConfig, CLIPTokenizer,
 from perfusion_jax.method.surgery import Params
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.names import PLACEHOLDER
+
+_END_OF_WORD = "</w>"
 
 
 class PromptTokenizer:
@@ -77,6 +80,24 @@ class PromptTokenizer:
                 f"the super-category {phrase!r} is empty: give the word for this kind of thing, such as 'dog'"
             )
         return ids
+
+    def in_pieces(self, phrase: str) -> dict[str, list[str]]:
+        """Finds words of a super-category that the vocabulary does not have whole.
+
+        The model has hardly seen such a word, or it is misspelt: what its last piece is locked to may be anything.
+
+        Returns:
+            {word: those that look most like it of the vocabulary's own words, at most three}.
+        """
+        found = [word for word in phrase.split() if not all(map(self._is_whole, self._plain(word)))]
+        if not found:
+            return {}
+        tokens = (token for token in self._tokenizer.get_vocab() if token.endswith(_END_OF_WORD))
+        known = [word for token in tokens if (word := token.removesuffix(_END_OF_WORD)).isalpha() and word.isascii()]
+        return {word: difflib.get_close_matches(word.lower(), known) for word in found}
+
+    def _is_whole(self, token: int) -> bool:
+        return self._tokenizer.convert_ids_to_tokens(token).endswith(_END_OF_WORD)
 
     def locate(self, template: str, phrase: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokenises a template such as `a photo of a {}` with a phrase at its slot, and says where the phrase is.

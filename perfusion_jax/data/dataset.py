@@ -149,7 +149,10 @@ def split_size(source: str) -> int:
 @contextmanager
 def _opened(source: str) -> Iterator[tuple[Any, str]]:
     """Gives a dataset's builder and the name of the split; what is wrong with them becomes an error within it."""
-    folder, _, split = source.removeprefix(DATASET).partition("#")
+    # The last #, for a folder may have one in its name, and no split can.
+    folder, _, split = source.removeprefix(DATASET).rpartition("#")
+    if not folder:
+        raise InputError(f"{source}: no concept is named; write tfds:FOLDER#CONCEPT")
     with storage_errors(folder, "read"):
         try:
             (epath.Path(folder) / INFO).read_bytes()  # tfds would call it missing, whatever storage does

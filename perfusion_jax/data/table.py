@@ -34,7 +34,7 @@ FOLDERS = ("masks", "captions")
 TABLES = (".csv", ".jsonl")
 EMOJI = "emoji"  # the examples that ship with the package
 
-_SCHEME = re.compile(r"[a-z0-9]+:")  # emoji:dog, tfds:..., gs://...: not relative to anything
+_SCHEME = re.compile(r"(emoji|tfds):|[a-z0-9]+://")  # emoji:dog, tfds:..., gs://...: not relative to anything
 
 
 class Row(NamedTuple):

@@ -1,9 +1,9 @@
 """Sheets of where a picture looked at each word of its prompt."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from perfusion_jax.base_model.text import PromptTokenizer
@@ -13,7 +13,7 @@ from perfusion_jax.drawing.recipe import Recipe
 from perfusion_jax.formats.picture_file import write_picture
 
 
-def write_attention(recipe: Recipe, batches: Sequence[Drawn], tokenizer: PromptTokenizer, folder: Path) -> None:
+def write_attention(recipe: Recipe, batches: Sequence[Drawn], tokenizer: PromptTokenizer, folder: epath.Path) -> None:
     """Writes a sheet per picture: the picture, and for every word how much each part of it looked at the word.
 
     Each map is stretched from its least (dark) to its largest share of attention (light); both stand beside the word.

@@ -3,7 +3,8 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from math import isfinite
-from typing import Any, NamedTuple
+from operator import index
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,8 @@ SLOTS = 4
 # Without a concept that says otherwise (the public implementations).
 GUIDANCE = 6.0
 
-Control = float | Sequence[float] | None
+Control = float | Sequence[float] | np.ndarray | jax.Array | None
+Number = TypeVar("Number", int, float)
 
 
 class Drawn(NamedTuple):
@@ -172,7 +174,7 @@ def generate(
         seeds: one per picture, whole numbers from 0 to 2**32 - 1. A picture depends on its own prompt, its seed and the
             options alone.
         concepts: what the prompts may name. A concept acts only on prompts that name it.
-        options: those of `drawing`, all by name.
+        options: those of `drawing`, all by name. Numbers may be of Python, NumPy or JAX.
 
     Returns:
         uint8 [len(prompts), height, width, 3].
@@ -211,6 +213,8 @@ def drawing(
 ) -> Iterator[Drawn]:
     """Draws prompts batch by batch.
 
+    What cannot be drawn is refused by the call itself, before the first batch is asked for.
+
     Args:
         base, prompts, seeds, concepts: as for `generate`.
         sampler: `ddim`, `dpm++` or `euler`.
@@ -230,8 +234,8 @@ def drawing(
         on_step: called after every step of every batch.
         mesh: devices that share each batch, whose size they divide; the weights of `base` lie whole on all of them.
 
-    Yields:
-        The next `batch_size` pictures; the last time, those that are left.
+    Returns:
+        An iterator that draws as it goes: the next `batch_size` pictures; the last time, those that are left.
 
     Raises:
         InputError: a prompt names a concept that is not given, or an option is impossible; before anything is drawn.
@@ -239,11 +243,15 @@ def drawing(
     if len(prompts) != len(seeds):
         raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each picture")
     height, width = _size(base, height, width, init_image)
-    steps = DEFAULT_STEPS.get(sampler, 1) if steps is None else steps
+    steps = _number("steps", DEFAULT_STEPS.get(sampler, 1) if steps is None else steps, index)
+    batch_size = _number("batch_size", batch_size, index)
+    init_strength = _number("init_strength", init_strength, float)
     skipped = 0 if init_image is None else skipped_steps(steps, init_strength)
     plan = make_plan(base.model.schedule, sampler, steps, skipped)
     if guidance is None:
         guidance = concepts[0].card.guidance_scale if concepts else GUIDANCE
+    guidance = _number("guidance", guidance, float)
+    guidance_rescale = _number("guidance_rescale", guidance_rescale, float)
     for name, value, least, most in (
         ("guidance", guidance, 0, float("inf")),
         ("guidance_rescale", guidance_rescale, 0, 1),
@@ -272,25 +280,41 @@ def drawing(
         pixels = jnp.asarray(init_image[None].astype(np.float32) / 127.5 - 1, base.model.vae.dtype)
         init_latents = base.model.encode_image(base.params["vae"], pixels).mean
     scales = Guidance(jnp.float32(guidance), jnp.float32(guidance_rescale))
-    for first in range(0, len(ids), batch_size):
-        count = len(ids[first : first + batch_size])
-        rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # one batch size is compiled
-        images, seen = draw_batch(
-            mesh,
-            base.model,
-            base.params,
-            ids[rows],
-            unprompted,
-            _compiled_noise(base.model, np.asarray(seeds, np.uint32)[rows], height, width),
-            plan,
-            phase_of_step,
-            scales,
-            None if in_slots is None else in_slots._replace(present=in_slots.present[rows]),
-            init_latents,
-            attention,
-            on_step,
-        )
-        yield Drawn(to_pixels(images)[:count], None if seen is None else np.asarray(seen)[:count])
+
+    def batches() -> Iterator[Drawn]:
+        for first in range(0, len(ids), batch_size):
+            count = len(ids[first : first + batch_size])
+            rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # one batch size is compiled
+            images, seen = draw_batch(
+                mesh,
+                base.model,
+                base.params,
+                ids[rows],
+                unprompted,
+                _compiled_noise(base.model, np.asarray(seeds, np.uint32)[rows], height, width),
+                plan,
+                phase_of_step,
+                scales,
+                None if in_slots is None else in_slots._replace(present=in_slots.present[rows]),
+                init_latents,
+                attention,
+                on_step,
+            )
+            yield Drawn(to_pixels(images)[:count], None if seen is None else np.asarray(seen)[:count])
+
+    return batches()
+
+
+def _number(name: str, given: Any, kind: Callable[[Any], Number]) -> Number:
+    """A number of Python's, of whatever library the given one is; `kind` is `index` for whole ones, or `float`.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return kind(given)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is {given!r}; it must be a {'whole ' * (kind is index)}number") from error
 
 
 def per_concept(name: str, given: Control, defaults: Sequence[float]) -> list[float]:
@@ -299,7 +323,13 @@ def per_concept(name: str, given: Control, defaults: Sequence[float]) -> list[fl
     Raises:
         InputError: another number of values, or an impossible one.
     """
-    values = [given] if isinstance(given, int | float) else list(defaults if given is None else given)
+    try:
+        array = np.asarray(defaults if given is None else given, np.float64)  # numbers of any library, and arrays
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is {given!r}; it must be a number, or one for each concept") from error
+    if array.ndim > 1:
+        raise InputError(f"{name} has the shape {array.shape}: give one number, or one for each concept")
+    values = array.reshape(-1).tolist()
     if len(values) not in (1, len(defaults)):
         raise InputError(f"{name} has {len(values)} values: give one, or one for each of the {len(defaults)} concepts")
     for value in values:
@@ -316,7 +346,7 @@ def _size(base: BaseModel, height: int | None, width: int | None, init_image: np
         raise InputError(f"init_image is {init_image.dtype} {init_image.shape}; it must be uint8 [height, width, 3]")
     native = base.model.picture_side
     own = (native, native) if init_image is None else init_image.shape[:2]
-    size = (height or own[0], width or own[1])
+    size = (_number("height", height or own[0], index), _number("width", width or own[1], index))
     if init_image is not None and size != own:
         raise InputError(f"init_image has {own[1]} x {own[0]} pixels; the picture asked for has {size[1]} x {size[0]}")
     if any(side % base.model.vae_factor or side <= 0 for side in size):

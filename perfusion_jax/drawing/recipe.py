@@ -4,9 +4,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from perfusion_jax.drawing.samplers import DEFAULT_STEPS
 from perfusion_jax.formats.concept_file import TrainedConcept, load_concept, read_card
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
 from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import is_local, storage_errors, to_path
 
 FORMAT = "perfusion_jax picture 1"
 LIBRARIES = ("perfusion_jax", "jax", "flax", "diffusers")
@@ -97,16 +99,16 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
 
     Raises:
         InputError: neither or both are given, or the file has none or cannot be read.
+        UnavailableError: storage fails.
     """
     if (prompt is None) == (file is None):
         raise InputError("give --prompt or --prompts, one of them")
     if prompt is not None:
         return [prompt]
     assert file is not None
-    try:
-        prompts = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from error
+    path = to_path(file)
+    with storage_errors(path, "read"):
+        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not prompts:
         raise InputError(f"{file}: no prompts in it; write one on a line")
     return prompts
@@ -116,22 +118,31 @@ def read_concepts(given: Sequence[str]) -> list[dict[str, str]]:
     """What a recipe says of concept files, `FILE` or `NAME=FILE`; the same file given twice counts once.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: a file cannot be read, or is none of a concept.
+        UnavailableError: storage fails.
     """
     found = []
     for word in given:
-        name, file = word.split("=", 1) if "=" in word and not Path(word).exists() else ("", word)
+        name, file = word.split("=", 1) if _names_a_file(word) else ("", word)
         entry = {"name": name or read_card(file).name, "file": file, "sha256": _sha256(file)}
         if entry not in found:
             found.append(entry)
     return found
 
 
+def _names_a_file(word: str) -> bool:
+    """Whether a word is NAME=FILE; a folder, a bucket or a file may have = in its name, too."""
+    name, sign, _ = word.partition("=")
+    return bool(sign) and "/" not in name and not (is_local(word) and epath.Path(word).exists())
+
+
 def _sha256(file: str) -> str:
-    try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    path = to_path(file)
+    with storage_errors(path, "read"):
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        except FileNotFoundError as error:
+            raise InputError(f"{file}: no such concept file") from error
 
 
 def recipe_of_flags(arguments: flags.FlagValues) -> Recipe:
@@ -158,7 +169,7 @@ def recipe_of_flags(arguments: flags.FlagValues) -> Recipe:
     )
 
 
-def recipe_of_picture(file: Path, base_given: bool, base: str) -> Recipe:
+def recipe_of_picture(file: str | os.PathLike[str], base_given: bool, base: str) -> Recipe:
     """How a picture was drawn.
 
     Args:
@@ -167,10 +178,12 @@ def recipe_of_picture(file: Path, base_given: bool, base: str) -> Recipe:
         base: that base model.
 
     Raises:
-        InputError: it does not say, or names a base model that the user did not.
+        InputError: it does not say, or names a base model that the user did not, or a concept is not what it was.
+        UnavailableError: storage fails.
     """
     said = load_recipe(file)
-    if said.get("format") != FORMAT or said.keys() != set(Recipe._fields) or said["options"].keys() != set(OPTIONS):
+    known = said.get("format") == FORMAT and said.keys() == set(Recipe._fields)
+    if not known or not isinstance(said["options"], dict) or said["options"].keys() != set(OPTIONS):
         raise InputError(f"{file}: it was drawn by another version of perfusion_jax: {json.dumps(said)}")
     recipe = Recipe(**said)
     source = recipe.base["source"]
@@ -182,8 +195,18 @@ def recipe_of_picture(file: Path, base_given: bool, base: str) -> Recipe:
             raise InputError(f"{entry['file']}: the concept has changed since {file} was drawn")
     for library, then in recipe.versions.items():
         if version(library) != then:
-            print(f"warning: drawn with {library} {then}; this is {version(library)}")
+            print(f"warning: drawn with {library} {then}; this is {version(library)}", file=sys.stderr)
     return recipe
+
+
+def warn_of_unnamed(recipe: Recipe) -> None:
+    """Says on stderr which concepts have no effect, for no prompt names them."""
+    for entry in recipe.concepts:
+        if not any(f"<{entry['name']}>" in prompt for prompt in recipe.prompts):
+            print(
+                f"warning: no prompt names <{entry['name']}>: the concept {entry['name']} has no effect",
+                file=sys.stderr,
+            )
 
 
 def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[Drawn]]:
@@ -196,9 +219,6 @@ def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[
         InputError: it cannot be drawn.
     """
     concepts = load_concepts(recipe, base)
-    for _, card in concepts:
-        if not any(card.placeholder in prompt for prompt in recipe.prompts):
-            print(f"warning: no prompt names {card.placeholder}: the concept {card.name} has no effect")
     options = dict(recipe.options)
     steps = options["steps"] or DEFAULT_STEPS.get(options["sampler"], 0)
     if recipe.init_image:
@@ -206,22 +226,18 @@ def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[
         steps -= skipped_steps(steps, options["init_strength"])
     name, values = recipe.sweep or ("", [0.0])
     batches = math.ceil(len(recipe.prompts) / options["batch_size"])
-    drawn = []
+
+    def advance() -> None:
+        bar.update()
+
+    # All of them before the bar begins, for what cannot be drawn is refused here.
+    swept = [{**options, name: value} if name else options for value in values]
+    drawings = [
+        drawing(base, recipe.prompts, recipe.seeds, concepts, attention=attention, on_step=advance, **each)
+        for each in swept
+    ]
     with tqdm(total=len(values) * batches * steps, unit="step") as bar:
-
-        def advance() -> None:
-            bar.update()
-
-        for value in values:
-            if name:
-                options[name] = value
-            drawn.append(
-                list(
-                    drawing(
-                        base, recipe.prompts, recipe.seeds, concepts, attention=attention, on_step=advance, **options
-                    )
-                )
-            )
+        drawn = [list(each) for each in drawings]
     return drawn
 
 
@@ -250,11 +266,12 @@ def init_pixels(recipe: Recipe, base: BaseModel) -> np.ndarray:
     """
     native = base.model.picture_side
     size = (recipe.options["width"] or native, recipe.options["height"] or native)
-    image = open_picture(epath.Path(recipe.init_image)).convert("RGB")
+    assert recipe.init_image is not None
+    image = open_picture(to_path(recipe.init_image)).convert("RGB")
     return np.asarray(ImageOps.fit(image, size, Image.Resampling.LANCZOS))
 
 
-def write(recipe: Recipe, drawn: list[list[Drawn]], out: Path) -> None:
+def write(recipe: Recipe, drawn: list[list[Drawn]], out: epath.Path) -> None:
     """Writes pictures: a single one to `out`; several each beside it, as NAME_0.png and so on, and their grid to `out`.
 
     Raises:

@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import write_bytes
+from perfusion_jax.runtime.files import storage_errors, to_path, write_bytes
 
 FORMAT = "perfusion_jax concept 1"
 
@@ -106,8 +106,9 @@ def read_card(file: str | Path) -> ConceptCard:
 
     Raises:
         InputError: no such file, not a concept, or damaged.
+        UnavailableError: storage fails.
     """
-    return _read(epath.Path(file))[0]
+    return _read(to_path(file))[0]
 
 
 def load_concept(file: str | Path, base: BaseModel) -> TrainedConcept:
@@ -115,24 +116,29 @@ def load_concept(file: str | Path, base: BaseModel) -> TrainedConcept:
 
     Raises:
         InputError: no such file, not a concept, damaged, or trained on another base model.
+        UnavailableError: storage fails.
     """
-    card, tensors = _read(epath.Path(file))
+    card, tensors = _read(to_path(file))
     if not base.has_fingerprint(card.fingerprint):
         raise InputError(
             f"{file}: trained on the base model {card.base_model}, which {base.name} is not: load that one"
         )
-    return TrainedConcept(_concept(epath.Path(file), tensors, base), card)
+    return TrainedConcept(_concept(to_path(file), tensors, base), card)
 
 
 def _read(file: epath.Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
+    with storage_errors(file, "read"):
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError as error:
+            raise InputError(f"{file}: no such concept file") from error
     try:
-        data = file.read_bytes()
         tensors = load(data)
         metadata = _header(data).get("__metadata__", {})  # `load` has checked it
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: no such concept file") from error
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise InputError(f"{file}: not a complete safetensors file ({error})") from error
+    except KeyError as error:  # NumPy has no such numbers
+        raise InputError(f"{file}: its numbers are {error.args[0]}; a concept's are float32") from error
     if metadata.get("format") != FORMAT:
         raise InputError(
             f"{file}: not a concept of perfusion_jax: its format is {metadata.get('format')!r}, not {FORMAT!r}"
@@ -143,12 +149,15 @@ def _read(file: epath.Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
 def _card(file: epath.Path, metadata: dict[str, str]) -> ConceptCard:
     try:
         fields = {field.name: json.loads(metadata[field.name]) for field in dataclasses.fields(ConceptCard)}
+        for key in ("name", "super_category", "base_model", "licence"):
+            if not isinstance(fields[key], str):
+                raise TypeError(f"{key} is {fields[key]!r}")
         numbers = {key: float(fields[key]) for key in ("bias", "temperature", "guidance_scale")}
         fingerprint = tuple(float(number) for number in fields["fingerprint"])
         return ConceptCard(**{**fields, **numbers, "fingerprint": fingerprint, "step": int(fields["step"])})
     except KeyError as error:
         raise InputError(f"{file}: the metadata {error} is missing") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{file}: its metadata cannot be read ({error})") from error
 
 

@@ -1,13 +1,19 @@
 """Training state on disk: Orbax checkpoints, asynchronous, the last few kept."""
 
+import asyncio
+import glob
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging import LogRecord
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
+from etils.epath.gpath import PosixGPath
 
 from perfusion_jax.pod import distributed
 from perfusion_jax.runtime.errors import InputError, UnavailableError, of_the_runtime
@@ -50,6 +56,63 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+class _Folder(PosixGPath):
+    """A path whose own name is no pattern.
+
+    Orbax finds the parts of a checkpoint by `glob`, and epath takes the brackets in the names of all folders above for
+    some of the pattern's.
+    """
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        return epath.Path(glob.escape(os.fspath(self))).glob(pattern)
+
+
+def _check_name(folder: epath.Path) -> None:
+    """Makes sure that TensorStore can write to a folder.
+
+    Raises:
+        InputError: it would write to another one, or to none.
+    """
+    name = os.path.abspath(folder)
+    if is_local(folder) and ("\\" in name or any("\ud800" <= letter <= "\udfff" for letter in name)):
+        raise InputError(f"{name}: with a backslash or broken UTF-8 in its name nothing can be kept in it: rename it")
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+    """An event loop that lets its tasks end before it closes.
+
+    Where one array of a checkpoint cannot be read, Orbax closes the loop at once. TensorStore's threads then come back
+    with the others, and print a traceback for each: "Event loop is closed".
+    """
+
+    def close(self) -> None:
+        if not self.is_closed() and (left := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        super().close()
+
+
+class _PatientLoops(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _PatientLoop()
+
+
+def _not_of_orbax(record: LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it Orbax prints nothing of what it cannot read: whoever asked says so in one line."""
+    policy, logger = asyncio.get_event_loop_policy(), logging.get_absl_logger()
+    asyncio.set_event_loop_policy(_PatientLoops())
+    logger.addFilter(_not_of_orbax)  # and not by the verbosity, which is of other threads as well
+    try:
+        yield
+    finally:
+        logger.removeFilter(_not_of_orbax)
+        asyncio.set_event_loop_policy(policy)
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -63,11 +126,13 @@ class Checkpoints:
 
     def __init__(self, folder: str | epath.Path, keep: int):
         self.folder = epath.Path(folder)
+        _check_name(self.folder)
         with storage_errors(self.folder, "written"):
             self.folder.mkdir(parents=True, exist_ok=True)
             # `resolve` takes the name of a bucket for a folder's.
-            self.folder = self.folder.resolve() if is_local(self.folder) else self.folder
-            self._manager = _Manager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+            self.folder = _Folder(self.folder.resolve() if is_local(self.folder) else self.folder)
+            with _quiet():
+                self._manager = _Manager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
 
     def save(self, step: int, state: Any) -> None:
         """Begins to write `state`, a tree of arrays; returns as soon as it has been copied from the devices.
@@ -107,7 +172,8 @@ class Checkpoints:
             problem = blame = ""
             try:
                 # Not by the manager, which ends with a barrier: a process that cannot read would not come to it.
-                state = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(shapes))
+                with _quiet():
+                    state = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(shapes))
             except Exception as error:  # Orbax raises whatever the broken bytes lead it and its backends to
                 if of_the_runtime(error):
                     raise

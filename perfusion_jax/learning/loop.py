@@ -102,6 +102,7 @@ class Loop:
         self._waiting = [slot for slot, limit in enumerate(current.limits) if limit]
         self._diverged: set[int] = set()
         self._step = self._saved = 0
+        self._validations: dict[int, Validation] = {}  # by slot; each embeds its concept's own pictures once
         self._losses: list[jax.Array] = []
         # (step, losses up to it, seconds a step), not read yet: the newest may still be on their way.
         self._unread: list[tuple[int, list[jax.Array], float | None]] = []
@@ -316,13 +317,15 @@ class Loop:
     def _draw(self, slot: int, concept: Concept) -> tuple[np.ndarray, Similarities | None]:
         """Draws a concept, on the host as it is read; returns a sheet of pictures, and their scores."""
         resources = self._resources
-        validation = Validation(
-            self._member(slot).config,
-            resources.drawing_base,
-            resources.evaluator,
-            self._prepared.pixels[slot],
-            resources.drawing_mesh,
-        )
+        if slot not in self._validations:
+            self._validations[slot] = Validation(
+                self._member(slot).config,
+                resources.drawing_base,
+                resources.evaluator,
+                self._prepared.pixels[slot],
+                resources.drawing_mesh,
+            )
+        validation = self._validations[slot]
         drawn, sheet = validation.draw(jax.tree.map(jnp.asarray, concept))
         return sheet, validation.score(drawn)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from perfusion_jax.base_model import BaseModel
@@ -160,6 +161,7 @@ def prepare(resources: Resources, current: Round, held: Sequence[int], cancelled
             pictures = read_pictures(row.pictures, row.masks, row.captions)
             data = prepare_data(config, resources.base, pictures, mask_key)
             concept = resources.base.new_concept(config.super_category, resources.whitening, data.prompts)
+            _warn_of_pieces(resources.base, config)
         except Exception as error:  # storage raises what it likes; one concept must not end the others
             if isinstance(error, (UnavailableError, MemoryError)) or of_the_runtime(error):  # no fault of the concept's
                 raise
@@ -171,6 +173,16 @@ def prepare(resources: Resources, current: Round, held: Sequence[int], cancelled
         prepared.keys[slot] = np.asarray(jax.random.key_data(key))
         prepared.pixels[slot] = data.pixels
     return prepared
+
+
+def _warn_of_pieces(base: BaseModel, config: ConfigDict) -> None:
+    for word, near in base.model.tokenizer.in_pieces(config.super_category).items():
+        logging.warning(
+            "%s: the base model has no word %r, of which its super-category is made, and spells it in pieces%s",
+            config.name,
+            word,
+            f"; near words are {', '.join(near)}" if near else ": take a common word for this kind of thing",
+        )
 
 
 def _without_mirrored(examples: Examples) -> Examples:

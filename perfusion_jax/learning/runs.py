@@ -16,6 +16,7 @@ does not fit any more), to the same concepts; does what is missing; tries failed
 diverged ones alone, and says so if their lines in the table are others now.
 """
 
+import re
 import sys
 import threading
 import time
@@ -44,7 +45,7 @@ from perfusion_jax.learning.workdir import begin, has_results
 from perfusion_jax.pod import distributed
 from perfusion_jax.pod.slots import slot_owners
 from perfusion_jax.runtime.errors import InputError, Stopped, out_of_memory
-from perfusion_jax.runtime.files import locked, storage_errors
+from perfusion_jax.runtime.files import entries, locked
 
 
 def train_one(config: ConfigDict, workdir: epath.Path, profile: tuple[int, int] | None = None) -> epath.Path:
@@ -168,8 +169,8 @@ def _check_split(workdir: epath.Path, count: int) -> None:
         InputError: it was.
         UnavailableError: storage fails.
     """
-    with storage_errors(workdir, "read"):
-        others = [folder for folder in workdir.glob("shard_*_of_*") if not folder.name.endswith(f"_of_{count}")]
+    found = [(folder, re.fullmatch(r"shard_\d+_of_(\d+)", folder.name)) for folder in entries(workdir) or ()]
+    others = [folder for folder, match in found if match and int(match[1]) != count]
     if count > 1:
         others.append(workdir)
     others = [folder for folder in others if has_results(folder)]

@@ -63,7 +63,7 @@ def share_compiled_programs() -> None:
     machine = f"{platform.machine()}-{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache / "perfusion_jax" / "compiled" / machine))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 
 

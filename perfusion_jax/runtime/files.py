@@ -4,6 +4,7 @@ import errno
 import fcntl
 import io
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,13 +42,25 @@ def is_local(path: str | os.PathLike[str]) -> bool:
     return "://" not in os.fspath(path)
 
 
+def to_path(path: str | os.PathLike[str]) -> epath.Path:
+    """A path as people give it, local or in a bucket.
+
+    Raises:
+        InputError: it is an address of something else.
+    """
+    try:
+        return epath.Path(path)
+    except KeyError as error:  # of no scheme that epath knows
+        raise InputError(f"{path}: {error.args[0]} is no storage known here: give a local path or gs://...") from error
+
+
 def write_bytes(file: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file whole or not at all, local or in a bucket (where a write is whole by itself).
 
     Raises:
         InputError, UnavailableError: it cannot be written.
     """
-    path = epath.Path(file)
+    path = to_path(file)
     if is_local(path):
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(data)
@@ -132,13 +145,18 @@ def is_lasting(error: BaseException) -> bool:
     return str(error).startswith("Forbidden")  # gcsfs says by its text alone that somebody has no right to something
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path | epath.Path) -> None:
     """Makes a folder and sees that a file can be written in it, before work is done whose result goes there.
+
+    A bucket has no folders to make, and may allow no file to be deleted again: it is only looked at.
 
     Raises:
         InputError, UnavailableError: it cannot.
     """
     with storage_errors(folder, "written"):
+        if not is_local(folder):
+            folder.exists()
+            return
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -153,14 +171,14 @@ def replacing(file: Path) -> Iterator[Path]:
     """
     with storage_errors(file, "written"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        os.close(handle)
-        temporary = Path(name)
+        # A name of any length that the file system allows leaves no room for more; and not by `tempfile`, whose files
+        # nobody else can read: the system takes the umask off the mode, which no thread can then change in between.
+        temporary = file.with_name(f".{file.name[:40]}.{secrets.token_hex(8)}")
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
             yield temporary
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
-            temporary.chmod(0o644)
             temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)

@@ -43,6 +43,23 @@ def test_position_is_right_behind_words_of_several_tokens(sd1_base):
     assert np.argwhere(ids[0] == sd1_base.model.tokenizer.vocabulary_size).item() == 1 + 1 + 5 + 1
 
 
+@pytest.mark.parametrize(
+    ("phrase", "expected"),
+    [
+        ("dog", {}),
+        ("Teddy  bear", {}),
+        ("teddy-bear.", {"teddy-bear.": ["teddy"]}),  # "-" is no word here
+        ("teddy, bear", {}),
+        ("dgo", {"dgo": ["dog"]}),
+        ("my Bech", {"Bech": ["beach"]}),
+        ("zebra", {"zebra": []}),
+        ("🐕 dog", {"🐕": []}),
+    ],
+)
+def test_words_in_pieces_and_words_near_them(sd1_base, phrase, expected):
+    assert sd1_base.model.tokenizer.in_pieces(phrase) == expected
+
+
 def test_locates_a_phrase_of_several_tokens(sd1_base):
     ids, mask = sd1_base.model.tokenizer.locate("a photo of a {} on the beach", "teddy bear")
     np.testing.assert_array_equal(ids, sd1_base.model.tokenizer(["a photo of a teddy bear on the beach"])[0])

@@ -48,6 +48,13 @@ def test_pictures_masks_and_captions_survive(folders, tmp_path):
         write_dataset(folders, epath.Path(tmp_path / "out"))
 
 
+def test_a_folder_may_have_a_hash_in_its_name(folders, tmp_path):
+    where = write_dataset(folders, epath.Path(tmp_path / "#1 [new]"))
+    assert len(read_split(f"tfds:{where}#rex")) == 3
+    with pytest.raises(InputError, match="tfds:nowhere: no concept is named; write tfds:FOLDER#CONCEPT"):
+        read_split("tfds:nowhere")
+
+
 def test_the_command_works_without_tensorflow(folders, tmp_path):
     program = (
         "import atexit, runpy, sys; "

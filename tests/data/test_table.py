@@ -4,6 +4,7 @@ import json
 
 import pytest
 from etils import epath
+from odd_names import ODD_NAMES
 
 from configs import fleet
 from perfusion_jax import InputError
@@ -60,6 +61,16 @@ def test_a_csv_and_a_jsonl_table_say_the_same(tmp_path):
     config = member_config(fleet.get_config(), rex)
     assert (config.name, config.super_category, config.steps, config.flip) == ("rex", "dog", 600, False)
     assert config.batch_size == fleet.get_config().batch_size
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_tables_and_folders_may_have_any_name(tmp_path, name):
+    (row,) = rows_of(tmp_path, f"{name}.csv", f"name,super_category,pictures\nrex,dog,{name}\n")
+    assert row.pictures == str(tmp_path / name)
+    (tmp_path / name / "rex").mkdir(parents=True)
+    (tmp_path / name / "rex" / "concept.json").write_text('{"super_category": "dog"}')
+    (row,) = read_table(str(tmp_path / name), OVERRIDES)
+    assert row.pictures == str(tmp_path / name / "rex")
 
 
 def test_a_folder_of_folders_and_the_examples_that_ship(tmp_path):

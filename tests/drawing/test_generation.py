@@ -123,6 +123,11 @@ def test_attention_and_progress(small_base):
         ("a <rex>", {"strength": float("nan")}, "strength is nan; it must be finite"),
         ("a <rex>", {"start": 1.5}, "start is 1.5; it is a fraction of the steps"),
         ("a <rex>", {"guidance": float("inf")}, "guidance is inf"),
+        ("a <rex>", {"guidance": "high"}, "guidance is 'high'; it must be a number"),
+        ("a <rex>", {"guidance": [2.0]}, r"guidance is \[2.0\]; it must be a number"),
+        ("a <rex>", {"steps": 2.5}, "steps is 2.5; it must be a whole number"),
+        ("a <rex>", {"batch_size": 2.0}, "batch_size is 2.0; it must be a whole number"),
+        ("a <rex>", {"height": 32.0}, "height is 32.0; it must be a whole number"),
         ("a <rex>", {"guidance_rescale": 2.0}, "guidance_rescale is 2.0; it must be at least 0 and at most 1"),
         ("a <rex>", {"negative_prompt": "a <rex>"}, "names <rex>"),
     ],
@@ -134,7 +139,37 @@ def test_impossible_requests_are_refused(small_base, prompt, options, message):
         generate(small_base, ["a dog"], [0, 1])
 
 
-def test_values_of_a_control():
-    assert per_concept("bias", None, [0.6, 0.7]) == [0.6, 0.7]
-    assert per_concept("bias", 0.5, [0.6, 0.7]) == [0.5, 0.5]
-    assert per_concept("bias", [0.5, 0.4], [0.6, 0.7]) == [0.5, 0.4]
+HALVES = [0.5, 1, np.float32(0.5), np.float64(0.5), np.array(0.5), jnp.float32(0.5), jnp.bfloat16(0.5)]
+
+
+@pytest.mark.parametrize("half", HALVES, ids=lambda half: type(half).__name__)
+@pytest.mark.parametrize("name", ["bias", "temperature", "strength", "start", "end"])
+def test_values_of_a_control(name, half):
+    value = float(half)
+    assert per_concept(name, None, [0.6, 0.7]) == [0.6, 0.7]
+    assert per_concept(name, half, [0.6, 0.7]) == [value, value]
+    for both in ([half, 0.25], (half, np.float32(0.25)), np.array([value, 0.25]), jnp.array([half, 0.25])):
+        assert per_concept(name, both, [0.6, 0.7]) == [value, 0.25]
+    for one in ([half], np.array([value])):
+        assert per_concept(name, one, [0.6, 0.7]) == [value, value]
+    for wrong, message in (
+        ("half", "is 'half'; it must be a number"),
+        ([[half]], r"has the shape \(1, 1\)"),
+        ([half, "half"], "it must be a number"),
+        ([], "has 0 values"),
+    ):
+        with pytest.raises(InputError, match=f"{name} {message}" if message != "it must be a number" else message):
+            per_concept(name, wrong, [0.6, 0.7])
+
+
+def test_numbers_of_any_library_draw_the_same(small_base):
+    rex = make_concept(small_base, "rex")
+    image = np.zeros((32, 32, 3), np.uint8)
+    fractions = {"bias": 0.5, "temperature": 0.25, "strength": 0.5, "start": 0.0, "end": 0.5, "guidance": 2.0}
+    fractions |= {"guidance_rescale": 0.5, "init_strength": 1.0}
+    expected = generate(small_base, ["a <rex>"], [0], [rex], init_image=image, **fractions, **SMALL)
+    for real, whole in ((np.float32, np.int64), (jnp.float32, jnp.int32)):
+        options = {name: real(value) for name, value in fractions.items()}
+        options |= {name: whole(value) for name, value in SMALL.items()}
+        drawn = generate(small_base, ["a <rex>"], [whole(0)], [rex], init_image=image, **options)
+        np.testing.assert_array_equal(drawn, expected)

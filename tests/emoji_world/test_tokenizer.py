@@ -1,8 +1,12 @@
 """The tokenizer: one token a word, CLIP's special tokens, any other text still encodable."""
 
+import json
+
 import pytest
 
+from perfusion_jax import load_base_model
 from perfusion_jax.emoji_world import captions, tokenizer
+from perfusion_jax.runtime import shipped
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +42,9 @@ def test_merges_are_learned_from_the_most_frequent_pair():
 
 def test_hyphens_separate_words():
     assert tokenizer.split_words(["close-up"]) == ["-", "close", "up"]
+
+
+def test_the_super_categories_of_the_examples_are_words_of_the_model():
+    model = load_base_model("emoji")
+    for file in shipped.EXAMPLES.glob("*/concept.json"):
+        assert not model.tokenizer.in_pieces(json.loads(file.read_text())["super_category"])

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import pickle
 import re
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import save_checkpoint
+from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from perfusion_jax import Concept, Gate, InputError, insert, load_base_model
-from perfusion_jax.formats.concept_file import ConceptCard, load_concept, save_concept
+from perfusion_jax.formats.concept_file import ConceptCard, load_concept, read_card, save_concept
 from perfusion_jax.method.concept import stack
 from perfusion_jax.method.surgery import cross_attention_layers
+from perfusion_jax.runtime.errors import UnavailableError
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,40 @@ def test_the_same_model_in_another_dtype_is_accepted(file, sd1_base, dtype):
     assert load_concept(file, half)[0].embedding.dtype == jnp.float32
 
 
+def test_a_concept_may_lie_in_a_bucket(bucket, concept, card, sd1_base):
+    file = f"{bucket}/concepts/rex.safetensors"
+    with pytest.raises(InputError, match=r"gs://bucket/concepts/rex.safetensors: no such concept file"):
+        read_card(file)
+    save_concept(file, concept, card)
+    assert read_card(file) == card
+    jax.tree.map(np.testing.assert_array_equal, load_concept(file, sd1_base).concept, concept)
+    with pytest.raises(InputError, match="http:// is no storage known here"):
+        read_card("http://bucket/rex.safetensors")
+
+
+BucketError = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.EIO, "Input/output error"), UnavailableError),
+        (BucketError("503, backend error"), UnavailableError),
+        (PermissionError(errno.EACCES, "Permission denied"), InputError),
+        (BucketError("Forbidden: storage.objects.get"), InputError),
+    ],
+)
+def test_storage_that_fails_for_now_is_no_fault_of_a_concept(file, sd1_base, monkeypatch, error, kind):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(type(epath.Path(file)), "read_bytes", fail)
+    for read in (read_card, lambda file: load_concept(file, sd1_base)):
+        with pytest.raises(InputError, match=r"rex.safetensors: cannot be read") as raised:
+            read(file)
+        assert type(raised.value) is kind
+
+
 def damage(file, change, **metadata_changes):
     tensors = load_file(file)
     change(tensors)
@@ -112,8 +149,9 @@ def test_files_edited_by_hand_are_refused(file, sd1_base, change, message):
         load_concept(file, sd1_base)
 
 
-def test_metadata_edited_by_hand_is_refused(file, sd1_base):
-    damage(file, lambda tensors: None, bias='"x"')
+@pytest.mark.parametrize("said", [{"bias": '"x"'}, {"step": "Infinity"}, {"name": "5"}, {"licence": "[]"}])
+def test_metadata_edited_by_hand_is_refused(file, sd1_base, said):
+    damage(file, lambda tensors: None, **said)
     with pytest.raises(InputError, match="metadata cannot be read"):
         load_concept(file, sd1_base)
 
@@ -131,6 +169,10 @@ def test_truncated_missing_and_foreign_files_are_refused(file, sd1_base, tmp_pat
         load_concept(tmp_path / "missing.safetensors", sd1_base)
     file.write_bytes(pickle.dumps({"embedding": [1.0]}))
     with pytest.raises(InputError, match="not a complete safetensors file"):
+        load_concept(file, sd1_base)
+    header = b'{"embedding":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"12")
+    with pytest.raises(InputError, match="its numbers are BF16"):
         load_concept(file, sd1_base)
     save_file({"embedding": np.ones(3)}, file)
     with pytest.raises(InputError, match="not a concept of perfusion_jax"):

@@ -1,12 +1,15 @@
 """Checkpoints survive truncation: the one before is taken, and it is said."""
 
 import errno
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from odd_names import ODD_NAMES
 
 from perfusion_jax import InputError
 from perfusion_jax.learning import checkpoints as checkpoints_lib
@@ -39,6 +42,52 @@ def test_the_newest_is_restored_and_few_are_kept(saved):
     restored, step = Checkpoints(saved, keep=2).restore(state(0), pytest.fail)
     assert step == 30
     np.testing.assert_array_equal(restored["weights"], 30)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_folder_may_have_any_name(tmp_path, name):
+    for folder in (tmp_path / "dog", tmp_path / name):  # some of the names, read as patterns, are of the first as well
+        checkpoints = Checkpoints(folder / "checkpoints", keep=2)
+        for step in (10, 20):
+            checkpoints.save(step, {"weights": jnp.full((len(folder.name),), step, jnp.float32)})
+        checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["dog", name])
+    checkpoints = Checkpoints(tmp_path / name / "checkpoints", keep=2)
+    assert checkpoints.latest() == 20
+    restored, step = checkpoints.restore({"weights": jnp.zeros(len(name))}, pytest.fail)
+    assert step == 20
+    np.testing.assert_array_equal(restored["weights"], 20)
+
+
+@pytest.mark.parametrize("name", ["a\\b", "\udcff"])
+def test_names_that_tensorstore_misreads_are_refused(tmp_path, name):
+    with pytest.raises(InputError, match="rename it"):
+        Checkpoints(tmp_path / name, keep=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("broken", ["manifest", "metadata"])
+def test_what_cannot_be_read_is_one_line_and_no_traceback(tmp_path, monkeypatch, capfd, caplog, broken):
+    said, unraised = [], []
+    monkeypatch.setattr(sys, "unraisablehook", unraised.append)
+    many = {str(number): [jnp.zeros(50 + number)] * 4 for number in range(100)}
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (10, 20):
+        checkpoints.save(step, many)
+    checkpoints.close()
+    for step in ("10", "20"):
+        if broken == "manifest":  # the arrays then fail one by one, while others are still read
+            (tmp_path / step / "default" / "manifest.ocdbt").unlink()
+        else:
+            damage(tmp_path / step)
+    caplog.clear()
+    with pytest.raises(InputError, match=r"none of the checkpoints \[20, 10\] can be read"):
+        Checkpoints(tmp_path, keep=2).restore(many, said.append)
+    time.sleep(0.5)  # TensorStore's threads come back later
+    assert len(said) == 2
+    assert not unraised
+    assert not caplog.text
+    assert not "".join(capfd.readouterr())
 
 
 def test_a_truncated_newest_falls_back_to_the_one_before_and_says_so(saved):

@@ -2,15 +2,18 @@
 
 import errno
 import fcntl
+import os
+import stat
 from pathlib import Path
 
 import jax
 import pytest
 from etils import epath
+from odd_names import ODD_NAMES
 
 from perfusion_jax import InputError
 from perfusion_jax.runtime.errors import UnavailableError
-from perfusion_jax.runtime.files import locked, read_text, replacing, storage_errors, write_bytes
+from perfusion_jax.runtime.files import locked, read_text, replacing, storage_errors, write_arrays, write_bytes
 
 
 def failing(error):
@@ -26,16 +29,35 @@ BOTH = pytest.mark.parametrize(("error", "kind"), [(PASSING, UnavailableError), 
 
 
 @BOTH
-@pytest.mark.parametrize("call", ["chmod", "replace"])
+@pytest.mark.parametrize("call", [(os, "fsync"), (Path, "replace")])
 def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, call, error, kind):
     file = tmp_path / "file"
     write_bytes(file, b"before")
-    monkeypatch.setattr(Path, call, failing(error))
+    monkeypatch.setattr(*call, failing(error))
     with pytest.raises(InputError, match="file: cannot be written") as raised:
         write_bytes(file, b"after")
     assert type(raised.value) is kind
     assert file.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_who_may_read_a_file_is_for_the_umask_to_say(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_bytes(tmp_path / "bytes", b"")
+        write_arrays(tmp_path / "arrays.npz", numbers=[1, 2])
+    finally:
+        os.umask(before)
+    for file in tmp_path.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, 250 * "x"])
+def test_a_file_may_have_any_name(tmp_path, name):
+    write_bytes(tmp_path / name, b"1")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"1"
 
 
 @BOTH

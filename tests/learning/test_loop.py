@@ -1,0 +1,28 @@
+"""What a run does at each look at its concept."""
+
+import numpy as np
+from checkpoints import save_clip
+from etils import epath
+from fleet_runs import CONFIG, write_inputs
+
+from configs.dog import get_config
+from perfusion_jax.learning.metrics import Evaluator
+from perfusion_jax.learning.runs import train_one
+
+
+def test_a_run_embeds_the_own_pictures_of_its_concept_once(tmp_path, monkeypatch):
+    write_inputs(tmp_path)
+    save_clip(tmp_path / "clip")
+    config = get_config(str(tmp_path / "base"))
+    config.update(CONFIG, name="rex", pictures=str(tmp_path / "rex"), covariance=str(tmp_path / "covariance.npz"))
+    config.update(evaluator=str(tmp_path / "clip"), steps=2, validate_every=1, sampling_steps=2)
+    config.update(instance_encoder="", validation_prompts=("a {} on the beach",), pictures_per_prompt=2)
+    counts = []
+
+    def embed(evaluator, pictures):
+        counts.append(len(pictures))
+        return evaluator.clip.images(np.asarray(pictures))
+
+    monkeypatch.setattr(Evaluator, "embed_instances", embed)
+    train_one(config, epath.Path(tmp_path / "run"))
+    assert sorted(counts) == [2, 2, 3]  # what was drawn at each of two looks, and the three own pictures
