@@ -108,9 +108,9 @@ def describe(config: ConfigDict, topology: str) -> dict[str, Any]:
     }
 
 
-def text(told: dict[str, Any]) -> str:
+def text(step: dict[str, Any]) -> str:
     """What `describe` tells, for people."""
-    device = told["per_device"]
+    device = step["per_device"]
     crossing = [
         f"{axes}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
         for axes, kinds in device["collectives"].items()
@@ -119,11 +119,11 @@ def text(told: dict[str, Any]) -> str:
         key: f"{device[key] / 1e9:.2f} GB"
         for key in ("traffic", "accessed", "arguments", "temporaries", "peak", "memory")
     }
-    mesh = " x ".join(f"{axis} {size}" for axis, size in told["mesh"].items())
+    mesh = " x ".join(f"{axis} {size}" for axis, size in step["mesh"].items())
     return "\n".join(
         [
-            f"{told['topology']}: {told['devices']} devices {told['chip']}; mesh {mesh}; {told['members']} concepts "
-            f"in all, {told['samples_per_device']} samples on each device",
+            f"{step['topology']}: {step['devices']} devices {step['chip']}; mesh {mesh}; {step['members']} concepts "
+            f"in all, {step['samples_per_device']} samples on each device",
             "per device and step, as the compiler estimates:",
             f"  work         {device['flops'] / 1e12:.4g} TFLOP",
             f"  traffic      {gigabytes['traffic']} of HBM; operations access {gigabytes['accessed']}, "
@@ -136,7 +136,7 @@ def text(told: dict[str, Any]) -> str:
             "bound by the chip's published peaks (not a measurement; no run is faster):",
             f"  step         {device['bound_seconds'] * 1e3:.4g} ms (computing {device['compute_seconds'] * 1e3:.4g}, "
             f"memory {device['memory_seconds'] * 1e3:.4g})",
-            f"  concepts     {told['bound_concepts_per_hour']:.0f} per hour",
+            f"  concepts     {step['bound_concepts_per_hour']:.0f} per hour",
         ]
     )
 
@@ -144,8 +144,8 @@ def text(told: dict[str, Any]) -> str:
 def main() -> None:
     """Compiles by the flags, and prints."""
     jax.config.update("jax_platforms", "cpu")
-    told = describe(flags.FLAGS.config, flags.FLAGS.topology)
-    print(json.dumps(told, indent=2) if flags.FLAGS.json else text(told))
+    step = describe(flags.FLAGS.config, flags.FLAGS.topology)
+    print(json.dumps(step, indent=2) if flags.FLAGS.json else text(step))
 
 
 def run() -> None:

@@ -130,17 +130,15 @@ class Architecture:
         """Encodes tokenised prompts, [batch, tokens, context_width]; see `text.encode`."""
         return text.encode(self.text_encoder, text_params, jnp.asarray(ids), concept_embeddings)
 
-    def denoise(
-        self, unet_params: Params, latents: jax.Array, timesteps: jax.Array, keys_values: KeysValues
-    ) -> jax.Array:
+    def denoise(self, unet_params: Params, latents: jax.Array, timesteps: jax.Array, context: KeysValues) -> jax.Array:
         """Runs the UNet on given keys and values; see `unet.denoise`."""
-        return unet.denoise(self.unet, unet_params, latents, timesteps, keys_values)
+        return unet.denoise(self.unet, unet_params, latents, timesteps, context)
 
     def attention_maps(
-        self, unet_params: Params, latents: jax.Array, timesteps: jax.Array, keys_values: KeysValues
+        self, unet_params: Params, latents: jax.Array, timesteps: jax.Array, context: KeysValues
     ) -> tuple[jax.Array, jax.Array]:
         """Runs the UNet and tells where it looks at which token; see `unet.attention_maps`."""
-        return unet.attention_maps(self.unet, unet_params, latents, timesteps, keys_values)
+        return unet.attention_maps(self.unet, unet_params, latents, timesteps, context)
 
     def encode_image(self, vae_params: Params, images: jax.Array) -> LatentDistribution:
         """Encodes pictures in [-1, 1], [batch, height, width, 3]; see `vae.encode_image`."""

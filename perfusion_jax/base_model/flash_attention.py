@@ -55,10 +55,10 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, interpre
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, interpret: bool) -> jax.Array:
     (queries, heads, width), keys = query.shape[1:], key.shape[1]
     padding = -keys % LANES
-    fed = [jnp.moveaxis(tokens, 1, 2) for tokens in (query * width**-0.5, key, value)]
+    operands = [jnp.moveaxis(tokens, 1, 2) for tokens in (query * width**-0.5, key, value)]
     segments = None
     if padding:
-        fed[1:] = (jnp.pad(tokens, ((0, 0), (0, 0), (0, padding), (0, 0))) for tokens in fed[1:])
+        operands[1:] = (jnp.pad(tokens, ((0, 0), (0, 0), (0, padding), (0, 0))) for tokens in operands[1:])
         # Queries see keys of their own segment alone.
         segments = SegmentIds(jnp.zeros(queries, jnp.int32), (jnp.arange(keys + padding) >= keys).astype(jnp.int32))
     kernel = make_splash_mha_single_device(
@@ -66,7 +66,7 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, interpret: bool)
         block_sizes=_block_sizes(queries, keys + padding, width, query.dtype.itemsize),
         interpret=interpret,
     )
-    return jnp.moveaxis(jax.vmap(lambda *tokens: kernel(*tokens, segment_ids=segments))(*fed), 1, 2)
+    return jnp.moveaxis(jax.vmap(lambda *tokens: kernel(*tokens, segment_ids=segments))(*operands), 1, 2)
 
 
 def _block_sizes(queries: int, keys: int, width: int, itemsize: int) -> BlockSizes:

@@ -1,4 +1,4 @@
-"""The frozen UNet, fed with keys and values.
+"""The frozen UNet, given with keys and values.
 
 The UNet reads text only through the keys and values of its cross-attention, and they depend on the prompt alone.
 `keys_values` computes them once, under whatever edit is in the parameter tree; `denoise` runs the UNet on them and
@@ -91,7 +91,7 @@ def denoise(
     unet_params: Params,
     latents: jax.Array,
     timesteps: jax.Array,
-    keys_values: KeysValues,
+    context: KeysValues,
     observe: Observer | None = None,
 ) -> jax.Array:
     """Runs the UNet on given keys and values.
@@ -101,7 +101,7 @@ def denoise(
         unet_params: its weights; edits in the tree have no effect here.
         latents: noisy latents, [batch, height, width, channels].
         timesteps: int32 [batch].
-        keys_values: from `keys_values`, for the same batch.
+        context: from `keys_values`, for the same batch.
         observe: called for every cross-attention layer, in order, with its queries, keys and number of heads.
 
     Returns:
@@ -110,13 +110,13 @@ def denoise(
     Raises:
         InputError: a cross-attention layer has no keys and values, or they or the latents do not fit.
     """
-    _check_inputs(module, unet_params, latents, keys_values)
+    _check_inputs(module, unet_params, latents, context)
     batch = latents.shape[0]
     halvings = len(module.block_out_channels) - 1
 
-    def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        block = context.module
-        if context.method_name != "__call__":
+    def intercept(next_fun: Any, args: Any, kwargs: Any, call: nn.module.InterceptorContext) -> Any:
+        block = call.module
+        if call.method_name != "__call__":
             return next_fun(*args, **kwargs)
         if isinstance(block, FlaxBasicTransformerBlock):
             # The tokens of all samples along one axis: `jax.vmap` over members with one sample each would otherwise put
@@ -129,7 +129,7 @@ def denoise(
             def project(projection: nn.Dense) -> jax.Array:
                 return projection(args[0]).reshape(batch, -1, projection.features)
 
-            given = keys_values.get("/".join(block.path))
+            given = context.get("/".join(block.path))
             query = project(block.query)
             key, value = given if given is not None else (project(block.key), project(block.value))
             if given is not None and observe is not None:
@@ -201,7 +201,7 @@ def attention_maps(
     unet_params: Params,
     latents: jax.Array,
     timesteps: jax.Array,
-    keys_values: KeysValues,
+    context: KeysValues,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the UNet and tells where it looks at which token; arguments as for `denoise`.
 
@@ -222,18 +222,22 @@ def attention_maps(
         attention = jax.nn.softmax(scores).mean(axis=1).reshape(query.shape[0], *grid, -1)
         maps.append(jax.image.resize(attention, (*attention.shape[:1], height, width, attention.shape[-1]), "linear"))
 
-    prediction = denoise(module, unet_params, latents, timesteps, keys_values, observe)
+    prediction = denoise(module, unet_params, latents, timesteps, context, observe)
     return prediction, sum(maps) / len(maps)
 
 
 def _check_inputs(
-    module: FlaxUNet2DConditionModel, unet_params: Params, latents: jax.Array, keys_values: KeysValues
+    module: FlaxUNet2DConditionModel, unet_params: Params, latents: jax.Array, context: KeysValues
 ) -> None:
-    missing = set(cross_attention_layers(unet_params)) - set(keys_values)
+    missing = set(cross_attention_layers(unet_params)) - set(context)
     if missing:
         raise InputError(f"no keys and values for the cross-attention layers {sorted(missing)}")
-    for layer, fed in keys_values.items():
-        if fed.key.shape[0] != latents.shape[0]:
-            raise InputError(f"{latents.shape[0]} latents, but keys and values of {fed.key.shape[0]} prompts ({layer})")
-        if fed.key.dtype != module.dtype:
-            raise InputError(f"the UNet computes in {jnp.dtype(module.dtype)}, the keys of {layer} are {fed.key.dtype}")
+    for layer, given in context.items():
+        if given.key.shape[0] != latents.shape[0]:
+            raise InputError(
+                f"{latents.shape[0]} latents, but keys and values of {given.key.shape[0]} prompts ({layer})"
+            )
+        if given.key.dtype != module.dtype:
+            raise InputError(
+                f"the UNet computes in {jnp.dtype(module.dtype)}, the keys of {layer} are {given.key.dtype}"
+            )

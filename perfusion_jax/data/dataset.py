@@ -23,7 +23,7 @@ from perfusion_jax.data.pictures import Picture, read_folder
 from perfusion_jax.data.sources import DATASET
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import is_local, of_storage, storage_errors, subfolders
+from perfusion_jax.runtime.files import is_local, is_storage_error, storage_errors, subfolders
 
 INFO = "dataset_info.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -164,7 +164,7 @@ def _opened(source: str) -> Iterator[tuple[Any, str]]:
                 raise InputError(f"{folder}: no concept {split!r}; it has {', '.join(sorted(builder.info.splits))}")
             yield builder, split
         except Exception as error:  # of broken files each library raises something of its own
-            if isinstance(error, (InputError, MemoryError)) or of_storage(error):
+            if isinstance(error, (InputError, MemoryError)) or is_storage_error(error):
                 raise
             raise InputError(f"{folder}: concept {split!r} cannot be read ({error})") from error
 

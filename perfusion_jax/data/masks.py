@@ -57,13 +57,13 @@ def _attention_masks(
 ) -> jax.Array:
     count = len(latents)
     encodings = model.encode(params["text_encoder"], jnp.tile(ids, (count, 1)))
-    fed = keys_values(params["unet"], encodings)
+    context = keys_values(params["unet"], encodings)
     levels = np.array(NOISE_LEVELS * DRAWS)
 
     def at(level: jax.Array, noise_key: jax.Array) -> jax.Array:
         timesteps = jnp.full(count, (level * model.schedule.num_train_timesteps).astype(jnp.int32))
         noisy = model.schedule.add_noise(latents, jax.random.normal(noise_key, latents.shape[1:]), timesteps)
-        _, maps = model.attention_maps(params["unet"], noisy.astype(model.unet.dtype), timesteps, fed)
+        _, maps = model.attention_maps(params["unet"], noisy.astype(model.unet.dtype), timesteps, context)
         return jnp.einsum("bhwt,t->bhw", maps, is_word)
 
     attention = jax.lax.map(lambda pair: at(*pair), (jnp.asarray(levels), jax.random.split(key, len(levels)))).mean(0)

@@ -46,7 +46,7 @@ class Row(NamedTuple):
         pictures: as `config.pictures`.
         masks, captions: folders, or empty.
         overrides: values of keys of the config.
-        said: all of it as the line says it, where pictures are relative to the table.
+        cells: all of it as the line says it, where pictures are relative to the table.
         where: the line that says so, for messages.
         problem: why it cannot be used, or empty.
     """
@@ -57,14 +57,14 @@ class Row(NamedTuple):
     masks: str
     captions: str
     overrides: dict[str, Any]
-    said: dict[str, Any]
+    cells: dict[str, Any]
     where: str
     problem: str = ""
 
     @property
     def digest(self) -> str:
         """Of what the line says: what was learnt by another line is not this concept's."""
-        return hashlib.sha256(json.dumps(self.said, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.cells, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_table(source: str, overridable: Collection[str]) -> list[Row]:
@@ -125,17 +125,17 @@ def _folders(path: epath.Path) -> list[Row]:
 
 def _folder(folder: epath.Path) -> Row:
     file = folder / "concept.json"
-    said = {"name": folder.name, "pictures": folder.name}
+    cells = {"name": folder.name, "pictures": folder.name}
     try:
         # What else the file says of the concept is for people.
-        said |= {key: value for key, value in _facts(file).items() if key in ("super_category", "licence")}
-        if not isinstance(said.get("licence", ""), str):
-            raise InputError(f"{file}: licence is {said['licence']!r}; it must be text")
-        return _row(said, str(file), folder.parent, ("licence",))
+        cells |= {key: value for key, value in _facts(file).items() if key in ("super_category", "licence")}
+        if not isinstance(cells.get("licence", ""), str):
+            raise InputError(f"{file}: licence is {cells['licence']!r}; it must be text")
+        return _row(cells, str(file), folder.parent, ("licence",))
     except UnavailableError:
         raise
     except InputError as error:
-        return Row(folder.name, "", str(folder), "", "", {}, said, str(file), str(error))
+        return Row(folder.name, "", str(folder), "", "", {}, cells, str(file), str(error))
 
 
 def _facts(file: epath.Path) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _row(facts: dict[str, Any], where: str, parent: epath.Path, overridable: Col
     for key in ("pictures", *FOLDERS):
         if texts[key] and not _SCHEME.match(texts[key]):
             texts[key] = str(parent / texts[key])
-    return Row(**texts, overrides=overrides, said=facts, where=where)
+    return Row(**texts, overrides=overrides, cells=facts, where=where)
 
 
 def _name_problems(rows: list[Row]) -> Iterator[str]:

@@ -181,11 +181,11 @@ def recipe_of_picture(file: str | os.PathLike[str], base_given: bool, base: str)
         InputError: it does not say, or names a base model that the user did not, or a concept is not what it was.
         UnavailableError: storage fails.
     """
-    said = load_recipe(file)
-    known = said.get("format") == FORMAT and said.keys() == set(Recipe._fields)
-    if not known or not isinstance(said["options"], dict) or said["options"].keys() != set(OPTIONS):
-        raise InputError(f"{file}: it was drawn by another version of perfusion_jax: {json.dumps(said)}")
-    recipe = Recipe(**said)
+    record = load_recipe(file)
+    known = record.get("format") == FORMAT and record.keys() == set(Recipe._fields)
+    if not known or not isinstance(record["options"], dict) or record["options"].keys() != set(OPTIONS):
+        raise InputError(f"{file}: it was drawn by another version of perfusion_jax: {json.dumps(record)}")
+    recipe = Recipe(**record)
     source = recipe.base["source"]
     if source != "emoji" and not (base_given and base == source):
         # A picture from somewhere must not decide what is fetched from where.
@@ -277,22 +277,22 @@ def write(recipe: Recipe, drawn: list[list[Drawn]], out: epath.Path) -> None:
     Raises:
         InputError, UnavailableError: they cannot be written.
     """
-    said = recipe._asdict()
+    record = recipe._asdict()
     pixels = np.stack([np.concatenate([some.pixels for some in batches]) for batches in drawn])
     if recipe.sweep:
         # A row per picture, a column per value.
         name, values = recipe.sweep
         rows = list(np.moveaxis(pixels, 0, 1))
         labels = [f"{prompt}, seed {seed}" for prompt, seed in zip(recipe.prompts, recipe.seeds, strict=True)]
-        write_picture(out, grid(rows, labels, [f"{name} {value:g}" for value in values]), said)
+        write_picture(out, grid(rows, labels, [f"{name} {value:g}" for value in values]), record)
         return
     pictures = pixels[0]
     if len(pictures) == 1:
-        write_picture(out, pictures[0], said)
+        write_picture(out, pictures[0], record)
         return
     for number, picture in enumerate(pictures):
         of_one = {"prompts": [recipe.prompts[number]], "seeds": [recipe.seeds[number]], "columns": 1}
-        write_picture(out.with_stem(f"{out.stem}_{number}"), picture, {**said, **of_one})
+        write_picture(out.with_stem(f"{out.stem}_{number}"), picture, {**record, **of_one})
     rows = [pictures[first : first + recipe.columns] for first in range(0, len(pictures), recipe.columns)]
     labels = recipe.prompts[:: recipe.columns] if len(set(recipe.prompts)) > 1 else []
-    write_picture(out, grid(rows, labels), said)
+    write_picture(out, grid(rows, labels), record)

@@ -16,8 +16,8 @@ from etils import epath
 from etils.epath.gpath import PosixGPath
 
 from perfusion_jax.pod import distributed
-from perfusion_jax.runtime.errors import InputError, UnavailableError, of_the_runtime
-from perfusion_jax.runtime.files import entries, is_lasting, is_local, of_storage, storage_errors
+from perfusion_jax.runtime.errors import InputError, UnavailableError, is_runtime_error
+from perfusion_jax.runtime.files import entries, is_lasting, is_local, is_storage_error, storage_errors
 
 # How TensorStore's errors begin that are of storage; those of broken bytes are DATA_LOSS, OUT_OF_RANGE, and others.
 _PASSING = re.compile(
@@ -26,7 +26,7 @@ _PASSING = re.compile(
 _LASTING = "PERMISSION_DENIED: "
 
 
-def _to_blame(error: Exception, folder: epath.Path) -> str:
+def _cause_of(error: Exception, folder: epath.Path) -> str:
     """Why a checkpoint cannot be read: its `content`, `storage`, or storage `for now`."""
     for one in (error, error.__cause__):
         if one is None:
@@ -35,7 +35,7 @@ def _to_blame(error: Exception, folder: epath.Path) -> str:
             return "for now"
         if str(one).startswith(_LASTING):
             return "storage"
-        if of_storage(one) and not isinstance(one, FileNotFoundError):
+        if is_storage_error(one) and not isinstance(one, FileNotFoundError):
             return "storage" if is_lasting(one) else "for now"
     if isinstance(error, FileNotFoundError):  # or so it is said of what cannot be looked at
         try:
@@ -175,10 +175,10 @@ class Checkpoints:
                 with _quiet():
                     state = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(shapes))
             except Exception as error:  # Orbax raises whatever the broken bytes lead it and its backends to
-                if of_the_runtime(error):
+                if is_runtime_error(error):
                     raise
                 problem = type(error).__name__
-                blame = _to_blame(error, folder)
+                blame = _cause_of(error, folder)
             # What one process cannot read, none takes.
             if problems := {why: name for why, name in distributed.gather([blame, problem]) if why}:
                 for why, kind in (("for now", UnavailableError), ("storage", InputError)):
@@ -214,7 +214,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax hands on whatever its threads and backends met
-            if of_the_runtime(error):
+            if is_runtime_error(error):
                 raise
             raise UnavailableError(
                 f"{self.folder}: a checkpoint cannot be written ({error}); older ones are kept"

@@ -29,7 +29,7 @@ from perfusion_jax.data.sources import read_pictures
 from perfusion_jax.learning.resources import Resources
 from perfusion_jax.learning.rounds import Round
 from perfusion_jax.learning.step import Learning, start
-from perfusion_jax.runtime.errors import InputError, UnavailableError, of_the_runtime
+from perfusion_jax.runtime.errors import InputError, UnavailableError, is_runtime_error
 
 
 class Data(NamedTuple):
@@ -163,7 +163,9 @@ def prepare(resources: Resources, current: Round, held: Sequence[int], cancelled
             concept = resources.base.new_concept(config.super_category, resources.whitening, data.prompts)
             _warn_of_pieces(resources.base, config)
         except Exception as error:  # storage raises what it likes; one concept must not end the others
-            if isinstance(error, (UnavailableError, MemoryError)) or of_the_runtime(error):  # no fault of the concept's
+            if isinstance(error, (UnavailableError, MemoryError)) or is_runtime_error(
+                error
+            ):  # no fault of the concept's
                 raise
             prepared.failures[slot] = error
             continue

@@ -18,7 +18,7 @@ from perfusion_jax.formats import covariance_file
 from perfusion_jax.learning.fleet_step import STEP_PARAMS, make_fleet_step, member_shapes, step_shapes
 from perfusion_jax.learning.metrics import Evaluator
 from perfusion_jax.learning.step import Settings
-from perfusion_jax.pod.mesh import make_mesh, on_each, param_shardings, place
+from perfusion_jax.pod.mesh import make_mesh, param_shardings, place, submesh_view
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError
 
@@ -117,14 +117,14 @@ def load_resources(config: ConfigDict) -> Resources:
     params = place(frozen, param_shardings(frozen, mesh))
     if mesh.shape["fsdp"] == 1:  # the whole weights lie on every device: one copy on the first is enough
         first = Mesh(jax.local_devices()[:1], ("data",))
-        base = dataclasses.replace(base, params={**base.params, **on_each(params, first)})
+        base = dataclasses.replace(base, params={**base.params, **submesh_view(params, first)})
     whitening = load_whitening(config, base)
     drawing_base, drawing_mesh = base, None
     here = mesh.local_devices
     if config.validation_prompts and mesh.shape["fsdp"] == 1 and len(here) > 1:
         drawing_mesh = Mesh(np.array(here), ("data",), axis_types=(AxisType.Auto,))
         vae = jax.device_put(base.params["vae"], NamedSharding(drawing_mesh, PartitionSpec()))
-        drawing_base = dataclasses.replace(base, params={**on_each(params, drawing_mesh), "vae": vae})
+        drawing_base = dataclasses.replace(base, params={**submesh_view(params, drawing_mesh), "vae": vae})
 
     @functools.cache
     def compiled(settings: Settings, slots: int, pictures: int, prompts: int, side: int) -> jax.stages.Compiled:

@@ -66,7 +66,7 @@ def train_one(config: ConfigDict, workdir: epath.Path, profile: tuple[int, int] 
         Stopped: it was told to stop, and has saved.
     """
     check(config)
-    row = Row(**{name: config[name] for name in PER_CONCEPT}, masks="", captions="", overrides={}, said={}, where="")
+    row = Row(**{name: config[name] for name in PER_CONCEPT}, masks="", captions="", overrides={}, cells={}, where="")
     member = Member(row, config)
     records = Records(workdir, workdir, report=None)
     result = records.concept(member)
@@ -246,7 +246,7 @@ def _report_failures(current: Round, prepared: Prepared, records: Records) -> se
     if records.alone:
         for error in prepared.failures.values():
             raise error
-    told = []
+    problems = []
     for slot, error in prepared.failures.items():
         problem = str(error)
         if not isinstance(error, InputError):
@@ -254,8 +254,8 @@ def _report_failures(current: Round, prepared: Prepared, records: Records) -> se
             assert member is not None
             problem = f"{member.row.pictures}: {type(error).__name__}: {error}"
             logging.error("%s", problem, exc_info=error)  # a fault of ours, or of a library
-        told.append((slot, problem))
-    failed = [(current.members[slot], slot, problem) for part in distributed.gather(told) for slot, problem in part]
+        problems.append((slot, problem))
+    failed = [(current.members[slot], slot, problem) for part in distributed.gather(problems) for slot, problem in part]
     records.add([report_line(member.row, "failed", error=problem) for member, _, problem in failed if member])
     return {slot for _, slot, _ in failed}
 

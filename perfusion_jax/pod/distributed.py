@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from perfusion_jax.runtime import command_line
-from perfusion_jax.runtime.errors import InputError, UnavailableError, of_the_runtime, out_of_memory
+from perfusion_jax.runtime.errors import InputError, UnavailableError, is_runtime_error, out_of_memory
 
 # A process that says nothing for so long counts as dead, and the others end: seconds.
 HEARTBEAT = 60
@@ -53,7 +53,7 @@ def job(coordinator_address: str | None, num_processes: int | None, process_id: 
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if not of_the_runtime(error) or jax.process_count() == 1 or out_of_memory(error):
+        if not is_runtime_error(error) or jax.process_count() == 1 or out_of_memory(error):
             raise
         raise SystemExit(
             f"error: process {jax.process_index()} cannot go on with the other {jax.process_count() - 1} ({error}); if "
@@ -96,8 +96,8 @@ def from_first(make: Callable[[], Any]) -> Any:
             problem, passing = str(error), isinstance(error, UnavailableError)
     data = np.frombuffer(json.dumps([made, problem, passing]).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    told = multihost_utils.broadcast_one_to_all(data if is_first() else np.zeros(length, np.uint8))
-    made, problem, passing = json.loads(bytes(told))
+    received = multihost_utils.broadcast_one_to_all(data if is_first() else np.zeros(length, np.uint8))
+    made, problem, passing = json.loads(bytes(received))
     if problem:
         raise (UnavailableError if passing else InputError)(problem)
     return made

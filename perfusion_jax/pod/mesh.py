@@ -72,7 +72,7 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
-def on_each(tree: Any, mesh: Mesh) -> Any:
+def submesh_view(tree: Any, mesh: Mesh) -> Any:
     """Takes arrays that lie whole on every device of a job as arrays over a mesh of some of them, without copying.
 
     Args:

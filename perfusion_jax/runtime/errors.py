@@ -24,7 +24,7 @@ def is_jax_runtime_error(error: BaseException) -> bool:
     return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
 
 
-def of_the_runtime(error: Exception) -> bool:
+def is_runtime_error(error: Exception) -> bool:
     """Whether an error is of the devices or of other processes; JAX raises a few of these as a plain ValueError."""
     return is_jax_runtime_error(error) or (
         # TensorStore's errors begin alike; they are of storage, and name their spec or driver.

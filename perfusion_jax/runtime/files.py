@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from perfusion_jax.runtime.errors import InputError, UnavailableError, of_the_runtime
+from perfusion_jax.runtime.errors import InputError, UnavailableError, is_runtime_error
 
 # What would be the same the next time; gcsfs calls a bad request a ValueError, and where it is missing, that is an
 # ImportError.
@@ -127,13 +127,13 @@ def storage_errors(path: str | os.PathLike[str], done: str) -> Iterator[None]:
     except (InputError, *_NOT_OF_STORAGE):
         raise
     except Exception as error:  # gcsfs raises what its backends meet
-        if of_the_runtime(error):
+        if is_runtime_error(error):
             raise
         kind = InputError if is_lasting(error) else UnavailableError
         raise kind(f"{os.fspath(path)}: cannot be {done} ({error})") from error
 
 
-def of_storage(error: BaseException) -> bool:
+def is_storage_error(error: BaseException) -> bool:
     """Whether an error is of storage, and not of what is in a file."""
     return isinstance(error, OSError) or f"{type(error).__module__}.".startswith(_BACKENDS)
 

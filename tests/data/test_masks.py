@@ -21,7 +21,7 @@ def test_shrinking_averages_and_normalising_goes_by_the_whole_picture():
 
 def test_attention_masks_go_from_zero_to_one_and_depend_on_the_word(base):
     latents = jax.random.normal(jax.random.key(0), (2, 16, 16, base.model.latent_channels))
-    find = jax.jit(partial(attention_masks, base), static_argnames="super_category")
+    find = jax.jit(partial(attention_masks, base.model), static_argnames="super_category")
     dog, bear = (
         np.asarray(find(base.params, latents, super_category=word, key=jax.random.key(1)))
         for word in ("dog", "teddy bear")

@@ -9,11 +9,11 @@ from diffusers import StableDiffusionPipeline
 
 from perfusion_jax import load_base_model
 from perfusion_jax.base_model.clip import load_clip
-from perfusion_jax.formats.covariance_file import load_covariance
 from perfusion_jax.data.pictures import read_folder
 from perfusion_jax.drawing.denoising import noise_for
 from perfusion_jax.drawing.generation import generate
 from perfusion_jax.emoji_world import captions, catalogue, evaluator, make_examples
+from perfusion_jax.formats.covariance_file import load_covariance
 from perfusion_jax.runtime import shipped
 
 GUIDANCE = 4.0
@@ -59,7 +59,7 @@ def test_pytorch_diffusers_draws_the_same(emoji):
     pipeline = StableDiffusionPipeline.from_pretrained(shipped.MODEL, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     prompts = ["a photo of a dog on the beach", "a photo of a cat and an apple at night"]
-    noise = np.asarray(noise_for(emoji, [0, 1], 64, 64))
+    noise = np.asarray(noise_for(emoji.model, [0, 1], 64, 64))
     theirs = pipeline(
         prompts,
         latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
@@ -72,7 +72,7 @@ def test_pytorch_diffusers_draws_the_same(emoji):
 
 
 def test_the_covariance_came_along_and_can_be_inverted(emoji):
-    covariance = load_covariance(emoji.covariance, emoji.context_width)
+    covariance = load_covariance(emoji.covariance, emoji.model.context_width)
     assert np.linalg.cond(covariance) < 1e6
 
 
