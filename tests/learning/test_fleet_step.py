@@ -135,7 +135,7 @@ def test_padding_does_not_move_a_draw(small_base):
     padded = fleet_step.pad_pictures(examples, PICTURES)
     assert padded.mean.shape[0] == padded.prompt_ids.shape[0] == PICTURES
     batches = [
-        training.draw_batch(jax.random.key(1), jax.tree.map(jax.numpy.asarray, one), small_base, SETTINGS)
+        training.draw_batch(jax.random.key(1), jax.tree.map(jax.numpy.asarray, one), small_base.model, SETTINGS)
         for one in (examples, padded)
     ]
     for one, other in zip(*batches, strict=True):
