@@ -23,11 +23,11 @@ from ml_collections import ConfigDict, config_flags
 from perfusion_jax.base_model import Architecture, load_architecture, network_dtype
 from perfusion_jax.config import MEMORY_ADVICE, check, is_fleet
 from perfusion_jax.learning.fleet_step import make_fleet_step, member_shapes, step_shapes
+from perfusion_jax.learning.resources import mesh_of
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.pod import hlo_report
 from perfusion_jax.pod.chips import find_chip
 from perfusion_jax.pod.hlo_report import Report
-from perfusion_jax.pod.mesh import make_mesh
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError, out_of_memory
 
@@ -81,7 +81,7 @@ def describe(config: ConfigDict, topology: str) -> dict[str, Any]:
     if not is_fleet(config):
         raise InputError("--config is of one concept: take configs/fleet.py")
     devices = topology_devices(topology)
-    mesh = make_mesh(config.mesh, devices)
+    mesh = mesh_of(config, devices)
     places = mesh.shape["concept"]
     members = config.members or places
     if members % places:

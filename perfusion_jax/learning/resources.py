@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -89,19 +89,24 @@ class Resources:
         return config.size or self.base.model.picture_side
 
 
-def mesh_of(config: ConfigDict) -> Mesh:
+def mesh_of(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh that a config asks for (see `config.mesh`).
+
+    Args:
+        config: the run's.
+        devices: others than the job's, to compile for.
 
     Raises:
         InputError: the devices cannot be arranged so.
     """
+    devices = devices or jax.devices()
     if config.mesh:
-        return make_mesh(config.mesh)
+        return make_mesh(config.mesh, devices)
     if is_fleet(config):
-        return make_mesh((-1, 1, 1))
+        return make_mesh((-1, 1, 1), devices)
     part = config.batch_size // config.accumulation
-    count = max(number for number in range(1, jax.device_count() + 1) if part % number == 0)
-    return make_mesh((1, count, 1), jax.devices()[:count])
+    count = max(number for number in range(1, len(devices) + 1) if part % number == 0)
+    return make_mesh((1, count, 1), devices[:count])
 
 
 def load_resources(config: ConfigDict) -> Resources:
