@@ -63,7 +63,6 @@ def main() -> None:
 
     given = flags.FLAGS
     config, workdir = given.config, epath.Path(given.workdir)
-    jax.config.update("jax_debug_nans", given.debug_nans)
     profile = parse_profile(given.profile)
     if not is_fleet(config):
         if given.shard or given.distributed:
@@ -91,7 +90,6 @@ def run() -> None:
     flags.DEFINE_integer("num_processes", None, "likewise")
     flags.DEFINE_integer("process_id", None, "likewise")
     flags.DEFINE_string("profile", None, "START:STOP: trace these steps with jax.profiler, in WORKDIR/profile")
-    flags.DEFINE_bool("debug_nans", False, "stop with a traceback where a value is first not a number; slow")
     command_line.run(main, resumes=True, memory_advice=MEMORY_ADVICE)
 
 

@@ -1,4 +1,4 @@
-"""The frozen UNet, given with keys and values.
+"""The frozen UNet, run on keys and values that are given.
 
 The UNet reads text only through the keys and values of its cross-attention, and they depend on the prompt alone.
 `keys_values` computes them once, under whatever edit is in the parameter tree; `denoise` runs the UNet on them and

@@ -1,7 +1,5 @@
 """Where a concept's pictures come from: a folder, a dataset, or the examples that ship."""
 
-from pathlib import Path
-
 from etils import epath
 
 from perfusion_jax.data.pictures import ENDINGS, Picture, read_folder
@@ -30,17 +28,17 @@ def read_pictures(source: str, masks: str = "", captions: str = "") -> list[Pict
         from perfusion_jax.data import dataset  # tensorflow_datasets takes seconds to import
 
         return dataset.read_split(source)
+    return read_folder(_folder(source), masks or None, captions or None)
+
+
+def _folder(source: str) -> epath.Path:
     if not source.startswith(EXAMPLE):
-        return read_folder(source, masks or None, captions or None)
-    return read_folder(_example(source), masks or None, captions or None)
-
-
-def _example(source: str) -> Path:
+        return epath.Path(source)
     name = source.removeprefix(EXAMPLE)
     examples = sorted(folder.name for folder in shipped.EXAMPLES.iterdir() if folder.is_dir())
     if name not in examples:
         raise InputError(f"config.pictures is {source!r}; the examples are {', '.join(examples)}")
-    return shipped.EXAMPLES / name
+    return epath.Path(shipped.EXAMPLES / name)
 
 
 def count_pictures(source: str) -> int:
@@ -54,7 +52,6 @@ def count_pictures(source: str) -> int:
             from perfusion_jax.data import dataset
 
             return dataset.split_size(source)
-        folder = epath.Path(_example(source) if source.startswith(EXAMPLE) else source)
-        return sum(file.suffix.lower() in ENDINGS for file in entries(folder) or ())
+        return sum(file.suffix.lower() in ENDINGS for file in entries(_folder(source)) or ())
     except InputError:
         return 0

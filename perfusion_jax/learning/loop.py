@@ -24,7 +24,7 @@ from perfusion_jax.learning.fleet_step import Members, member_shapes, pad_pictur
 from perfusion_jax.learning.metrics import Similarities
 from perfusion_jax.learning.preparation import Prepared
 from perfusion_jax.learning.progress import Bar, Meter, Profiler, Work
-from perfusion_jax.learning.records import Records, finite_mean, report_line
+from perfusion_jax.learning.records import Records, report_line
 from perfusion_jax.learning.report import OpenRound
 from perfusion_jax.learning.resources import Resources
 from perfusion_jax.learning.rounds import Member, Round
@@ -225,9 +225,10 @@ class Loop:
             values = np.stack([np.concatenate([np.asarray(part[first]) for first in sorted(part)]) for part in parts])
             if jax.process_count() == 1:
                 self._find_diverged(values, step)
-            mean = finite_mean(values)
-            if self._log is None or mean is None:
+            finite = values[np.isfinite(values)]
+            if self._log is None or not finite.size:
                 continue
+            mean = float(finite.mean())
             members = int(np.isfinite(values[-1]).sum())
             facts: dict[str, float] = {"loss": mean}
             if not self._records.alone:

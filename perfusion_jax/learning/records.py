@@ -4,7 +4,6 @@ import dataclasses
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from perfusion_jax.data.table import Row
@@ -105,9 +104,3 @@ class Records:
     @property
     def _open(self) -> epath.Path:
         return self.folder / "round.json"
-
-
-def finite_mean(values: np.ndarray) -> float | None:
-    """The mean of those values that are finite; None if none is."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if finite.size else None

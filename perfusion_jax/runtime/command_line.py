@@ -52,7 +52,7 @@ def share_compiled_programs() -> None:
     """
     import jax  # here, so that a flag that is wrong is told at once
 
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     try:
         cpu = next(

@@ -484,6 +484,26 @@ def test_as_many_members_are_learnt_at_once_as_fit(inputs, monkeypatch, fsdp):
     assert [len(one.members) for one in plan(loaded, nine, nine, OpenRound())] == [5, 5]
 
 
+def test_the_memory_plan_reckons_with_the_pictures_that_there_are(inputs, monkeypatch, tmp_path):
+    for name in ("many", "few"):
+        shutil.copytree(inputs / "rex", tmp_path / name)
+    for number in range(20):
+        shutil.copy(inputs / "rex" / "0.png", tmp_path / "many" / f"more{number}.png")
+    (tmp_path / "table.csv").write_text("name,super_category,pictures\nfew,dog,few\nmany,dog,many\n")
+    config = make_config(inputs, concepts=str(tmp_path / "table.csv"))
+    members = [Member(row, member_config(config, row)) for row in read_table(config.concepts, OVERRIDES)]
+    loaded, asked = load_resources(config), []
+
+    def compiled(settings, slots, pictures, *shape):
+        asked.append(pictures)
+        return loaded.compiled(settings, slots, pictures, *shape)
+
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10**12})
+    monkeypatch.setattr(rounds.jax, "local_devices", lambda: [device])
+    plan(dataclasses.replace(loaded, compiled=compiled), members, members, OpenRound())
+    assert set(asked) == {24}  # 23 pictures, rounded up
+
+
 def test_an_open_round_whose_members_do_not_learn_alike_any_more_is_begun_anew(inputs):
     config = make_config(inputs, members=2)
     members = [Member(row, member_config(config, row)) for row in read_table(config.concepts, OVERRIDES)][:4]
