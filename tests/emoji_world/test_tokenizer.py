@@ -45,6 +45,6 @@ def test_hyphens_separate_words():
 
 
 def test_the_super_categories_of_the_examples_are_words_of_the_model():
-    model = load_base_model("emoji")
+    base = load_base_model("emoji")
     for file in shipped.EXAMPLES.glob("*/concept.json"):
-        assert not model.tokenizer.in_pieces(json.loads(file.read_text())["super_category"])
+        assert not base.model.tokenizer.in_pieces(json.loads(file.read_text())["super_category"])
