@@ -18,6 +18,7 @@ DEPENDENCIES = [
     "huggingface_hub>=0.36",
     "importlib_resources>=6.0",  # tensorflow-datasets imports it and does not ask for it
     "jax>=0.10.2",
+    "jaxtyping>=0.3.11",
     "ml_collections>=1.1",
     "numpy>=2.0",
     "optax>=0.2.8",
@@ -33,9 +34,9 @@ DEPENDENCIES = [
 PRETRAIN = ["resvg-py>=0.2", "torch==2.13.0"]
 # PyTorch is an oracle in the tests and the other side of the benchmarks; the package never imports it.
 TEST = [
-    # These three are what the part of perfusion-pytorch needs that is compared. It is installed by itself, without its other
-    # dependencies: they bring a torchvision that does not work with the CPU build of PyTorch.
-    "beartype",
+    "beartype>=0.22",  # checks the shapes in signatures
+    # With beartype, these two are what the part of perfusion-pytorch needs that is compared. It is installed by itself, without
+    # its other dependencies: they bring a torchvision that does not work with the CPU build of PyTorch.
     "einops",
     "opt_einsum",
     "hypothesis>=6.150",

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from perfusion_jax.base_model import Architecture, load_architecture
 from perfusion_jax.base_model.flax_classes import FlaxUNet2DConditionModel
-from perfusion_jax.compile import compile_step, topology_devices
+from perfusion_jax.learning.forecast import compile_step, topology_devices
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.pod import hlo_report
 from perfusion_jax.pod.chips import find_chip
@@ -108,7 +108,7 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     devices = topology_devices(options.topology)
-    mesh = make_mesh((-1, 1, 1), devices)
+    mesh = make_mesh((-1, 1), devices)
     print(f"{options.topology}, {devices[0].device_kind}; TFLOP and GB per chip and step")
     headings = "".join(f"{heading:>13}" for heading in ("traffic", "accessed", "temporaries", "peak"))
     print(f"{'step':<20}{'TFLOP':>8}{headings}  collectives")

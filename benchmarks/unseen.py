@@ -7,7 +7,7 @@ from perfusion_jax.base_model.clip import Clip
 from perfusion_jax.data.pictures import read_folder
 from perfusion_jax.drawing.generation import generate
 from perfusion_jax.formats.concept_file import TrainedConcept
-from perfusion_jax.learning.metrics import Evaluator, Similarities, similarities
+from perfusion_jax.learning.metrics import Evaluator, Scores, score_pictures
 from perfusion_jax.runtime import shipped
 
 PLACES = ("on the beach", "in the snow", "at night", "under water", "in the city", "in the forest")
@@ -15,7 +15,7 @@ PLACES = ("on the beach", "in the snow", "at night", "under water", "in the city
 
 def draw_and_score(
     base: BaseModel, clip: Clip, trained: TrainedConcept, seeds: int, **controls: float
-) -> tuple[np.ndarray, np.ndarray, Similarities]:
+) -> tuple[np.ndarray, np.ndarray, Scores]:
     """Draws a concept in every place.
 
     Args:
@@ -34,4 +34,4 @@ def draw_and_score(
     named, plain = ([p.replace("{}", word) for p in prompts] for word in (card.placeholder, card.super_category))
     drawn = generate(base, named, range(len(named)), [trained], **controls)
     evaluator = Evaluator(clip)
-    return drawn, own, similarities(evaluator, drawn, plain, evaluator.embed_instances(own))
+    return drawn, own, score_pictures(evaluator, drawn, plain, evaluator.embed_instances(own))

@@ -85,9 +85,9 @@ _NAME = Rule(str, lambda value: PLACEHOLDER.fullmatch(f"<{value}>") is not None,
 _MESH = Rule(
     tuple,
     lambda value: (
-        not value or (len(value) == 3 and all(type(size) is int and (size > 0 or size == -1) for size in value))
+        not value or (len(value) == 2 and all(type(size) is int and (size > 0 or size == -1) for size in value))
     ),
-    "empty, or three numbers of devices: along concept, data and fsdp; one of them may be -1",
+    "empty, or two numbers of devices: along concept and data; one of them may be -1",
 )
 
 KEYS: dict[str, Key] = {
@@ -149,9 +149,9 @@ KEYS: dict[str, Key] = {
     "mesh": Key(
         (),
         _MESH,
-        "devices along concept, data (samples of one concept's batch) and fsdp (likewise, and the frozen weights); "
-        "one of them may be -1; empty: all along concept, or for one concept as many along data as divide its batch. "
-        "Nothing is sent along concept: keep the others at 1 unless one concept does not fit on a chip",
+        "devices along concept and data (samples of one concept's batch); one of them may be -1; empty: all along "
+        "concept, or for one concept as many along data as divide its batch. Nothing is sent along concept: keep data "
+        "at 1 unless one concept does not fit on a chip",
         may_change=True,
     ),
     # The frozen model.
@@ -231,8 +231,8 @@ BASES: dict[str, dict[str, Any]] = {
 """What a base model wants otherwise, by the name that a config's argument calls it."""
 
 MEMORY_ADVICE = (
-    "raise config.accumulation, or in a fleet lower config.members or split over more chips by the axes data and fsdp "
-    "of config.mesh"
+    "raise config.accumulation, or in a fleet lower config.members or split over more chips by the axis data of "
+    "config.mesh"
 )
 """What to do where the memory of a device does not suffice."""
 

@@ -57,17 +57,17 @@ def main() -> None:
     # Imported when the flags are right: JAX and diffusers take seconds.
     import jax
 
-    from perfusion_jax.learning.progress import parse_profile
+    from perfusion_jax.learning.diagnostics import Diagnostics, parse_profile
     from perfusion_jax.learning.runs import train_fleet, train_one
     from perfusion_jax.pod import distributed
 
     given = flags.FLAGS
     config, workdir = given.config, epath.Path(given.workdir)
-    profile = parse_profile(given.profile)
+    diagnostics = Diagnostics(parse_profile(given.profile), given.debug_nans)
     if not is_fleet(config):
         if given.shard or given.distributed:
             raise InputError("--shard and --distributed are for fleets: config.concepts names none")
-        tell_result(config, train_one(config, workdir, profile))
+        tell_result(config, train_one(config, workdir, diagnostics))
         return
     with ExitStack() as stack:
         if given.distributed:
@@ -75,7 +75,10 @@ def main() -> None:
         if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             # So that on another host, after a preemption, nothing is compiled again.
             jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-        train_fleet(config, workdir, parse_shard(given.shard) if given.shard else (0, 1), profile)
+            # A bucket is slow in what a limit of size needs, and in keeping what compiles in no time.
+            jax.config.update("jax_compilation_cache_max_size", -1)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        train_fleet(config, workdir, parse_shard(given.shard) if given.shard else (0, 1), diagnostics)
 
 
 def run() -> None:
@@ -90,6 +93,7 @@ def run() -> None:
     flags.DEFINE_integer("num_processes", None, "likewise")
     flags.DEFINE_integer("process_id", None, "likewise")
     flags.DEFINE_string("profile", None, "START:STOP: trace these steps with jax.profiler, in WORKDIR/profile")
+    flags.DEFINE_bool("debug_nans", False, "if a loss is not finite, tell which operation gave the first NaN")
     command_line.run(main, resumes=True, memory_advice=MEMORY_ADVICE)
 
 

@@ -114,7 +114,7 @@ def test_a_workdir_keeps_its_config():
 @pytest.mark.parametrize("name", ["dog", "fleet"])
 def test_what_touches_nothing_that_was_computed_may_change(name):
     before, after = get(name), get(name)
-    after.update(checkpoint_every=7, log_every=3, keep_checkpoints=1, mesh=(1, 1, 1), members=2)
+    after.update(checkpoint_every=7, log_every=3, keep_checkpoints=1, mesh=(1, 1), members=2)
     check_same(after, to_json(before), "config.json")
 
 
@@ -123,3 +123,7 @@ def test_a_fleet_does_not_change_its_steps():
     after.steps = 900
     with pytest.raises(InputError, match="steps was 400, is 900"):
         check_same(after, to_json(before), "config.json")
+
+
+def test_the_step_has_the_same_defaults_as_the_keys():
+    assert Settings.of(make_config("emoji")) == Settings()

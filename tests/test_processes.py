@@ -95,7 +95,7 @@ def finish(config, workdir, count=2):
 @pytest.fixture(scope="module")
 def config(inputs):
     """Of rounds of four, on two devices."""
-    return make_config(inputs, members=4, mesh=(2, 1, 1))
+    return make_config(inputs, members=4, mesh=(2, 1))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def finished(config, tmp_path_factory):
 def alone(inputs, tmp_path_factory):
     """The same by one process: its workdir."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    train_fleet(make_config(inputs, members=4, mesh=(1, 1, 1)), epath.Path(workdir))
+    train_fleet(make_config(inputs, members=4, mesh=(1, 1)), epath.Path(workdir))
     return workdir
 
 
@@ -125,7 +125,7 @@ def test_two_processes_learn_what_one_does(finished, alone):
 
 @pytest.mark.slow
 def test_four_processes_that_share_concepts_learn_what_one_does(inputs, alone, tmp_path):
-    finish(make_config(inputs, members=4, mesh=(2, 2, 1)), tmp_path / "run", count=4)
+    finish(make_config(inputs, members=4, mesh=(2, 2)), tmp_path / "run", count=4)
     for name in STEPS:
         assert_close(tmp_path / "run", alone, name)
 
@@ -160,7 +160,7 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step_and_the_same_command_
 
 
 def test_what_the_first_process_finds_wrong_ends_all_as_bad_input(inputs, finished):
-    changed = make_config(inputs, members=4, mesh=(2, 1, 1), bias=0.5)
+    changed = make_config(inputs, members=4, mesh=(2, 1), bias=0.5)
     for status, output in ends(start_all(changed, finished, 2)):
         assert status == 2, output
         assert "this workdir is of another config" in output

@@ -23,8 +23,8 @@ QUERIES, QUERIES_BACKWARD, SCORED_KEYS = 512, 256, 512
 # Bytes of vector memory, of 16 MiB, for keys, values and their gradients. 4096 tokens of a head up to 64 wide fit
 # whole in bfloat16, so that every operand is read from HBM once.
 KEYS_BYTES = 10 * 2**20
-# Axes of a mesh that the batch may be split over.
-BATCH_AXES = ("data", "fsdp")
+# Axis of a mesh that the batch may be split over.
+BATCH_AXIS = "data"
 
 
 def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, interpret: bool = False) -> jax.Array:
@@ -47,8 +47,7 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array, interpre
     if AxisType.Auto not in mesh.axis_types:
         return attend(query, key, value)
     # XLA cannot split a kernel by itself.
-    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
-    parts = PartitionSpec(axes)
+    parts = PartitionSpec(BATCH_AXIS if BATCH_AXIS in mesh.axis_names else None)
     return jax.shard_map(attend, in_specs=parts, out_specs=parts, check_vma=False)(query, key, value)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 
 from perfusion_jax.base_model import Architecture, KeysValues, keys_values
 from perfusion_jax.drawing.samplers import Plan
@@ -27,8 +28,8 @@ class Guidance(NamedTuple):
         rescale: how much of the contrast that guidance adds is taken back, 0 to 1.
     """
 
-    scale: jax.Array | float = 6.0
-    rescale: jax.Array | float = 0.0
+    scale: Float32[Array, ""] | float = 6.0
+    rescale: Float32[Array, ""] | float = 0.0
 
 
 class Concepts(NamedTuple):
@@ -45,9 +46,9 @@ class Concepts(NamedTuple):
 
     stacked: Concept
     gates: Gate
-    present: jax.Array
-    phases: jax.Array
-    super_embeddings: jax.Array | None
+    present: Float32[Array, "batch slots"]
+    phases: Float32[Array, "phases slots"]
+    super_embeddings: Float32[Array, "slots token_width"] | None
 
 
 class Prompts(NamedTuple):
@@ -72,13 +73,13 @@ class Walk(NamedTuple):
             the steps so far: float32 [batch, height / f, width / f, tokens]; None if it is not wanted.
     """
 
-    latents: jax.Array
-    picture: jax.Array
-    attention: jax.Array | None
+    latents: Float32[Array, "batch height width channels"]
+    picture: Float32[Array, "batch height width channels"]
+    attention: Float32[Array, "batch height width tokens"] | None
 
 
 def prompt_keys_values(
-    model: Architecture, params: dict[str, Params], ids: jax.Array, concepts: Concepts
+    model: Architecture, params: dict[str, Params], ids: Int32[Array | np.ndarray, "batch tokens"], concepts: Concepts
 ) -> KeysValues:
     """Computes the keys and values of prompts under the edits of the concepts that each of them names.
 
@@ -98,7 +99,10 @@ def prompt_keys_values(
         super_encodings = model.encode(params["text_encoder"], ids, concepts.super_embeddings)
 
     def of_prompt(
-        strengths: jax.Array, present: jax.Array, encoding: jax.Array, super_encoding: jax.Array | None
+        strengths: Float32[Array, " slots"],
+        present: Float32[Array, " slots"],
+        encoding: Float[Array, "tokens context"],
+        super_encoding: Float[Array, "tokens context"] | None,
     ) -> KeysValues:
         here = dataclasses.replace(
             stacked, target_input=present[:, None] * stacked.target_input, dual=present[:, None] * stacked.dual
@@ -115,8 +119,8 @@ def prompt_keys_values(
 def read_prompts(
     model: Architecture,
     params: dict[str, Params],
-    ids: jax.Array,
-    unprompted_ids: jax.Array,
+    ids: Int32[Array | np.ndarray, "batch tokens"],
+    unprompted_ids: Int32[Array | np.ndarray, "batch tokens"],
     concepts: Concepts | None = None,
 ) -> Prompts:
     """Computes what all steps read of tokenised prompts.
@@ -137,7 +141,12 @@ def read_prompts(
     return Prompts(prompted, keys_values(params["unet"], model.encode(params["text_encoder"], unprompted_ids)))
 
 
-def begin(noise: jax.Array, plan: Plan, tokens: int | None = None, init_latents: jax.Array | None = None) -> Walk:
+def begin(
+    noise: Float32[Array, "batch height width channels"],
+    plan: Plan,
+    tokens: int | None = None,
+    init_latents: Float32[Array, "#batch height width channels"] | None = None,
+) -> Walk:
     """Returns the state before the first step.
 
     Args:
@@ -157,7 +166,7 @@ def take_step(
     prompts: Prompts,
     walk: Walk,
     at: Plan,
-    phase: jax.Array | int,
+    phase: Int32[Array, ""] | int,
     guidance: Guidance,
 ) -> Walk:
     """Takes one step of a sampler. What differs from step to step is an array: one program serves all of them.
@@ -190,14 +199,20 @@ def take_step(
     return Walk(at.carry * latents + at.current * picture + at.previous * picture_before, picture, attention)
 
 
-def guide(prompted: jax.Array, unprompted: jax.Array, guidance: Guidance) -> jax.Array:
+def guide(
+    prompted: Float[Array, "batch height width channels"],
+    unprompted: Float[Array, "batch height width channels"],
+    guidance: Guidance,
+) -> Float[Array, "batch height width channels"]:
     """Classifier-free guidance of predictions, [batch, height, width, channels] each."""
     guided = unprompted + guidance.scale * (prompted - unprompted)
     spread, spread_guided = (jnp.std(array, axis=(1, 2, 3), keepdims=True) for array in (prompted, guided))
     return guided * (1 + guidance.rescale * (spread / spread_guided - 1))
 
 
-def noise_for(model: Architecture, seeds: jax.Array | Sequence[int], height: int, width: int) -> jax.Array:
+def noise_for(
+    model: Architecture, seeds: UInt32[Array, " batch"] | Sequence[int], height: int, width: int
+) -> Float32[Array, "batch latent_height latent_width channels"]:
     """Returns the noise each picture starts from, float32 [len(seeds), height / f, width / f, channels].
 
     It depends on the picture's own seed alone, not on its place in the batch.
@@ -212,6 +227,6 @@ def noise_for(model: Architecture, seeds: jax.Array | Sequence[int], height: int
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def to_pixels(images: jax.Array) -> np.ndarray:
+def to_pixels(images: Float[Array, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Rounds pictures in [-1, 1] to bytes: uint8 of the same shape, what is outside cut off."""
     return np.round(np.clip((np.asarray(images, np.float32) + 1) * 127.5, 0, 255)).astype(np.uint8)

@@ -252,33 +252,19 @@ def drawing(
         guidance = concepts[0].card.guidance_scale if concepts else GUIDANCE
     guidance = _number("guidance", guidance, float)
     guidance_rescale = _number("guidance_rescale", guidance_rescale, float)
-    for name, value, least, most in (
-        ("guidance", guidance, 0, float("inf")),
-        ("guidance_rescale", guidance_rescale, 0, 1),
-        ("batch_size", batch_size, 1, float("inf")),
-    ):
-        if not (least <= value <= most and isfinite(value)):
-            raise InputError(f"{name} is {value}; it must be at least {least}" + f" and at most {most}" * (most == 1))
+    _check_range("guidance", guidance, 0)
+    _check_range("guidance_rescale", guidance_rescale, 0, 1)
+    _check_range("batch_size", batch_size, 1)
     ids = base.model.tokenizer(prompts, [card.placeholder for _, card in concepts])
     unprompted = np.repeat(base.model.tokenizer([negative_prompt]), batch_size, axis=0)
     in_slots, phase_of_step = None, np.zeros(steps - skipped, np.int32)
     if concepts:
-        gates = Gate(
-            jnp.asarray(per_concept("bias", bias, [card.bias for _, card in concepts])),
-            jnp.asarray(per_concept("temperature", temperature, [card.temperature for _, card in concepts])),
-            jnp.asarray(per_concept("strength", strength, [1.0] * len(concepts))),
-        )
-        windows = (
-            per_concept("start", start, [0.0] * len(concepts)),
-            per_concept("end", end, [1.0] * len(concepts)),
-        )
+        gates = _gates(concepts, bias, temperature, strength)
+        windows = per_concept("start", start, [0.0] * len(concepts)), per_concept("end", end, [1.0] * len(concepts))
         in_slots, phase_of_step = _in_slots(
             base, concepts, gates, np.arange(skipped, steps) / steps, windows, ids, lock
         )
-    init_latents = None
-    if init_image is not None:
-        pixels = jnp.asarray(init_image[None].astype(np.float32) / 127.5 - 1, base.model.vae.dtype)
-        init_latents = base.model.encode_image(base.params["vae"], pixels).mean
+    init_latents = None if init_image is None else _latents_of(base, init_image)
     scales = Guidance(jnp.float32(guidance), jnp.float32(guidance_rescale))
 
     def batches() -> Iterator[Drawn]:
@@ -315,6 +301,26 @@ def _number(name: str, given: Any, kind: Callable[[Any], Number]) -> Number:
         return kind(given)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} is {given!r}; it must be a {'whole ' * (kind is index)}number") from error
+
+
+def _check_range(name: str, value: float, least: float, most: float | None = None) -> None:
+    if not (least <= value <= (most or float("inf")) and isfinite(value)):
+        raise InputError(f"{name} is {value}; it must be at least {least}" + (f" and at most {most}" if most else ""))
+
+
+def _gates(concepts: Sequence[TrainedConcept], bias: Control, temperature: Control, strength: Control) -> Gate:
+    """The gates of concepts, float32 [concepts] each: their own where a control is left out."""
+    return Gate(
+        jnp.asarray(per_concept("bias", bias, [card.bias for _, card in concepts])),
+        jnp.asarray(per_concept("temperature", temperature, [card.temperature for _, card in concepts])),
+        jnp.asarray(per_concept("strength", strength, [1.0] * len(concepts))),
+    )
+
+
+def _latents_of(base: BaseModel, image: np.ndarray) -> jax.Array:
+    """Latents of a picture, uint8 [height, width, 3]: float32 [1, height / f, width / f, channels]."""
+    pixels = jnp.asarray(image[None].astype(np.float32) / 127.5 - 1, base.model.vae.dtype)
+    return base.model.encode_image(base.params["vae"], pixels).mean
 
 
 def per_concept(name: str, given: Control, defaults: Sequence[float]) -> list[float]:

@@ -13,9 +13,9 @@ of coefficients, computed here once in float64:
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Float64, Real
 
 from perfusion_jax.base_model.schedule import NoiseSchedule
 from perfusion_jax.runtime.errors import InputError
@@ -25,8 +25,8 @@ _SHORT = 15
 # Signal left at the end of a schedule that has none, for the solvers that divide by it (diffusers).
 _LEAST_KEPT = 2.0**-24
 
-# The fields of a Plan in float64.
-Columns = tuple[np.ndarray | float, ...]
+# The fields of a Plan before they are rounded to float32.
+Columns = tuple[Real[np.ndarray, " steps"] | float, ...]
 
 
 class Plan(NamedTuple):
@@ -39,13 +39,13 @@ class Plan(NamedTuple):
         start: the standard deviation of the pure noise that the sampler starts from, a scalar.
     """
 
-    timesteps: jax.Array
-    signal: jax.Array
-    noise: jax.Array
-    carry: jax.Array
-    current: jax.Array
-    previous: jax.Array
-    start: jax.Array
+    timesteps: Float32[Array, "*steps"]
+    signal: Float32[Array, "*steps"]
+    noise: Float32[Array, "*steps"]
+    carry: Float32[Array, "*steps"]
+    current: Float32[Array, "*steps"]
+    previous: Float32[Array, "*steps"]
+    start: Float32[Array, ""]
 
 
 def make_plan(schedule: NoiseSchedule, sampler: str, steps: int, skipped: int = 0) -> Plan:
@@ -71,7 +71,7 @@ def make_plan(schedule: NoiseSchedule, sampler: str, steps: int, skipped: int = 
     return Plan(*(jnp.asarray(column, jnp.float32) for column in plan))
 
 
-def _kept(schedule: NoiseSchedule, divided: bool) -> np.ndarray:
+def _kept(schedule: NoiseSchedule, divided: bool) -> Float64[np.ndarray, " timesteps"]:
     """The share of the signal's variance left at each timestep, float64; never zero where it is divided by."""
     kept = schedule.alphas_cumprod.astype(np.float64)
     if divided and schedule.config.get("rescale_betas_zero_snr"):
@@ -79,7 +79,7 @@ def _kept(schedule: NoiseSchedule, divided: bool) -> np.ndarray:
     return kept
 
 
-def _spaced(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+def _spaced(schedule: NoiseSchedule, steps: int) -> Float64[np.ndarray, " {steps}"]:
     """Timesteps, float64 [steps], the noisiest first, before any rounding of `linspace`."""
     total = schedule.num_train_timesteps
     spacing = _spacing(schedule)
@@ -113,7 +113,7 @@ def _ddim(schedule: NoiseSchedule, steps: int, skipped: int) -> Columns:
     return timesteps, signal, noise, carry, current, np.zeros_like(current), 1.0
 
 
-def _sigmas(schedule: NoiseSchedule, timesteps: np.ndarray) -> np.ndarray:
+def _sigmas(schedule: NoiseSchedule, timesteps: Real[np.ndarray, " steps"]) -> Float64[np.ndarray, " steps+1"]:
     """Noise per signal at timesteps, also between whole ones, and after the last step: float64 [steps + 1]."""
     kept = _kept(schedule, divided=True)
     every = np.sqrt((1 - kept) / kept)
@@ -121,7 +121,9 @@ def _sigmas(schedule: NoiseSchedule, timesteps: np.ndarray) -> np.ndarray:
     return np.append(np.interp(timesteps, np.arange(len(every)), every), last)
 
 
-def _signal_and_noise(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _signal_and_noise(
+    sigmas: Float64[np.ndarray, " steps"],
+) -> tuple[Float64[np.ndarray, " steps"], Float64[np.ndarray, " steps"]]:
     signal = 1 / np.sqrt(sigmas**2 + 1)
     return signal, sigmas * signal
 

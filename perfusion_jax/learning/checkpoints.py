@@ -169,7 +169,7 @@ class Checkpoints:
         broken = []
         for step in steps:
             folder = self.folder / str(step) / "default"
-            problem = blame = ""
+            problem = cause = ""
             try:
                 # Not by the manager, which ends with a barrier: a process that cannot read would not come to it.
                 with _quiet():
@@ -178,12 +178,12 @@ class Checkpoints:
                 if is_runtime_error(error):
                     raise
                 problem = type(error).__name__
-                blame = _cause_of(error, folder)
+                cause = _cause_of(error, folder)
             # What one process cannot read, none takes.
-            if problems := {why: name for why, name in distributed.gather([blame, problem]) if why}:
-                for why, kind in (("for now", UnavailableError), ("storage", InputError)):
-                    if why in problems:
-                        raise kind(f"{self.folder / str(step)}: cannot be read ({problems[why]})")
+            if problems := dict(pair for pair in distributed.gather([cause, problem]) if pair[0]):
+                for cause, kind in (("for now", UnavailableError), ("storage", InputError)):
+                    if cause in problems:
+                        raise kind(f"{self.folder / str(step)}: cannot be read ({problems[cause]})")
                 if distributed.is_first():
                     warn(f"{self.folder / str(step)}: cannot be read ({problems['content']}); taking the one before")
                 broken.append(step)

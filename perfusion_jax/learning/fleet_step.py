@@ -17,7 +17,7 @@ from perfusion_jax.base_model import Architecture
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.learning import step as training
 from perfusion_jax.learning.step import Batch, Learning, Settings
-from perfusion_jax.pod.mesh import param_shardings
+from perfusion_jax.pod.mesh import whole
 from perfusion_jax.pod.slots import slot_sharding
 from perfusion_jax.runtime.errors import InputError
 
@@ -45,11 +45,11 @@ def check_split(settings: Settings, mesh: Mesh) -> None:
     Raises:
         InputError: it cannot, evenly.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = mesh.shape["data"]
     if settings.batch_size // settings.accumulation % ways:
         raise InputError(
-            f"config.batch_size is {settings.batch_size}, in {settings.accumulation} parts; the axes data and fsdp of "
-            f"config.mesh split each part in {ways}, which must divide it"
+            f"config.batch_size is {settings.batch_size}, in {settings.accumulation} parts; the axis data of "
+            f"config.mesh splits each part in {ways}, which must divide it"
         )
 
 
@@ -62,16 +62,16 @@ def make_fleet_step(model: Architecture, settings: Settings, mesh: Mesh) -> Call
         mesh: from `make_mesh`.
 
     Returns:
-        A jitted function of (params, whitening, members, learning): the frozen weights (of STEP_PARAMS alone, as
-        `param_shardings` lays them), C^-1/2, `Members`, and the stacked `Learning`, whose buffers it takes. It returns
-        (the state after, losses before the step, float32 [slots]). A member that has taken its steps, or whose loss is
-        not finite, stays what it was, and its loss is NaN.
+        A jitted function of (params, whitening, members, learning): the frozen weights (of STEP_PARAMS alone), C^-1/2,
+        `Members`, and the stacked `Learning`, whose buffers it takes. It returns (the state after, losses before the
+        step, float32 [slots]). A member that has taken its steps, or whose loss is not finite, stays what it was, and
+        its loss is NaN.
 
     Raises:
         InputError: a batch cannot be split evenly.
     """
     check_split(settings, mesh)
-    samples = NamedSharding(mesh, P(None, ("data", "fsdp")))
+    samples = NamedSharding(mesh, P(None, "data"))
 
     def split(parts: Batch) -> Batch:
         return jax.lax.with_sharding_constraint(parts, samples)
@@ -85,26 +85,19 @@ def make_fleet_step(model: Architecture, settings: Settings, mesh: Mesh) -> Call
         kept = jax.tree.map(lambda old, new: jnp.where(done, old, new), learning, after)
         return kept, jnp.where(done, jnp.nan, loss)
 
-    by_member, whole = slot_sharding(mesh), NamedSharding(mesh, P())
+    by_member = slot_sharding(mesh)
     fleet_step = jax.vmap(member_step, in_axes=(None, None, 0, 0), spmd_axis_name="concept")
 
-    def gathered_step(
+    def under_mesh(
         params: Any, whitening: jax.Array, members: Members, learning: Learning
     ) -> tuple[Learning, jax.Array]:
-        # Without this the compiler would rather send activations around than the weights, several times each.
-        params = jax.lax.with_sharding_constraint(params, whole)
         # Attention's kernel on TPUs asks for the mesh: XLA cannot split it by itself.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return fleet_step(params, whitening, members, learning)
 
     return jax.jit(
-        gathered_step,
-        in_shardings=(
-            param_shardings({name: model.shapes[name] for name in STEP_PARAMS}, mesh),
-            whole,
-            by_member,
-            by_member,
-        ),
+        under_mesh,
+        in_shardings=(whole(mesh), whole(mesh), by_member, by_member),
         out_shardings=(by_member, by_member),
         donate_argnums=3,
     )

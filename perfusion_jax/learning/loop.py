@@ -5,25 +5,24 @@ A run of one concept is a round with one slot.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from perfusion_jax.formats.picture_file import write_picture
+from perfusion_jax.learning.best import Best, keep_better, nothing_scored
 from perfusion_jax.learning.checkpoints import Checkpoints
+from perfusion_jax.learning.diagnostics import Profiler, first_nan
 from perfusion_jax.learning.fleet_step import Members, member_shapes, pad_pictures
-from perfusion_jax.learning.metrics import Similarities
+from perfusion_jax.learning.losses import Losses
+from perfusion_jax.learning.metrics import Scores
 from perfusion_jax.learning.preparation import Prepared
-from perfusion_jax.learning.progress import Bar, Meter, Profiler, Work
+from perfusion_jax.learning.progress import Bar, Meter, Work
 from perfusion_jax.learning.records import Records, report_line
 from perfusion_jax.learning.report import OpenRound
 from perfusion_jax.learning.resources import Resources
@@ -34,8 +33,7 @@ from perfusion_jax.learning.workdir import Log, write_concept
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.pod import distributed
 from perfusion_jax.pod.chips import chips_of
-from perfusion_jax.pod.mesh import place
-from perfusion_jax.pod.slots import read_members, slot_owners, slot_sharding, stack_members
+from perfusion_jax.pod.slots import read_members, slot_owners, stack_members
 from perfusion_jax.runtime.errors import InputError, Stopped
 
 # Concepts that each process finishes between two looks at whether to stop.
@@ -45,285 +43,300 @@ FINISHED_AT_ONCE = 8
 AHEAD = 2
 
 
-@flax.struct.dataclass
-class Best:
-    """The concepts with the best scores so far.
-
-    Attributes:
-        concept: stacked, one a slot; the untrained one as long as nothing is scored.
-        scores: the fields of `metrics.Similarities`, float32 [slots, 3].
-        steps: after which they were scored, int32 [slots]; 0 as long as nothing is scored.
-    """
-
-    concept: Concept
-    scores: jax.Array
-    steps: jax.Array
-
-
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class RoundState:
-    """All that a checkpoint holds: the stacked state of learning, and the best concepts if a look chooses them."""
+    """All that a checkpoint holds: the stacked state of learning, and the best concepts if scores choose them."""
 
     learning: Learning
     best: Best | None
 
 
-@partial(jax.jit, donate_argnums=0)
-def _exchange(kept: Concept, offered: Concept, better: jax.Array) -> Concept:
-    """Takes the concepts of those slots for which `better` (bool [slots]) holds."""
-    return jax.tree.map(lambda old, new: jnp.where(better.reshape(-1, *[1] * (old.ndim - 1)), new, old), kept, offered)
+class Watch(NamedTuple):
+    """What people see of a run.
+
+    Attributes:
+        bar: its progress.
+        profiler: what traces steps.
+        debug_nans: whether to tell which operation gave the first NaN, where a concept diverges.
+    """
+
+    bar: Bar
+    profiler: Profiler
+    debug_nans: bool
 
 
-class Loop:
-    """A round while it is learnt.
+def learn_round(
+    resources: Resources,
+    current: Round,
+    prepared: Prepared,
+    records: Records,
+    watch: Watch,
+    stop: Callable[[], bool],
+) -> None:
+    """Learns a round, or goes on with it; each concept is written when it has taken its own steps.
 
     Args:
         resources: what all rounds share.
         current: the round.
         prepared: what this process has read for it.
         records: where results go.
-        bar: what people see.
-        profiler: what traces steps.
+        watch: what people see of it.
+        stop: whether it is time to save and stop.
+
+    Raises:
+        Stopped: it was told to stop, and has saved.
+        InputError, UnavailableError: something cannot be written, or the only concept has diverged.
+        jax.errors.JaxRuntimeError: a device fails, or its memory does not suffice.
+    """
+    slots, config = len(current.members), resources.config
+    most = max((len(examples.mean) for examples in prepared.examples.values()), default=1)
+    opened = records.open_round(current, most)
+    side = resources.side_of(next(member.config for member in current.members if member))
+    shape = (opened.pictures, len(config.templates), side)
+    members, learning = _stack(resources, current, prepared, shape)
+    compiled = resources.compiled(current.settings, slots, *shape)
+    with closing(Checkpoints(records.checkpoints, config.keep_checkpoints)) as checkpoints:
+        scores_choose = config.validate_every and config.validation_prompts and resources.evaluator
+        best = nothing_scored(learning.concept, slots, resources.mesh) if scores_choose else None
+        state, step = RoundState(learning, best), 0
+        del learning, best
+        if restored := checkpoints.restore(state, logging.warning):
+            state, step = restored
+        with records.log(opened.steps_before + step) as log:
+            loop = Loop(
+                resources=resources,
+                current=current,
+                prepared=prepared,
+                records=records,
+                watch=watch,
+                opened=opened,
+                compiled=compiled,
+                members=members,
+                checkpoints=checkpoints,
+                log=log,
+                state=state,
+                step=step,
+            )
+            del state, restored  # of which the steps take the buffers
+            loop.run(stop)
+            # Nothing is left of the round but its last checkpoint, which nobody needs.
+            records.keep(OpenRound(steps_before=opened.steps_before + loop.step))
+    distributed.wait_for_all("round is over")
+
+
+def _stack(
+    resources: Resources, current: Round, prepared: Prepared, shape: tuple[int, int, int]
+) -> tuple[Members, Learning]:
+    """A round's arrays over the mesh; `shape`: (pictures, prompts, side) that they are padded to."""
+    rows = {
+        slot: (
+            (pad_pictures(examples, shape[0]), prepared.keys[slot], np.int32(current.limits[slot])),
+            prepared.learning[slot],
+        )
+        for slot, examples in prepared.examples.items()
+    }
+    shapes = member_shapes(resources.base.model, current.settings, *shape)
+    return stack_members(rows, shapes, len(current.members), resources.mesh)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Loop:
+    """A round while it is learnt.
+
+    Attributes:
+        resources, current, prepared, records, watch: as for `learn_round`.
+        opened: what is kept of the round.
+        compiled: the fleet's step.
+        members: what it reads of them.
+        checkpoints: where its state is saved.
+        log: where its losses and scores go; None in all processes but the first.
+        state: what a checkpoint holds.
+        step: steps taken.
     """
 
-    def __init__(
-        self,
-        resources: Resources,
-        current: Round,
-        prepared: Prepared,
-        records: Records,
-        bar: Bar,
-        profiler: Profiler,
-    ):
-        self._resources, self._current, self._prepared = resources, current, prepared
-        self._records, self._bar, self._profiler = records, bar, profiler
-        self._config = resources.config
-        self._owned = set(slot_owners(resources.mesh, len(current.members))[1])
+    resources: Resources
+    current: Round
+    prepared: Prepared
+    records: Records
+    watch: Watch
+    opened: OpenRound
+    compiled: jax.stages.Compiled
+    members: Members
+    checkpoints: Checkpoints
+    log: Log | None
+    state: RoundState
+    step: int
+
+    def __post_init__(self) -> None:
+        """Sets up what changes while the round runs."""
+        mesh, current = self.resources.mesh, self.current
+        self._config = self.resources.config
+        self._owned = set(slot_owners(mesh, len(current.members))[1])
         self._waiting = [slot for slot, limit in enumerate(current.limits) if limit]
         self._diverged: set[int] = set()
-        self._step = self._saved = 0
         self._validations: dict[int, Validation] = {}  # by slot; each embeds its concept's own pictures once
-        self._losses: list[jax.Array] = []
-        # (step, losses up to it, seconds a step), not read yet: the newest may still be on their way.
-        self._unread: list[tuple[int, list[jax.Array], float | None]] = []
+        self._saved = self.step
+        self._losses = Losses()
+        self._work = Work.of(self.compiled, mesh.devices.flat[0].device_kind, current.settings.accumulation)
+        self._started = time.monotonic() - self.opened.seconds
+        self._meter = Meter()
 
     def run(self, stop: Callable[[], bool]) -> None:
-        """Takes the steps that are left; each concept is written when it has taken its own.
-
-        Args:
-            stop: whether it is time to save and stop.
-
-        Raises:
-            Stopped: it was told to stop, and has saved.
-            InputError, UnavailableError: something cannot be written, or the only concept has diverged.
-        """
-        resources, current, records = self._resources, self._current, self._records
-        most = max((len(examples.mean) for examples in self._prepared.examples.values()), default=1)
-        self._opened = records.open_round(current, most)
-        side = resources.side_of(next(member.config for member in current.members if member))
-        shape = (self._opened.pictures, len(self._config.templates), side)
-        self._members, learning = self._stack(shape)
-        self._compiled = resources.compiled(current.settings, len(current.members), *shape)
-        device_kind = resources.mesh.devices.flat[0].device_kind
-        self._work = Work.of(self._compiled, device_kind, current.settings.accumulation)
-        with ExitStack() as stack:
-            checkpoints = Checkpoints(records.checkpoints, self._config.keep_checkpoints)
-            self._checkpoints = stack.enter_context(closing(checkpoints))
-            self._state = RoundState(learning, self._no_best(learning.concept))
-            restored = checkpoints.restore(self._state, logging.warning)
-            if restored is not None:
-                self._state, self._step = restored
-                self._saved = self._step
-            self._bar.skip(sum(min(self._step, current.limits[slot]) for slot in self._waiting))
-            self._log: Log | None = stack.enter_context(records.log(self._opened.steps_before + self._step))
-            self._started = time.monotonic() - self._opened.seconds
-            self._meter = Meter()
-            while self._waiting:
-                if stop():
-                    self._save()
-                    raise Stopped
-                if self._due():
-                    with self._meter.pause():
-                        self._finish()
-                else:
-                    self._take_step()
-            # Nothing is left of the round but its last checkpoint, which nobody needs.
-            records.keep(OpenRound(steps_before=self._opened.steps_before + self._step))
-        distributed.wait_for_all("round is over")
+        """Takes the steps that are left; `stop` and errors as for `learn_round`."""
+        self.watch.bar.skip(sum(min(self.step, self.current.limits[slot]) for slot in self._waiting))
+        while self._waiting:
+            if stop():
+                self._save()
+                raise Stopped
+            if self._due():
+                with self._pause():
+                    self._finish()
+            else:
+                self._take_step()
 
     def _due(self) -> list[int]:
         """The slots that have come to their end."""
-        limits = self._current.limits
-        return [slot for slot in self._waiting if limits[slot] <= self._step or slot in self._diverged]
+        limits = self.current.limits
+        return [slot for slot in self._waiting if limits[slot] <= self.step or slot in self._diverged]
 
     def _member(self, slot: int) -> Member:
-        member = self._current.members[slot]
+        member = self.current.members[slot]
         assert member is not None
         return member
 
-    def _stack(self, shape: tuple[int, int, int]) -> tuple[Members, Learning]:
-        """The round's arrays over the mesh; `shape`: (pictures, prompts, side) that they are padded to."""
-        prepared, current = self._prepared, self._current
-        rows = {
-            slot: (
-                (pad_pictures(examples, shape[0]), prepared.keys[slot], np.int32(current.limits[slot])),
-                prepared.learning[slot],
-            )
-            for slot, examples in prepared.examples.items()
-        }
-        shapes = member_shapes(self._resources.base.model, current.settings, *shape)
-        return stack_members(rows, shapes, len(current.members), self._resources.mesh)
-
-    def _no_best(self, concept: Concept) -> Best | None:
-        config = self._config
-        if not (config.validate_every and config.validation_prompts and self._resources.evaluator):
-            return None
-        slots, whole = len(self._current.members), NamedSharding(self._resources.mesh, P())
-        scores = place(np.zeros((slots, len(Similarities._fields)), np.float32), whole)
-        # Copied, for the first step takes the buffers of the state.
-        copied = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=slot_sharding(self._resources.mesh))(concept)
-        return Best(copied, scores, place(np.zeros(slots, np.int32), whole))
-
     def _take_step(self) -> None:
-        config, resources, limits = self._config, self._resources, self._current.limits
-        self._profiler.before_step(lambda: jax.block_until_ready(self._state))
-        learning, loss = self._compiled(resources.params, resources.mesh_whitening, self._members, self._state.learning)
-        self._state = dataclasses.replace(self._state, learning=learning)
-        self._step += 1
-        self._meter.step()
-        self._losses.append(loss)
-        if len(self._losses) > AHEAD:
-            self._losses[-1 - AHEAD].block_until_ready()
-        self._bar.advance(sum(self._step <= limits[slot] for slot in self._waiting))
-        last = [slot for slot in self._waiting if self._step == limits[slot]]
-        looks = config.validate_every and config.validation_prompts
-        every = looks and self._step % config.validate_every == 0
-        if self._step % config.log_every == 0 or (last and self._records.alone):
-            self._pack_losses()
+        config, resources, limits = self._config, self.resources, self.current.limits
+        self.watch.profiler.before_step(lambda: jax.block_until_ready(self.state))
+        learning, loss = self.compiled(resources.params, resources.mesh_whitening, self.members, self.state.learning)
+        self.state = dataclasses.replace(self.state, learning=learning)
+        self.step += 1
+        self._losses.add(loss)
+        self._meter.count(self._losses.wait(AHEAD))
+        self.watch.bar.advance(sum(self.step <= limits[slot] for slot in self._waiting))
+        last = [slot for slot in self._waiting if self.step == limits[slot]]
+        if self.step % config.log_every == 0 or (last and self.records.alone):
             self._read_losses(left=1)
-        with self._meter.pause():
-            if looks and (every or last):
-                self._look([slot for slot in self._waiting if limits[slot] >= self._step] if every else last)
-            if self._step % config.checkpoint_every == 0:
+        validated: list[int] = []
+        if config.validate_every and config.validation_prompts:
+            every = self.step % config.validate_every == 0
+            validated = [slot for slot in self._waiting if limits[slot] >= self.step] if every else last
+        if validated:
+            with self._pause():
+                self._validate(validated)
+        if self.step % config.checkpoint_every == 0:
+            with self._pause():
                 self._save()
 
-    def _pack_losses(self) -> None:
-        if self._losses:
-            self._unread.append((self._step, self._losses, self._meter.read()))
-            self._losses = []
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Within it no steps are under way, and time does not count for their speed."""
+        self._meter.count(self._losses.wait())
+        with self._meter.pause():
+            yield
 
-    def _read_losses(self, left: int) -> None:
-        """Logs mean losses over the members of this process that still learn, oldest first; `left` entries stay.
+    def _read_losses(self, left: int = 0) -> None:
+        """Logs mean losses over the members of this process that still learn; `left` entries are left for later.
 
         Raises:
             InputError: the loss of the only concept is not finite.
         """
-        while len(self._unread) > left:
-            step, losses, seconds = self._unread.pop(0)
-            # Along data and fsdp, devices hold the same members.
-            parts = [{part.index[0].start or 0: part.data for part in loss.addressable_shards} for loss in losses]
-            values = np.stack([np.concatenate([np.asarray(part[first]) for first in sorted(part)]) for part in parts])
+        self._losses.pack(self.step, self._meter.read())
+        for step, values, seconds in self._losses.read(left):
             if jax.process_count() == 1:
                 self._find_diverged(values, step)
             finite = values[np.isfinite(values)]
-            if self._log is None or not finite.size:
+            if self.log is None or not finite.size:
                 continue
-            mean = float(finite.mean())
-            members = int(np.isfinite(values[-1]).sum())
-            facts: dict[str, float] = {"loss": mean}
-            if not self._records.alone:
-                facts["members"] = members
+            facts = {"loss": float(finite.mean())}
+            if not self.records.alone:
+                facts["members"] = int(np.isfinite(values[-1]).sum())
             rate = utilisation = None
             if seconds is not None:
-                rate = len(self._waiting) * self._current.settings.batch_size / seconds
+                rate = len(self._waiting) * self.current.settings.batch_size / seconds
                 utilisation = self._work.utilisation(seconds)
                 facts |= {"step_seconds": seconds, "samples_per_second": rate}
                 facts |= {} if utilisation is None else {"mfu": utilisation}
-            self._log(self._opened.steps_before + step, "", **facts)
-            self._bar.show(mean, rate, utilisation)
+            self.log(self.opened.steps_before + step, "", **facts)
+            self.watch.bar.show(facts["loss"], rate, utilisation)
 
     def _find_diverged(self, values: np.ndarray, step: int) -> None:
         """Finds members whose losses ([steps, slots], up to `step`) were not finite before their end."""
         first = step - len(values) + 1
         for slot in self._waiting:
-            taken = values[: max(0, self._current.limits[slot] - first + 1), slot]
+            taken = values[: max(0, self.current.limits[slot] - first + 1), slot]
             if np.isfinite(taken).all():
                 continue
-            if self._records.alone:
+            if self.records.alone:
+                learning = read_members(self.state.learning, [slot])[slot]
                 raise InputError(
-                    f"the loss or its gradient was not finite at step {first + int(np.argmin(np.isfinite(taken)))}: in "
-                    "a new --workdir, lower config.values_rate and config.embedding_rate, or try "
-                    f"config.dtype='float32'; earlier checkpoints: {self._records.checkpoints}"
+                    f"{self._divergence(slot, learning)}: in a new --workdir, lower config.values_rate and "
+                    f"config.embedding_rate, or try config.dtype='float32'; earlier checkpoints: "
+                    f"{self.records.checkpoints}"
                 )
             self._diverged.add(slot)
 
+    def _divergence(self, slot: int, learning: Learning) -> str:
+        """Says how a concept has diverged; `learning`: as it was before that step, on the host."""
+        problem = f"the loss or its gradient was not finite at step {int(learning.step) + 1}"
+        if not self.watch.debug_nans:
+            return problem
+        resources, prepared = self.resources, self.prepared
+        key = jax.random.wrap_key_data(jnp.asarray(prepared.keys[slot]))
+        base, settings = resources.base, self.current.settings
+        examples = prepared.examples[slot]
+        found = first_nan(base.model, base.params, resources.whitening, examples, learning, key, settings)
+        return f"{problem} ({found})"
+
     def _save(self) -> None:
-        if self._step <= self._saved:
+        if self.step <= self._saved:
             return
         # Steps that a checkpoint spares the next start are logged before it.
-        self._pack_losses()
-        self._read_losses(left=0)
-        if self._log is not None:
-            self._log.flush()
-        self._checkpoints.save(self._step, self._state)
+        self._read_losses()
+        if self.log is not None:
+            self.log.flush()
+        self.checkpoints.save(self.step, self.state)
         self._charge()
-        self._records.keep(self._opened)
-        self._saved = self._step
+        self.records.keep(self.opened)
+        self._saved = self.step
 
     def _charge(self) -> None:
         """Shares the time since the last call out among those that are not finished."""
         seconds = time.monotonic() - self._started
-        share = (seconds - self._opened.seconds) * chips_of(self._resources.mesh) / len(self._waiting)
-        self._opened = dataclasses.replace(
-            self._opened, seconds=seconds, chip_seconds=self._opened.chip_seconds + share
-        )
+        share = (seconds - self.opened.seconds) * chips_of(self.resources.mesh) / len(self._waiting)
+        self.opened = dataclasses.replace(self.opened, seconds=seconds, chip_seconds=self.opened.chip_seconds + share)
 
-    def _look(self, slots: Sequence[int]) -> None:
+    def _validate(self, slots: Sequence[int]) -> None:
         """Draws and scores concepts as they are, and keeps those that are the best so far."""
-        self._pack_losses()
-        self._read_losses(left=0)
-        found: list[tuple[int, Similarities | None]] = []
+        self._read_losses()
+        found: list[tuple[int, Scores | None]] = []
         mine = [slot for slot in slots if slot in self._owned and slot not in self._diverged]
-        for slot, concept in read_members(self._state.learning.concept, mine).items():
+        for slot, concept in read_members(self.state.learning.concept, mine).items():
             member = self._member(slot)
             sheet, scores = self._draw(slot, concept)
-            write_picture(self._records.sheet(member, self._step), sheet)
-            if self._log is not None:
-                self._log.picture(self._step, sheet, "" if self._records.alone else member.name)
+            write_picture(self.records.sheet(member, self.step), sheet)
+            if self.log is not None:
+                self.log.picture(self.opened.steps_before + self.step, sheet, "" if self.records.alone else member.name)
             found.append((slot, scores))
         gathered = [pair for part in distributed.gather(found) for pair in part]
-        scored = {slot: Similarities(*scores) for slot, scores in gathered if scores is not None}
-        if self._log is not None:
+        scored = {slot: Scores(*scores) for slot, scores in gathered if scores is not None}
+        if self.log is not None:
             for slot, scores in scored.items():
-                name = "" if self._records.alone else self._member(slot).name
-                self._log(self._opened.steps_before + self._step, name, **scores.facts)
-        self._keep_best(scored)
+                name = "" if self.records.alone else self._member(slot).name
+                self.log(self.opened.steps_before + self.step, name, **scores.facts)
+        if self.state.best is not None:
+            best = keep_better(self.state.best, self.state.learning.concept, scored, self.step, self.resources.mesh)
+            self.state = dataclasses.replace(self.state, best=best)
 
-    def _keep_best(self, scored: dict[int, Similarities]) -> None:
-        best = self._state.best
-        if best is None:
-            return
-        scores, steps = np.array(best.scores), np.array(best.steps)
-        better = np.zeros(len(steps), bool)
-        for slot, found in scored.items():
-            rounded = np.asarray(found, np.float32)  # as they are kept: an interruption changes nothing
-            if not steps[slot] or Similarities(*rounded).score > Similarities(*scores[slot]).score:
-                better[slot], scores[slot], steps[slot] = True, rounded, self._step
-        if not better.any():
-            return
-        whole = NamedSharding(self._resources.mesh, P())
-        concept = _exchange(best.concept, self._state.learning.concept, better)
-        self._state = dataclasses.replace(self._state, best=Best(concept, place(scores, whole), place(steps, whole)))
-
-    def _draw(self, slot: int, concept: Concept) -> tuple[np.ndarray, Similarities | None]:
+    def _draw(self, slot: int, concept: Concept) -> tuple[np.ndarray, Scores | None]:
         """Draws a concept, on the host as it is read; returns a sheet of pictures, and their scores."""
-        resources = self._resources
+        resources = self.resources
         if slot not in self._validations:
             self._validations[slot] = Validation(
                 self._member(slot).config,
                 resources.drawing_base,
                 resources.evaluator,
-                self._prepared.pixels[slot],
+                self.prepared.pixels[slot],
                 resources.drawing_mesh,
             )
         validation = self._validations[slot]
@@ -335,33 +348,33 @@ class Loop:
         self._save()
         self._charge()
         mine = [slot for slot in self._due() if slot in self._owned][:FINISHED_AT_ONCE]
-        lines = [self._finish_one(slot, state) for slot, state in read_members(self._state.learning, mine).items()]
+        lines = [self._finish_one(slot, state) for slot, state in read_members(self.state.learning, mine).items()]
         parts = distributed.gather([mine, lines])
-        self._records.add([line for _, part in parts for line in part])
+        self.records.add([line for _, part in parts for line in part])
         over = {slot for part, _ in parts for slot in part}
         self._waiting = [slot for slot in self._waiting if slot not in over]
 
     def _finish_one(self, slot: int, learning: Learning) -> dict[str, Any]:
         """Writes a concept, the best scored one or the last; returns its line of the report."""
-        member, best = self._member(slot), self._state.best
+        member, best = self._member(slot), self.state.best
         facts: dict[str, Any] = {
             "steps": int(learning.step),
-            "seconds": round(self._opened.seconds, 3),
-            "chip_seconds": round(self._opened.chip_seconds, 3),
+            "seconds": round(self.opened.seconds, 3),
+            "chip_seconds": round(self.opened.chip_seconds, 3),
         }
         if learning.diverged:
             error = (
-                f"the loss or its gradient was not finite at step {int(learning.step) + 1}: lower values_rate and "
-                "embedding_rate, or try config.dtype='float32'"
+                f"{self._divergence(slot, learning)}: lower values_rate and embedding_rate, or try "
+                "config.dtype='float32'"
             )
             return report_line(member.row, "diverged", **facts, error=error)
         concept, step, scores = learning.concept, int(learning.step), None
         if best is not None and (best_step := int(np.asarray(best.steps)[slot])):
             concept, step = read_members(best.concept, [slot])[slot], best_step
-            scores = Similarities(*np.asarray(best.scores)[slot].tolist())
-        file = self._records.concept(member)
-        write_concept(file, member.config, self._resources.base, jax.tree.map(jnp.asarray, concept), step)
-        if not self._records.alone and not self._config.validate_every and member.config.validation_prompts:
+            scores = Scores(*np.asarray(best.scores)[slot].tolist())
+        file = self.records.concept(member)
+        write_concept(file, member.config, self.resources.base, jax.tree.map(jnp.asarray, concept), step)
+        if not self.records.alone and not self._config.validate_every and member.config.validation_prompts:
             sheet, scores = self._draw(slot, concept)
-            write_picture(self._records.sheet(member), sheet)
+            write_picture(self.records.sheet(member), sheet)
         return report_line(member.row, "done", **facts, **(scores.facts if scores else {}))

@@ -33,7 +33,7 @@ class Evaluator:
         return (self.instance or self.clip).images(pictures)
 
 
-class Similarities(NamedTuple):
+class Scores(NamedTuple):
     """Means over pictures.
 
     Attributes:
@@ -70,7 +70,7 @@ class Similarities(NamedTuple):
         }
 
 
-def similarities(evaluator: Evaluator, pictures: np.ndarray, prompts: Sequence[str], own: np.ndarray) -> Similarities:
+def score_pictures(evaluator: Evaluator, pictures: np.ndarray, prompts: Sequence[str], own: np.ndarray) -> Scores:
     """Measures drawn pictures.
 
     Args:
@@ -86,4 +86,4 @@ def similarities(evaluator: Evaluator, pictures: np.ndarray, prompts: Sequence[s
     asked = np.arange(len(prompts)), np.array([distinct.index(prompt) for prompt in prompts])
     odds = np.exp(clip.logit_scale * (cosines - cosines.max(axis=1, keepdims=True)))
     precision = (odds / odds.sum(axis=1, keepdims=True))[asked].mean()
-    return Similarities(float(image), float(cosines[asked].mean()), float(precision))
+    return Scores(float(image), float(cosines[asked].mean()), float(precision))

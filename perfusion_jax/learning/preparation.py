@@ -1,6 +1,7 @@
 """What each concept is learnt from: its pictures, encoded, with masks and prompts."""
 
 import threading
+import traceback
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -167,6 +168,7 @@ def prepare(resources: Resources, current: Round, held: Sequence[int], cancelled
                 error
             ):  # no fault of the concept's
                 raise
+            traceback.clear_frames(error.__traceback__)  # which hold the pictures
             prepared.failures[slot] = error
             continue
         examples = data.examples if config.flip else _without_mirrored(data.examples)

@@ -1,6 +1,5 @@
 """What a person sees of a run while it learns: a bar, the loss, and how fast it goes."""
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +11,10 @@ from tqdm import tqdm
 
 from perfusion_jax.pod import chips
 from perfusion_jax.pod.hlo_report import kernel_cost
-from perfusion_jax.runtime.errors import InputError
 
 
 class Meter:
-    """Measures steps per second of time in which steps are taken.
-
-    Compiling, drawing, scoring and saving are left out: `pause` is around them.
+    """Measures seconds a step, pauses left out: compiling, drawing, scoring and saving.
 
     Args:
         clock: seconds, from any origin.
@@ -29,9 +25,9 @@ class Meter:
         self._began = clock()
         self._steps = 0
 
-    def step(self) -> None:
-        """Counts a step."""
-        self._steps += 1
+    def count(self, steps: int) -> None:
+        """Counts steps that were taken."""
+        self._steps += steps
 
     def read(self) -> float | None:
         """Seconds a step since the last call; None if there was none."""
@@ -47,52 +43,8 @@ class Meter:
         try:
             yield
         finally:
-            self._began += self._clock() - began
-
-
-def parse_profile(text: str | None) -> tuple[int, int] | None:
-    """Reads `START:STOP`: the steps of this run, from 0, that are traced; None where none are.
-
-    Raises:
-        InputError: it is not of that form.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise InputError(f"--profile is {text!r}; it must be START:STOP, two numbers of steps, such as 10:15")
-    return int(match[1]), int(match[2])
-
-
-class Profiler:
-    """Traces some steps of a run with `jax.profiler`.
-
-    Args:
-        folder: where the trace goes; TensorBoard and Perfetto read it.
-        steps: first, and the one after the last, counted from the first step of this run.
-    """
-
-    def __init__(self, folder: str, steps: tuple[int, int] | None):
-        self._folder, self._first, self._end = folder, *(steps or (-1, -1))
-        self._taken = 0
-        self._tracing = False
-
-    def before_step(self, wait: Callable[[], None]) -> None:
-        """Begins or ends the trace; `wait` waits for the steps that are under way."""
-        if self._taken == self._first:
-            wait()
-            jax.profiler.start_trace(self._folder)
-            self._tracing = True
-        elif self._taken == self._end:
-            wait()
-            self.close()
-        self._taken += 1
-
-    def close(self) -> None:
-        """Ends the trace, if one is open."""
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False
+            # What `read` was called within has begun anew there.
+            self._began += self._clock() - max(began, self._began)
 
 
 @dataclass(frozen=True)
@@ -153,6 +105,18 @@ class Bar:
             self._bar.n += steps
             self._bar.initial += steps
             self._bar.last_print_n += steps
+            self._bar.refresh()
+
+    @property
+    def position(self) -> int:
+        """Steps counted so far."""
+        return int(self._bar.n)
+
+    def return_to(self, position: int) -> None:
+        """Goes back to where it was; what was counted since will be counted again."""
+        if not self._bar.disable:
+            self._bar.n = self._bar.last_print_n = position
+            self._bar.initial = min(self._bar.initial, position)
             self._bar.refresh()
 
     def advance(self, steps: int) -> None:

@@ -101,6 +101,12 @@ class Records:
         if self.report is not None:
             self.report.add(lines)
 
+    def over(self, current: Round) -> set[int]:
+        """The slots of a round whose concepts are done with, as the report says."""
+        if self.report is None:
+            return set()
+        return {slot for slot, member in enumerate(current.members) if member and self.report.is_over(member.name)}
+
     @property
     def _open(self) -> epath.Path:
         return self.folder / "round.json"

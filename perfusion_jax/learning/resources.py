@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
@@ -18,7 +18,7 @@ from perfusion_jax.formats import covariance_file
 from perfusion_jax.learning.fleet_step import STEP_PARAMS, make_fleet_step, member_shapes, step_shapes
 from perfusion_jax.learning.metrics import Evaluator
 from perfusion_jax.learning.step import Settings
-from perfusion_jax.pod.mesh import make_mesh, param_shardings, place, submesh_view
+from perfusion_jax.pod.mesh import make_mesh, place, submesh_view, whole
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError
 
@@ -57,7 +57,7 @@ def load_evaluator(config: ConfigDict) -> Evaluator | None:
     return Evaluator(load_clip(folder), instance)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Resources:
     """What all rounds share.
 
@@ -103,10 +103,10 @@ def mesh_of(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
     if config.mesh:
         return make_mesh(config.mesh, devices)
     if is_fleet(config):
-        return make_mesh((-1, 1, 1), devices)
+        return make_mesh((-1, 1), devices)
     part = config.batch_size // config.accumulation
     count = max(number for number in range(1, len(devices) + 1) if part % number == 0)
-    return make_mesh((1, count, 1), devices[:count])
+    return make_mesh((1, count), devices[:count])
 
 
 def load_resources(config: ConfigDict) -> Resources:
@@ -118,17 +118,17 @@ def load_resources(config: ConfigDict) -> Resources:
     """
     mesh = mesh_of(config)
     base = load_base(config)
-    frozen = {name: base.params[name] for name in STEP_PARAMS}
-    params = place(frozen, param_shardings(frozen, mesh))
-    if mesh.shape["fsdp"] == 1:  # the whole weights lie on every device: one copy on the first is enough
-        first = Mesh(jax.local_devices()[:1], ("data",))
-        base = dataclasses.replace(base, params={**base.params, **submesh_view(params, first)})
+    params = place({name: base.params[name] for name in STEP_PARAMS}, mesh)
+    # One copy on the first device is enough.
+    base = dataclasses.replace(
+        base, params={**base.params, **submesh_view(params, Mesh(jax.local_devices()[:1], ("data",)))}
+    )
     whitening = load_whitening(config, base)
     drawing_base, drawing_mesh = base, None
     here = mesh.local_devices
-    if config.validation_prompts and mesh.shape["fsdp"] == 1 and len(here) > 1:
+    if config.validation_prompts and len(here) > 1:
         drawing_mesh = Mesh(np.array(here), ("data",), axis_types=(AxisType.Auto,))
-        vae = jax.device_put(base.params["vae"], NamedSharding(drawing_mesh, PartitionSpec()))
+        vae = jax.device_put(base.params["vae"], whole(drawing_mesh))
         drawing_base = dataclasses.replace(base, params={**submesh_view(params, drawing_mesh), "vae": vae})
 
     @functools.cache
@@ -137,8 +137,17 @@ def load_resources(config: ConfigDict) -> Resources:
         step: Any = make_fleet_step(base.model, settings, mesh)
         return step.lower(*step_shapes(base.model, shapes, slots)).compile()
 
-    mesh_whitening = place(whitening, NamedSharding(mesh, PartitionSpec()))
+    mesh_whitening = place(whitening, mesh)
     evaluator = load_evaluator(config) if config.validation_prompts else None
     return Resources(
-        config, base, params, whitening, mesh_whitening, evaluator, drawing_base, drawing_mesh, mesh, compiled
+        config=config,
+        base=base,
+        params=params,
+        whitening=whitening,
+        mesh_whitening=mesh_whitening,
+        evaluator=evaluator,
+        drawing_base=drawing_base,
+        drawing_mesh=drawing_mesh,
+        mesh=mesh,
+        compiled=compiled,
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 from perfusion_jax.config import MEMORY_ADVICE
 from perfusion_jax.data.sources import count_pictures
 from perfusion_jax.data.table import Row
-from perfusion_jax.learning.fleet_step import STEP_PARAMS, check_split
+from perfusion_jax.learning.fleet_step import check_split
 from perfusion_jax.learning.report import OpenRound
 from perfusion_jax.learning.resources import Resources
 from perfusion_jax.learning.step import Settings
@@ -23,6 +24,8 @@ from perfusion_jax.runtime.errors import InputError
 MEMBERS_BY_DEFAULT = 8
 # Numbers of pictures are rounded up to multiples of this, so that few shapes are compiled.
 PICTURES_STEP = 8
+# Folders of pictures that are listed at once: in a bucket each takes a while.
+LISTED_AT_ONCE = 32
 
 
 class Member(NamedTuple):
@@ -100,7 +103,8 @@ def plan(resources: Resources, table: Sequence[Member], todo: Sequence[Member], 
         try:
             check_split(settings, resources.mesh)
         except InputError as error:
-            raise InputError(f"{everyone[0].row.where}: {error}") from error
+            where = everyone[0].row.where
+            raise InputError(f"{where}: {error}" if where else str(error)) from error
     left = {member.identity: member for member in todo}
     rounds = []
     slots = [left.get(identity) if identity else None for identity in opened.members]
@@ -138,12 +142,17 @@ def _members_at_once(resources: Resources, settings: Settings, side: int, everyo
     if room is None:
         fitting = min(most, MEMBERS_BY_DEFAULT)
     else:
-        pictures = distributed.from_first(lambda: max(count_pictures(member.row.pictures) for member in everyone))
+        pictures = distributed.from_first(lambda: _most_pictures(everyone))
         taken = _bytes_for(resources, settings, side, pictures)
         fitting = most_that_fit(taken, room, most, MEMORY_ADVICE)
     # Rounds as full as each other: a slot takes its time, with a member in it or without.
     rounds = -(-most // fitting)
     return places * -(-most // rounds)
+
+
+def _most_pictures(members: Sequence[Member]) -> int:
+    with ThreadPoolExecutor(LISTED_AT_ONCE) as executor:
+        return max(executor.map(count_pictures, [member.row.pictures for member in members]))
 
 
 def _fit(resources: Resources, settings: Settings, side: int, pictures: int, slots: int) -> bool:
@@ -169,11 +178,8 @@ def _bytes_for(resources: Resources, settings: Settings, side: int, pictures: in
 def _room(resources: Resources) -> int | None:
     """Memory that the step may take on a chip, in bytes, the same in all processes; None if devices do not tell."""
     memory = jax.local_devices()[0].memory_stats() or {}
-    # The first device also prepares the next round, for which a tenth is left, holds the evaluator, and where weights
-    # are split, their whole.
-    more = [*resources.evaluator.params] if resources.evaluator else []
-    if resources.mesh.shape["fsdp"] > 1:
-        more += [resources.base.params[name] for name in STEP_PARAMS]
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(more))
+    # The first device also prepares the next round, for which a tenth is left, and holds the evaluator.
+    evaluator = resources.evaluator.params if resources.evaluator else []
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(evaluator))
     limits = [limit for limit in distributed.gather(memory.get("bytes_limit")) if limit is not None]
     return int(0.9 * min(limits)) - held if limits else None

@@ -16,12 +16,12 @@ does not fit any more), to the same concepts; does what is missing; tries failed
 diverged ones alone, and says so if their lines in the table are others now.
 """
 
+import dataclasses
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 
 import jax
@@ -33,28 +33,29 @@ from ml_collections import ConfigDict
 from perfusion_jax.config import OVERRIDES, PER_CONCEPT, check, member_config
 from perfusion_jax.data.table import Row, read_table
 from perfusion_jax.learning.checkpoints import Checkpoints
-from perfusion_jax.learning.loop import Loop
+from perfusion_jax.learning.diagnostics import Diagnostics, Profiler
+from perfusion_jax.learning.loop import Watch, learn_round
 from perfusion_jax.learning.preparation import Prepared, prepare
-from perfusion_jax.learning.progress import Bar, Profiler
+from perfusion_jax.learning.progress import Bar
 from perfusion_jax.learning.records import Records, report_line
 from perfusion_jax.learning.report import Report
-from perfusion_jax.learning.resources import load_resources
+from perfusion_jax.learning.resources import Resources, load_resources
 from perfusion_jax.learning.rounds import Member, Round, plan
-from perfusion_jax.learning.scoring import show_masks
+from perfusion_jax.learning.scoring import check_validation, show_masks
 from perfusion_jax.learning.workdir import begin, has_results
 from perfusion_jax.pod import distributed
 from perfusion_jax.pod.slots import slot_owners
-from perfusion_jax.runtime.errors import InputError, Stopped, out_of_memory
-from perfusion_jax.runtime.files import entries, locked
+from perfusion_jax.runtime.errors import InputError, Stopped, UnavailableError, out_of_memory
+from perfusion_jax.runtime.files import entries, locked, write_bytes
 
 
-def train_one(config: ConfigDict, workdir: epath.Path, profile: tuple[int, int] | None = None) -> epath.Path:
+def train_one(config: ConfigDict, workdir: epath.Path, diagnostics: Diagnostics | None = None) -> epath.Path:
     """Learns the concept of a config, or goes on with it.
 
     Args:
         config: of one concept.
         workdir: where results go.
-        profile: steps that are traced (`progress.Profiler`).
+        diagnostics: what is asked for of them; None for nothing.
 
     Returns:
         The concept's file.
@@ -77,7 +78,7 @@ def train_one(config: ConfigDict, workdir: epath.Path, profile: tuple[int, int] 
         if taken >= config.steps and result.exists():
             print(f"finished already, after {taken} steps: {result}")
         else:
-            _learn(config, records, [member], [member], profile)
+            _learn(config, records, [member], [member], diagnostics or Diagnostics())
     return result
 
 
@@ -85,7 +86,7 @@ def train_fleet(
     config: ConfigDict,
     workdir: epath.Path,
     shard: tuple[int, int] = (0, 1),
-    profile: tuple[int, int] | None = None,
+    diagnostics: Diagnostics | None = None,
 ) -> None:
     """Learns what is missing of a table.
 
@@ -93,7 +94,7 @@ def train_fleet(
         config: one that names `concepts` (`configs/fleet.py`).
         workdir: shared by all processes, and by all jobs that have a part of the table.
         shard: (I, N): every N-th concept from the I-th on. Each job keeps its report in `shard_I_of_N/`.
-        profile: steps that are traced (`progress.Profiler`).
+        diagnostics: what is asked for of them; None for nothing.
 
     Raises:
         InputError: the config, table or workdir cannot be used, or not one concept was learnt and there are no other
@@ -121,7 +122,7 @@ def train_fleet(
         todo = [member for member in members if not report.is_over(member.name)]
         _warn_of_changed_rows(rows, report)
         if todo:
-            _learn(config, Records(workdir, folder, report), members, todo, profile)
+            _learn(config, Records(workdir, folder, report), members, todo, diagnostics or Diagnostics())
     _summarise(rows, report, workdir, is_part=count > 1)
 
 
@@ -186,55 +187,132 @@ def _learn(
     records: Records,
     members: list[Member],
     todo: list[Member],
-    profile: tuple[int, int] | None,
+    diagnostics: Diagnostics,
 ) -> None:
-    """Learns members round by round, the next round being prepared by a thread.
+    """Learns members round by round.
 
     Raises:
         Stopped: it was told to stop, and has saved.
         InputError, UnavailableError: something cannot be written, or the only concept cannot be learnt.
+        jax.errors.JaxRuntimeError: a device fails, or its memory does not suffice.
     """
     resources = load_resources(config)
+    if config.validation_prompts:
+        check_validation(config, resources.base.model)
     rounds = plan(resources, members, todo, records.read_open_round())
     steps = sum(member.config.steps for member in todo)
     name = config.name if records.alone else "fleet"
-    cancelled = threading.Event()
     with (
         distributed.stopping() as stop,
         ThreadPoolExecutor(1, "prepare") as executor,
-        closing(Profiler(str(records.folder / "profile"), profile)) as profiler,
+        closing(Profiler(str(records.folder / "profile"), diagnostics.profile)) as profiler,
         closing(Bar(steps, len(todo), name, shown=distributed.is_first())) as bar,
     ):
-
-        def submit(current: Round) -> "Future[Prepared]":
-            held, _ = slot_owners(resources.mesh, len(current.members))
-            return executor.submit(prepare, resources, current, held, cancelled)
-
+        watch = Watch(bar=bar, profiler=profiler, debug_nans=diagnostics.debug_nans)
+        job = _Job(resources=resources, records=records, watch=watch, stop=stop, executor=executor)
         try:
-            upcoming = submit(rounds[0])
-            for number, current in enumerate(rounds):
-                bar.say("preparing pictures")
-                prepared = None
-                try:
-                    prepared = _result(upcoming, stop)
-                except jax.errors.JaxRuntimeError as error:
-                    if number == 0 or not out_of_memory(error):
-                        raise
-                if prepared is None:  # not in the handler, where the error still holds the arrays of what failed
-                    upcoming = submit(current)  # the step of the round before was in memory as well; now it is not
-                    prepared = _result(upcoming, stop)
-                if number + 1 < len(rounds):
-                    upcoming = submit(rounds[number + 1])
-                left = current.without(_report_failures(current, prepared, records))
-                bar.skip(sum(current.limits) - sum(left.limits))
-                if records.alone:
-                    masks = np.asarray(prepared.examples[0].masks[:, 0])
-                    show_masks(records.workdir / "masks.png", prepared.pixels[0], masks)
-                if any(left.members):
-                    bar.say("compiling")
-                    Loop(resources, left, prepared, records, bar, profiler).run(stop)
+            job.learn(rounds)
         finally:
-            cancelled.set()
+            job.cancelled.set()
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Job:
+    """Learns rounds one after the other, while a thread prepares the next one.
+
+    Attributes:
+        resources, records, watch, stop: as for `loop.learn_round`.
+        executor: its one thread prepares.
+        cancelled: set when what it prepares is not needed any more.
+    """
+
+    resources: Resources
+    records: Records
+    watch: Watch
+    stop: Callable[[], bool]
+    executor: ThreadPoolExecutor
+    cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def learn(self, rounds: Sequence[Round]) -> None:
+        """Learns all rounds; errors as for `_learn`."""
+        one_by_one = distributed.from_first(self._marker.exists)
+        upcoming: Future[Prepared] | None = None
+        for number, current in enumerate(rounds):
+            self.watch.bar.say("preparing pictures")
+            upcoming = self._ready(upcoming or self._submit(current), current, beside_steps=upcoming is not None)
+            prepared = upcoming.result()
+            upcoming = None if one_by_one or number + 1 == len(rounds) else self._submit(rounds[number + 1])
+            left = current.without(_report_failures(current, prepared, self.records))
+            self.watch.bar.skip(sum(current.limits) - sum(left.limits))
+            if self.records.alone:
+                masks = np.asarray(prepared.examples[0].masks[:, 0])
+                show_masks(self.records.workdir / "masks.png", prepared.pixels[0], masks)
+            self._learn_round(left, prepared, upcoming)
+
+    @property
+    def _marker(self) -> epath.Path:
+        """There if memory does not suffice to prepare a round beside another, as a job of many processes has found."""
+        return self.records.folder / "prepare_one_by_one"
+
+    def _submit(self, current: Round) -> "Future[Prepared]":
+        held, _ = slot_owners(self.resources.mesh, len(current.members))
+        return self.executor.submit(prepare, self.resources, current, held, self.cancelled)
+
+    def _ready(self, upcoming: "Future[Prepared]", current: Round, beside_steps: bool) -> "Future[Prepared]":
+        """Waits for a round to be prepared; again, if memory did not suffice for it beside steps of another."""
+        self._wait(upcoming)
+        error = upcoming.exception()
+        if not (beside_steps and isinstance(error, jax.errors.JaxRuntimeError) and out_of_memory(error)):
+            return upcoming
+        del upcoming, error  # which hold the arrays of what failed
+        again = self._submit(current)
+        self._wait(again)
+        return again
+
+    def _learn_round(self, current: Round, prepared: Prepared, upcoming: "Future[Prepared] | None") -> None:
+        """Learns a round; again from its last checkpoint, if memory did not suffice beside the preparation of another.
+
+        Raises:
+            UnavailableError: it did not, in a job of many processes: the next one will prepare rounds one by one.
+        """
+        if not any(current.members):
+            return
+        bar = self.watch.bar
+        position = bar.position
+        bar.say("compiling")
+        try:
+            learn_round(self.resources, current, prepared, self.records, self.watch, self.stop)
+            return
+        except jax.errors.JaxRuntimeError as error:
+            reason = out_of_memory(error)
+            if upcoming is None or not reason:
+                raise
+            if jax.process_count() > 1:  # one cannot go back: the others wait for it, in the step that failed
+                write_bytes(self._marker, b"")
+                raise UnavailableError(
+                    f"memory does not suffice to prepare a round while another is learnt ({reason}); the same command "
+                    "does one after the other"
+                ) from error
+            logging.warning("%s; a round is learnt again from its last checkpoint, with nothing beside it", reason)
+        # Not in the handler, where the error still holds the arrays of what failed.
+        self._wait(upcoming)
+        over = self.records.over(current)
+        bar.return_to(position + sum(current.limits[slot] for slot in over))
+        left = current.without(over)
+        if any(left.members):
+            learn_round(self.resources, left, prepared, self.records, self.watch, self.stop)
+
+    def _wait(self, future: "Future[Prepared]") -> None:
+        """Waits for a future to be done; a process that is alone can be stopped meanwhile.
+
+        Raises:
+            Stopped: it was.
+        """
+        if jax.process_count() > 1:
+            wait([future])
+        while not wait([future], timeout=0.02).done:
+            if self.stop():
+                raise Stopped
 
 
 def _report_failures(current: Round, prepared: Prepared, records: Records) -> set[int]:
@@ -258,16 +336,3 @@ def _report_failures(current: Round, prepared: Prepared, records: Records) -> se
     failed = [(current.members[slot], slot, problem) for part in distributed.gather(problems) for slot, problem in part]
     records.add([report_line(member.row, "failed", error=problem) for member, _, problem in failed if member])
     return {slot for _, slot, _ in failed}
-
-
-def _result(future: "Future[Prepared]", stop: Callable[[], bool]) -> Prepared:
-    """Waits for a round to be prepared; a process that is alone can be stopped meanwhile.
-
-    Raises:
-        Stopped: it was.
-    """
-    while jax.process_count() == 1 and not future.done():
-        if stop():
-            raise Stopped
-        time.sleep(0.02)
-    return future.result()

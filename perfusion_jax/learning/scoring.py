@@ -7,14 +7,34 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from perfusion_jax.base_model import BaseModel
+from perfusion_jax.base_model import Architecture, BaseModel
+from perfusion_jax.data.examples import PLACEHOLDER
 from perfusion_jax.drawing.generation import generate
 from perfusion_jax.drawing.grids import grid
+from perfusion_jax.drawing.samplers import make_plan
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.formats.picture_file import write_picture
-from perfusion_jax.learning.metrics import Evaluator, Similarities, similarities
+from perfusion_jax.learning.metrics import Evaluator, Scores, score_pictures
 from perfusion_jax.learning.workdir import make_card
 from perfusion_jax.method.concept import Concept
+from perfusion_jax.runtime.errors import InputError
+
+
+def check_validation(config: ConfigDict, model: Architecture) -> None:
+    """Makes sure, before anything is learnt, that the validation prompts can be drawn.
+
+    Raises:
+        InputError: one is too long, or the model's schedule has fewer steps than are to be taken.
+    """
+    try:
+        prompts = [prompt.replace("{}", PLACEHOLDER) for prompt in config.validation_prompts]
+        model.tokenizer(prompts, [PLACEHOLDER])
+    except InputError as error:
+        raise InputError(f"config.validation_prompts: {error}") from error
+    try:
+        make_plan(model.schedule, "ddim", config.sampling_steps)
+    except InputError as error:
+        raise InputError(f"config.sampling_steps: {error}") from error
 
 
 class Validation:
@@ -70,7 +90,7 @@ class Validation:
         rows = [np.concatenate([self._own[[row % len(self._own)]], pictures]) for row, pictures in enumerate(drawn)]
         return drawn, grid(rows)
 
-    def score(self, drawn: np.ndarray) -> Similarities | None:
+    def score(self, drawn: np.ndarray) -> Scores | None:
         """Scores what `draw` drew, or None without an evaluator."""
         if self._evaluator is None:
             return None
@@ -79,7 +99,7 @@ class Validation:
             for prompt in self._config.validation_prompts
             for _ in range(drawn.shape[1])
         ]
-        return similarities(self._evaluator, drawn.reshape(-1, *drawn.shape[2:]), texts, self._own_embeddings)
+        return score_pictures(self._evaluator, drawn.reshape(-1, *drawn.shape[2:]), texts, self._own_embeddings)
 
 
 def show_masks(file: epath.Path, pixels: np.ndarray, masks: np.ndarray) -> None:

@@ -11,10 +11,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float32, Int32, Key
 from ml_collections import ConfigDict
 
 from perfusion_jax.base_model import Architecture, keys_values
@@ -63,7 +63,7 @@ class Settings:
             "key_outputs": not config.lock_keys and config.edit,
         }
         trained = tuple(field for field, is_trained in fields.items() if is_trained)
-        same = {field.name: config[field.name] for field in dataclasses.fields(cls) if field.name in config}
+        same = {field.name: config[field.name] for field in dataclasses.fields(cls) if field.name != "trained"}
         return cls(**same, trained=trained)
 
 
@@ -78,14 +78,15 @@ class Batch(NamedTuple):
         timesteps: int32 [batch].
     """
 
-    latents: jax.Array
-    masks: jax.Array
-    ids: jax.Array
-    noise: jax.Array
-    timesteps: jax.Array
+    latents: Float32[Array, "*parts batch height width channels"]
+    masks: Float32[Array, "*parts batch height width"]
+    ids: Int32[Array, "*parts batch tokens"]
+    noise: Float32[Array, "*parts batch height width channels"]
+    timesteps: Int32[Array, "*parts batch"]
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Learning:
     """A concept while it is learnt: all that changes from step to step.
 
@@ -98,8 +99,8 @@ class Learning:
 
     concept: Concept
     optimizer: Any
-    step: jax.Array
-    diverged: jax.Array
+    step: Int32[Array, "*slots"]
+    diverged: Bool[Array, "*slots"]
 
 
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -120,7 +121,7 @@ def start(concept: Concept, settings: Settings) -> Learning:
     )
 
 
-def draw_batch(key: jax.Array, examples: Examples, model: Architecture, settings: Settings) -> Batch:
+def draw_batch(key: Key[Array, ""], examples: Examples, model: Architecture, settings: Settings) -> Batch:
     """Draws the samples of a step: pictures, flips, prompts, latents of the posterior, noise and timesteps.
 
     Args:
@@ -147,11 +148,11 @@ def draw_batch(key: jax.Array, examples: Examples, model: Architecture, settings
 def loss(
     model: Architecture,
     params: dict[str, Params],
-    whitening: jax.Array,
+    whitening: Float32[Array, "context context"],
     concept: Concept,
     batch: Batch,
     settings: Settings,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float32[Array, ""], Float32[Array, " context"]]:
     """The denoising loss of a batch under the edit; arguments as for `train_step`.
 
     The squared error of each pixel is weighted by the mask, and the weighted sum divided by the sum of the weights;
@@ -178,16 +179,46 @@ def loss(
     return per_sample.mean(), concept_encoding
 
 
+def loss_and_gradient(
+    model: Architecture,
+    params: dict[str, Params],
+    whitening: Float32[Array, "context context"],
+    examples: Examples,
+    learning: Learning,
+    key: Key[Array, ""],
+    settings: Settings,
+    place: Callable[[Batch], Batch] = lambda parts: parts,
+) -> tuple[tuple[Float32[Array, ""], Float32[Array, " context"]], dict[str, Any]]:
+    """Computes the loss and its gradient on the batch of the next step; arguments as for `train_step`.
+
+    Returns:
+        ((loss, mean encoding at the concept's token over the batch, [context_width]), gradient by trained field), all
+        float32.
+    """
+    concept = learning.concept
+    batch = draw_batch(jax.random.fold_in(key, learning.step), examples, model, settings)
+    parts = place(jax.tree.map(lambda array: array.reshape(settings.accumulation, -1, *array.shape[1:]), batch))
+
+    def of_part(part: Batch) -> tuple[tuple[Float32[Array, ""], Float32[Array, " context"]], dict[str, Any]]:
+        def loss_of(parameters: dict[str, Any]) -> tuple[Float32[Array, ""], Float32[Array, " context"]]:
+            return loss(model, params, whitening, dataclasses.replace(concept, **parameters), part, settings)
+
+        return jax.value_and_grad(loss_of, has_aux=True)(concept.trainable(settings.trained))
+
+    # Parts are of one size, so the mean of their means is the mean over the batch.
+    return jax.tree.map(lambda array: array.mean(axis=0), jax.lax.map(of_part, parts))
+
+
 def train_step(
     model: Architecture,
     params: dict[str, Params],
-    whitening: jax.Array,
+    whitening: Float32[Array, "context context"],
     examples: Examples,
     learning: Learning,
-    key: jax.Array,
+    key: Key[Array, ""],
     settings: Settings,
     place: Callable[[Batch], Batch] = lambda parts: parts,
-) -> tuple[Learning, jax.Array]:
+) -> tuple[Learning, Float32[Array, ""]]:
     """Takes one optimiser step.
 
     Args:
@@ -205,23 +236,12 @@ def train_step(
         (the state after, the loss before the step). Where the loss or a gradient is not finite, the state stays what it
         was from then on, and the loss is NaN.
     """
-    concept = learning.concept
-    batch = draw_batch(jax.random.fold_in(key, learning.step), examples, model, settings)
-    parts = place(jax.tree.map(lambda array: array.reshape(settings.accumulation, -1, *array.shape[1:]), batch))
-    parameters = concept.trainable(settings.trained)
-
-    def gradient_of(part: Batch) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
-        def loss_of(parameters: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-            return loss(model, params, whitening, dataclasses.replace(concept, **parameters), part, settings)
-
-        return jax.value_and_grad(loss_of, has_aux=True)(parameters)
-
-    # Parts are of one size, so the mean of their means is the mean over the batch.
-    (value, encoding), gradient = jax.tree.map(lambda array: array.mean(axis=0), jax.lax.map(gradient_of, parts))
+    (value, encoding), gradient = loss_and_gradient(model, params, whitening, examples, learning, key, settings, place)
+    parameters = learning.concept.trainable(settings.trained)
     updates, optimizer = make_optimizer(settings).update(gradient, learning.optimizer, parameters)
     decay = settings.target_input_decay
-    moved = dataclasses.replace(concept, **optax.apply_updates(parameters, updates)).with_target_input(
-        decay * concept.target_input + (1 - decay) * encoding, whitening
+    moved = dataclasses.replace(learning.concept, **optax.apply_updates(parameters, updates)).with_target_input(
+        decay * learning.concept.target_input + (1 - decay) * encoding, whitening
     )
     diverged = learning.diverged | ~jnp.isfinite(value) | ~jnp.isfinite(optax.tree.norm(gradient))
     after = Learning(moved, optimizer, learning.step + 1, diverged)

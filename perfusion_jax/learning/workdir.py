@@ -57,8 +57,8 @@ class Log:
 
     def __init__(self, workdir: epath.Path, step: int):
         self._file = workdir / METRICS
-        # A bucket takes whole files alone, and each of them about once a second.
-        self._pause = 0 if is_local(workdir) else 30
+        # The whole file is written each time; a bucket takes it about once a second.
+        self._pause = 1 if is_local(workdir) else 30
         self._flushed = 0.0
         lines = read_text(self._file).splitlines()
         self._lines = [line for line in lines if _step_of(line) <= step]
@@ -141,8 +141,8 @@ def make_card(config: ConfigDict, base: BaseModel, step: int) -> ConceptCard:
     )
 
 
-def write_concept(file: epath.Path, config: ConfigDict, base: BaseModel, concept: Concept, step: int) -> ConceptCard:
-    """Writes a learnt concept, all at once or not at all, and returns what its file says of it.
+def write_concept(file: epath.Path, config: ConfigDict, base: BaseModel, concept: Concept, step: int) -> None:
+    """Writes a learnt concept, all at once or not at all.
 
     Args:
         file: where.
@@ -154,6 +154,4 @@ def write_concept(file: epath.Path, config: ConfigDict, base: BaseModel, concept
     Raises:
         InputError, UnavailableError: it cannot be written.
     """
-    card = make_card(config, base, step)
-    save_concept(file, concept, card)
-    return card
+    save_concept(file, concept, make_card(config, base, step))

@@ -8,16 +8,18 @@ stacked along an axis for `jax.vmap`.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from perfusion_jax.method import edit
 
-Outputs = dict[str, jax.Array]
+# Of a projection, by cross-attention layer.
+Outputs = dict[str, Float32[Array, "*concepts _"]]
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Concept:
     """One concept, or many stacked along a leading axis of every array. All arrays are float32.
 
@@ -30,19 +32,19 @@ class Concept:
         value_outputs: o*_V by cross-attention layer, [out_width] each. Trained.
     """
 
-    embedding: jax.Array
-    target_input: jax.Array
-    dual: jax.Array
+    embedding: Float32[Array, "*concepts token_width"]
+    target_input: Float32[Array, "*concepts context"]
+    dual: Float32[Array, "*concepts context"]
     key_outputs: Outputs
     value_outputs: Outputs
 
     @classmethod
     def from_super_category(
         cls,
-        projections: Mapping[str, Mapping[str, Mapping[str, jax.Array]]],
-        embedding: jax.Array,
-        encoding: jax.Array,
-        whitening: jax.Array,
+        projections: Mapping[str, Mapping[str, Mapping[str, Float[Array, "..."]]]],
+        embedding: Float[Array, " token_width"],
+        encoding: Float[Array, " context"],
+        whitening: Float32[Array, "context context"],
     ) -> "Concept":
         """Returns the concept before training: in every way its super-category (paper, sections 4.1 and 4.2).
 
@@ -71,7 +73,9 @@ class Concept:
             value_outputs=outputs("to_v"),
         )
 
-    def trainable(self, fields: Sequence[str] = ("embedding", "value_outputs")) -> dict[str, jax.Array | Outputs]:
+    def trainable(
+        self, fields: Sequence[str] = ("embedding", "value_outputs")
+    ) -> dict[str, Float32[Array, "..."] | Outputs]:
         """Returns the parameters that training moves, by field name; `dataclasses.replace` takes them back.
 
         Args:
@@ -79,7 +83,9 @@ class Concept:
         """
         return {field: getattr(self, field) for field in fields}
 
-    def with_target_input(self, target_input: jax.Array, whitening: jax.Array) -> "Concept":
+    def with_target_input(
+        self, target_input: Float32[Array, " context"], whitening: Float32[Array, "context context"]
+    ) -> "Concept":
         """Returns the concept with another i* ([context_width]) and the dual that belongs to it."""
         return dataclasses.replace(self, target_input=target_input, dual=edit.dual(whitening, target_input))
 

@@ -3,15 +3,15 @@
 ROME (arXiv 2202.05262, eq. 2) and Perfusion (arXiv 2305.01644, section 4). C's scale cancels in the edit.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Float64
 
 # The metric is used in float32: above this, similarities lose all their digits.
 MAX_CONDITION = 1e6
 
 
-def checked(matrix: np.ndarray) -> np.ndarray:
+def checked(matrix: Float64[np.ndarray, "context context"]) -> Float64[np.ndarray, "context context"]:
     """Returns a covariance, float64 [context_width, context_width], made exactly symmetric.
 
     Raises:
@@ -31,7 +31,7 @@ def checked(matrix: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def whitening_of(covariance: np.ndarray) -> jax.Array:
+def whitening_of(covariance: Float64[np.ndarray, "context context"]) -> Float32[Array, "context context"]:
     """Returns C^-1/2, float32 [context_width, context_width], computed in float64.
 
     It whitens encodings: multiplied by it, they have the identity for their covariance.

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
 
 # Concepts whose normalised Gram matrix has an eigenvalue below this share of the largest are treated as sharing a
 # direction: float32 cannot tell them apart (its rounding, 1e-7, is divided by that eigenvalue).
@@ -35,9 +36,9 @@ class Gate(NamedTuple):
         strength: g, 1 for the paper's edit, 0 to leave the model alone.
     """
 
-    bias: jax.Array | float
-    temperature: jax.Array | float
-    strength: jax.Array | float = 1.0
+    bias: Float[Array, "*concepts"] | float
+    temperature: Float[Array, "*concepts"] | float
+    strength: Float[Array, "*concepts"] | float = 1.0
 
 
 class Edit(NamedTuple):
@@ -49,8 +50,8 @@ class Edit(NamedTuple):
         gates: bias, temperature and strength, float32 [num_concepts] each.
     """
 
-    target_inputs: jax.Array
-    duals: jax.Array
+    target_inputs: Float32[Array, "concepts context"]
+    duals: Float32[Array, "concepts context"]
     gates: Gate
 
 
@@ -64,15 +65,17 @@ class EditedInput(NamedTuple):
             num_concepts].
     """
 
-    perpendicular: jax.Array
-    activations: jax.Array
+    perpendicular: Float[Array, "*batch context"]
+    activations: Float32[Array, "*batch concepts"]
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def _dot(a: Float32[Array, "*rows inner"], b: Float32[Array, "inner columns"]) -> Float32[Array, "*rows columns"]:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def dual(whitening: jax.Array, target_input: jax.Array) -> jax.Array:
+def dual(
+    whitening: Float32[Array, "context context"], target_input: Float32[Array, "*concepts context"]
+) -> Float32[Array, "*concepts context"]:
     """Returns C^-1 i*, the covector that measures similarity to i*.
 
     Args:
@@ -88,17 +91,19 @@ def _exact(edit: Edit) -> Edit:
     return jax.tree.map(lambda field: jnp.asarray(field, jnp.float32), edit)
 
 
-def _squared_norms(edit: Edit) -> jax.Array:
+def _squared_norms(edit: Edit) -> Float32[Array, " concepts"]:
     """<i_j, i_j>, [num_concepts]; 0 for an empty slot."""
     return jnp.sum(edit.target_inputs * edit.duals, axis=-1)
 
 
-def _or_one(values: jax.Array | float, present: jax.Array) -> jax.Array:
+def _or_one(
+    values: Float32[Array, "*concepts"] | float, present: Bool[Array, " concepts"]
+) -> Float32[Array, " concepts"]:
     """Replaces the values of empty slots, by which nothing can be divided."""
     return jnp.where(present, values, 1.0)
 
 
-def similarity(edit: Edit, encodings: jax.Array) -> jax.Array:
+def similarity(edit: Edit, encodings: Float[Array, "*batch context"]) -> Float32[Array, "*batch concepts"]:
     """Returns s_j(e), how much of each encoding is concept j: 1 at e = i_j, 0 where the metric calls them unrelated.
 
     Args:
@@ -113,12 +118,12 @@ def similarity(edit: Edit, encodings: jax.Array) -> jax.Array:
     return _dot(encodings.astype(jnp.float32), edit.duals.T) / _or_one(norms, norms > 0)
 
 
-def gate(similarities: jax.Array, gates: Gate) -> jax.Array:
+def gate(similarities: Float32[Array, "*batch concepts"], gates: Gate) -> Float32[Array, "*batch concepts"]:
     """Returns sigmoid((s - beta) / tau), float32, of the shape of `similarities` ([..., num_concepts])."""
     return jax.nn.sigmoid((similarities - gates.bias) / gates.temperature)
 
 
-def dual_basis(edit: Edit) -> jax.Array:
+def dual_basis(edit: Edit) -> Float32[Array, "concepts context"]:
     """Returns u = G^-1 d, such that c_j(e) = u_j . e are the coordinates of e in the span of the concepts.
 
     Near-parallel concepts count as one direction, shared evenly between them (the pseudo-inverse of G): the result is
@@ -141,7 +146,7 @@ def dual_basis(edit: Edit) -> jax.Array:
     return _dot(inverse / norms[None, :], edit.duals) / norms[:, None]
 
 
-def edited_input(edit: Edit, encodings: jax.Array) -> EditedInput:
+def edited_input(edit: Edit, encodings: Float[Array, "*batch context"]) -> EditedInput:
     """Splits encodings into what every edited projection reads; done once per prompt, for all layers.
 
     Args:
@@ -158,7 +163,9 @@ def edited_input(edit: Edit, encodings: jax.Array) -> EditedInput:
     return EditedInput(perpendicular.astype(encodings.dtype), activations)
 
 
-def project(kernel: jax.Array, edited: EditedInput, target_outputs: jax.Array) -> jax.Array:
+def project(
+    kernel: Float[Array, "context out"], edited: EditedInput, target_outputs: Float[Array, "concepts out"]
+) -> Float[Array, "*batch out"]:
     """Returns h(e), the edited projection of a prompt.
 
     Args:
@@ -174,7 +181,9 @@ def project(kernel: jax.Array, edited: EditedInput, target_outputs: jax.Array) -
     return (dense + _dot(edited.activations, target_outputs.astype(jnp.float32))).astype(dtype)
 
 
-def bake(kernel: jax.Array, edit: Edit, target_outputs: jax.Array) -> jax.Array:
+def bake(
+    kernel: Float[Array, "context out"], edit: Edit, target_outputs: Float[Array, "concepts out"]
+) -> Float[Array, "context out"]:
     """Folds the ungated edit into a plain kernel: the similarity stands for the gate (ROME, arXiv 2202.05262, eq. 2).
 
     For one concept, W' = W + g (o* - W i*) (C^-1 i*)^T / <i*, i*>.

@@ -11,12 +11,12 @@ with this name works. `insert` adds leaves beside the frozen kernels, which stay
 All functions are pure and work under `jit`, `grad` and `vmap`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Float32
 
 from perfusion_jax.method import concept as concept_lib
 from perfusion_jax.method.concept import Concept
@@ -68,21 +68,24 @@ def insert(unet_params: Params, concepts: Concept | Sequence[Concept], gates: Ga
     if not isinstance(concepts, Concept) and not concepts:
         return unet_params
     stacked, edit = _stack(unet_params, concepts, gates)
-    flat = flatten_dict(unet_params)
-    for layer in cross_attention_layers(unet_params):
-        path = tuple(layer.split("/"))
-        flat[(*path, "to_k", TARGET_OUTPUTS)] = stacked.key_outputs[layer]
-        flat[(*path, "to_v", TARGET_OUTPUTS)] = stacked.value_outputs[layer]
-    return {**unflatten_dict(flat), EDIT: edit}
+    edited = _change_projections(
+        unet_params, stacked, lambda weights, target_outputs: {**weights, TARGET_OUTPUTS: target_outputs}
+    )
+    return {**edited, EDIT: edit}
 
 
 def remove(unet_params: Params) -> Params:
     """Takes all edits out: the tree before `insert`, with the very same leaves."""
-    flat = flatten_dict({name: branch for name, branch in unet_params.items() if name != EDIT})
-    return unflatten_dict({path: leaf for path, leaf in flat.items() if path[-1] != TARGET_OUTPUTS})
+    return {
+        name: remove(branch) if isinstance(branch, dict) else branch
+        for name, branch in unet_params.items()
+        if name not in (EDIT, TARGET_OUTPUTS)
+    }
 
 
-def bake(unet_params: Params, concepts: Concept | Sequence[Concept], strength: jax.Array | float = 1.0) -> Params:
+def bake(
+    unet_params: Params, concepts: Concept | Sequence[Concept], strength: Float[Array, "*concepts"] | float = 1.0
+) -> Params:
     """Folds ungated edits into plain kernels: W' = W + g (o* - W i*) (C^-1 i*)^T / <i*, i*> for one concept.
 
     Args:
@@ -100,13 +103,31 @@ def bake(unet_params: Params, concepts: Concept | Sequence[Concept], strength: j
     if not isinstance(concepts, Concept) and not concepts:
         return unet_params
     stacked, edit = _stack(unet_params, concepts, Gate(bias=0.0, temperature=1.0, strength=strength))
-    flat = flatten_dict(unet_params)
-    for layer in cross_attention_layers(unet_params):
-        path = tuple(layer.split("/"))
-        for projection, outputs in (("to_k", stacked.key_outputs), ("to_v", stacked.value_outputs)):
-            kernel = (*path, projection, "kernel")
-            flat[kernel] = bake_kernel(flat[kernel], edit, outputs[layer])
-    return unflatten_dict(flat)
+    return _change_projections(
+        unet_params,
+        stacked,
+        lambda weights, target_outputs: {**weights, "kernel": bake_kernel(weights["kernel"], edit, target_outputs)},
+    )
+
+
+def _change_projections(
+    unet_params: Params, stacked: Concept, change: Callable[[Params, Float32[Array, "concepts out"]], Params]
+) -> Params:
+    """Replaces each cross-attention projection by what `change` makes of its weights and its target outputs."""
+    for layer, weights in cross_attention_layers(unet_params).items():
+        changed = {
+            **weights,
+            "to_k": change(weights["to_k"], stacked.key_outputs[layer]),
+            "to_v": change(weights["to_v"], stacked.value_outputs[layer]),
+        }
+        unet_params = _replace(unet_params, layer.split("/"), changed)
+    return unet_params
+
+
+def _replace(tree: Params, path: Sequence[str], branch: Params) -> Params:
+    """Returns a tree with another branch at `path`; all other leaves are the very same."""
+    name, *rest = path
+    return {**tree, name: _replace(tree[name], rest, branch) if rest else branch}
 
 
 def _refuse_edited(unet_params: Params) -> None:
@@ -145,7 +166,7 @@ def _check_layers(unet_params: Params, stacked: Concept) -> None:
                 raise ValueError(f"the concept was made for another UNet: {layer} maps {wanted}, the concept {given}")
 
 
-def _per_concept(name: str, values: jax.Array | float, count: int) -> jax.Array:
+def _per_concept(name: str, values: Float[Array, "*concepts"] | float, count: int) -> Float32[Array, " {count}"]:
     array = jnp.asarray(values, jnp.float32)
     if name == "temperature" and not isinstance(array, jax.core.Tracer) and not (array > 0).all():
         raise ValueError(f"temperature is {values}: it must be above 0")

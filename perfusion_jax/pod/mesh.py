@@ -1,13 +1,11 @@
 """The mesh of a job's devices, and how arrays lie on it.
 
-A mesh has three axes:
+A mesh has two axes. The frozen weights lie whole on every device.
 
     concept    members of a fleet; nothing is ever sent along it
     data       samples of one member's batch
-    fsdp       samples too, and the frozen weights; the first chip of each host holds these whole besides
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from perfusion_jax.runtime.errors import InputError
 
-AXES = ("concept", "data", "fsdp")
-
-# The axis of a frozen weight that is split over fsdp, by the end of its path; all others are on every chip.
-SPLIT = ((r"kernel$", -1), (r"token_embedding/embedding$", 0))
+AXES = ("concept", "data")
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -41,35 +36,25 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
         sizes[sizes.index(-1)] = count // rest if rest else 0
     if len(sizes) != len(AXES) or min(sizes) < 1 or np.prod(sizes) != count:
         raise InputError(
-            f"config.mesh is {tuple(shape)}; it must be the sizes of {', '.join(AXES)}, their product {count}, the "
+            f"config.mesh is {tuple(shape)}; it must be the sizes of {' and '.join(AXES)}, their product {count}, the "
             "number of devices; one of them may be -1"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
-    """How the frozen weights lie: by SPLIT where fsdp divides that axis, else whole on every chip."""
-
-    def sharding(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, axis in SPLIT:
-            if re.search(pattern, name) and leaf.shape[axis] % mesh.shape["fsdp"] == 0:
-                spec: list[str | None] = [None] * leaf.ndim
-                spec[axis] = "fsdp"
-                return NamedSharding(mesh, P(*spec))
-        return NamedSharding(mesh, P())
-
-    return jax.tree_util.tree_map_with_path(sharding, params)
+def whole(mesh: Mesh) -> NamedSharding:
+    """Of arrays that lie whole on every device."""
+    return NamedSharding(mesh, P())
 
 
-def place(tree: Any, shardings: Any) -> Any:
-    """Puts arrays that every process has whole on the devices, each process on its own."""
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Puts arrays that every process has on all devices of a mesh, each process on its own."""
 
-    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    def put(leaf: Any) -> jax.Array:
         host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return jax.make_array_from_callback(host.shape, whole(mesh), lambda index: host[index])
 
-    return jax.tree.map(put, tree, shardings)
+    return jax.tree.map(put, tree)
 
 
 def submesh_view(tree: Any, mesh: Mesh) -> Any:
@@ -86,6 +71,6 @@ def submesh_view(tree: Any, mesh: Mesh) -> Any:
     def gather(leaf: jax.Array) -> jax.Array:
         parts = {part.device: part.data for part in leaf.addressable_shards}
         here = [parts[device] for device in mesh.devices.flat]
-        return jax.make_array_from_single_device_arrays(leaf.shape, NamedSharding(mesh, P()), here)
+        return jax.make_array_from_single_device_arrays(leaf.shape, whole(mesh), here)
 
     return jax.tree.map(gather, tree)

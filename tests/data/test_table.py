@@ -237,7 +237,7 @@ def test_the_fleet_config_that_ships_is_possible(base):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("members", -1), ("mesh", (1, 1)), ("mesh", (0, 1, 1)), ("validate_every", -1)],
+    [("members", -1), ("mesh", (1, 1, 1)), ("mesh", (0, 1)), ("validate_every", -1)],
 )
 def test_impossible_fleets_are_named(key, value):
     config = fleet.get_config()

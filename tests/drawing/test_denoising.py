@@ -121,7 +121,9 @@ def test_from_a_picture_as_pytorch(sd1_folder, sd1_base, sampler):
         output_type="latent",
     ).images.numpy()
     plan = make_plan(sd1_base.model.schedule, sampler, 20, skipped=8)
-    ours = sample(sd1_base, noise.transpose(0, 2, 3, 1), plan, Guidance(6.0, 0.0), init_latents=start)
+    ours = sample(
+        sd1_base, jnp.asarray(noise.transpose(0, 2, 3, 1)), plan, Guidance(6.0, 0.0), init_latents=jnp.asarray(start)
+    )
     assert np.abs(first(ours) - theirs).max() < 1e-3 * np.abs(theirs).max()
 
 

@@ -20,7 +20,7 @@ from perfusion_jax.learning import step as training
 from perfusion_jax.pod import mesh as mesh_lib
 from perfusion_jax.pod import slots as slots_lib
 
-MESHES = ((8, 1, 1), (4, 2, 1), (2, 2, 2))
+MESHES = ((8, 1), (4, 2), (2, 4))
 SETTINGS = training.Settings(batch_size=8, accumulation=2)
 CONCEPTS = 12
 DIVERGES = 5
@@ -79,7 +79,7 @@ def main(folder, out):
         mesh = mesh_lib.make_mesh(mesh_shape)
         slots = -(-CONCEPTS // mesh_shape[0]) * mesh_shape[0]
         frozen = {name: base.params[name] for name in fleet_step.STEP_PARAMS}
-        params = mesh_lib.place(frozen, mesh_lib.param_shardings(frozen, mesh))
+        params = mesh_lib.place(frozen, mesh)
         step = (
             fleet_step.make_fleet_step(base.model, SETTINGS, mesh)
             .lower(*fleet_step.step_shapes(base.model, shapes, slots))
@@ -96,7 +96,7 @@ def main(folder, out):
             )
             for slot, (examples, learning, key, limit) in enumerate(concepts)
         }
-        metric = mesh_lib.place(whitening, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        metric = mesh_lib.place(whitening, mesh)
         for run in ("once", "again"):
             members, learning = slots_lib.stack_members(rows, shapes, slots, mesh)
             learning, losses = train_fleet(step, params, metric, members, learning, steps)

@@ -1,4 +1,4 @@
-"""What a run does at each look at its concept."""
+"""What a run does each time it validates its concept."""
 
 import numpy as np
 from checkpoints import save_clip
@@ -25,4 +25,4 @@ def test_a_run_embeds_the_own_pictures_of_its_concept_once(tmp_path, monkeypatch
 
     monkeypatch.setattr(Evaluator, "embed_instances", embed)
     train_one(config, epath.Path(tmp_path / "run"))
-    assert sorted(counts) == [2, 2, 3]  # what was drawn at each of two looks, and the three own pictures
+    assert sorted(counts) == [2, 2, 3]  # what was drawn at each of two validations, and the three own pictures

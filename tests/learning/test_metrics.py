@@ -1,9 +1,9 @@
-"""Similarities with a made-up evaluator whose embeddings are known."""
+"""Scores with a made-up evaluator whose embeddings are known."""
 
 import numpy as np
 import pytest
 
-from perfusion_jax.learning.metrics import Evaluator, Similarities, similarities
+from perfusion_jax.learning.metrics import Evaluator, Scores, score_pictures
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
 
@@ -29,10 +29,10 @@ def test_cosines_with_the_own_pictures_and_with_the_prompts():
     drawn = plain((255, 0, 0), (0, 200, 0))
     own = plain((255, 0, 0), (0, 0, 9))
     evaluator = Evaluator(Colours())
-    scores = similarities(evaluator, drawn, ["red", "blue"], evaluator.embed_instances(own))
+    scores = score_pictures(evaluator, drawn, ["red", "blue"], evaluator.embed_instances(own))
     # Red is three times as likely as blue for the first picture; the second is as much the one as the other.
     assert scores == pytest.approx((0.25, 0.5, (0.75 + 0.5) / 2))
-    assert similarities(evaluator, drawn, ["red", "red"], evaluator.embed_instances(own)).precision == 1
+    assert score_pictures(evaluator, drawn, ["red", "red"], evaluator.embed_instances(own)).precision == 1
 
 
 def test_an_instance_encoder_compares_pictures_and_the_clip_still_compares_texts():
@@ -44,11 +44,11 @@ def test_an_instance_encoder_compares_pictures_and_the_clip_still_compares_texts
 
     drawn = plain((255, 0, 0))
     evaluator = Evaluator(Colours(), Opposite())
-    scores = similarities(evaluator, drawn, ["red"], -np.array([[0, 1, 1]]) / np.sqrt(2))
+    scores = score_pictures(evaluator, drawn, ["red"], -np.array([[0, 1, 1]]) / np.sqrt(2))
     assert scores == pytest.approx((1, 1, 1))
 
 
 def test_the_score_wants_both_the_concept_and_the_prompt():
-    assert Similarities(-0.1, 0.9, 0.9).score == 0
-    assert Similarities(0.5, -0.9, 0.5).score == pytest.approx(0.5)
-    assert Similarities(0.25, 0.0, 0.75).score == pytest.approx(0.375)
+    assert Scores(-0.1, 0.9, 0.9).score == 0
+    assert Scores(0.5, -0.9, 0.5).score == pytest.approx(0.5)
+    assert Scores(0.25, 0.0, 0.75).score == pytest.approx(0.375)

@@ -5,9 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from perfusion_jax import InputError
-from perfusion_jax.learning import progress
-from perfusion_jax.learning.progress import Bar, Meter, Profiler, Work, parse_profile
+from perfusion_jax.learning.progress import Bar, Meter, Work
 
 
 def test_pauses_do_not_count():
@@ -16,13 +14,20 @@ def test_pauses_do_not_count():
     assert meter.read() is None
     for _ in range(4):
         now += 0.5
-        meter.step()
+        meter.count(1)
     with meter.pause():
         now += 100
     assert meter.read() == pytest.approx(0.5)
     now += 3
-    meter.step()
+    meter.count(1)
     assert meter.read() == pytest.approx(3)
+    with meter.pause():
+        now += 100
+        assert meter.read() is None
+        now += 10
+    now += 8
+    meter.count(2)
+    assert meter.read() == pytest.approx(4)
 
 
 def test_utilisation_is_of_the_published_peak():
@@ -44,27 +49,3 @@ def test_the_bar_tells_speed_and_loss(capsys):
     assert "60/100" in told
     assert "loss 0.1235, 12.3 samples/s, 31% MFU" in told
     assert "concepts/h" in told
-
-
-def test_the_steps_asked_for_are_traced(monkeypatch):
-    events = []
-    profiler = SimpleNamespace(
-        start_trace=lambda folder: events.append(f"start {folder}"), stop_trace=lambda: events.append("stop")
-    )
-    monkeypatch.setattr(progress.jax, "profiler", profiler)
-    traced = Profiler("runs/rex/profile", parse_profile("1:3"))
-    for step in range(5):
-        traced.before_step(lambda: events.append("wait"))
-        events.append(step)
-    traced.close()
-    assert events == [0, "wait", "start runs/rex/profile", 1, 2, "wait", "stop", 3, 4]
-    cut_off = Profiler("profile", (0, 9))
-    cut_off.before_step(lambda: None)
-    cut_off.close()
-    assert events[-1] == "stop"
-
-
-@pytest.mark.parametrize("text", ["3", "3:1", "2:2", "a:b", "1:2:3"])
-def test_steps_that_cannot_be_traced_are_named(text):
-    with pytest.raises(InputError, match=rf"--profile is '{text}'; it must be START:STOP"):
-        parse_profile(text)

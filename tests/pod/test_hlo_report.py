@@ -15,7 +15,7 @@ from perfusion_jax.pod.hlo_report import (
 )
 from perfusion_jax.runtime.errors import InputError
 
-MESH = {"concept": 2, "data": 2, "fsdp": 2}
+MESH = {"concept": 2, "data": 2, "model": 2}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ MESH = {"concept": 2, "data": 2, "fsdp": 2}
             "ROOT %all-reduce = bf16[2,8]{1,0:T(8,128)(2,1)} all-reduce(%a), channel_id=1, replica_groups=[4,2]<=[8]",
             "all-reduce",
             ((0, 1), (2, 3), (4, 5), (6, 7)),
-            ("fsdp",),
+            ("model",),
         ),
         (
             "%r = (f32[8]{0}, f32[4]{0}) all-gather-start(%a), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}",
@@ -43,7 +43,7 @@ MESH = {"concept": 2, "data": 2, "fsdp": 2}
             "%s = f32[8]{0} reduce-scatter(%a), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}",
             "reduce-scatter",
             ((0, 1, 2, 3), (4, 5, 6, 7)),
-            ("data", "fsdp"),
+            ("data", "model"),
         ),
         (
             "%m = f32[8]{0} all-reduce(%a), replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%add",
@@ -51,7 +51,7 @@ MESH = {"concept": 2, "data": 2, "fsdp": 2}
             ((0, 2, 4, 6), (1, 3, 5, 7)),
             ("concept", "data"),
         ),
-        ("%e = f32[8]{0} all-to-all(%a), replica_groups={}", "all-to-all", (), ("concept", "data", "fsdp")),
+        ("%e = f32[8]{0} all-to-all(%a), replica_groups={}", "all-to-all", (), ("concept", "data", "model")),
         ("%n = f32[8]{0} all-reduce(%a), replica_groups={{0},{1}}", "all-reduce", ((0,), (1,)), ()),
     ],
 )
@@ -68,7 +68,7 @@ def test_collectives_are_counted_by_axes_and_the_ends_of_asynchronous_ones_are_n
   %t = f32[8]{0} all-reduce(%a), replica_groups=[4,2]<=[8]
   %alone = f32[8]{0} all-reduce(%a), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}
 """
-    assert count_by_axes(hlo, MESH) == {"fsdp": {"all-reduce": 2}}
+    assert count_by_axes(hlo, MESH) == {"model": {"all-reduce": 2}}
 
 
 def test_a_collective_that_cannot_be_read_is_an_error():

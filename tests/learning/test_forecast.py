@@ -11,9 +11,9 @@ from checkpoints import save_checkpoint
 from jax.sharding import SingleDeviceSharding
 
 from configs import fleet
-from perfusion_jax import compile as compile_lib
 from perfusion_jax.base_model import load_architecture
 from perfusion_jax.base_model.flash_attention import flash_attention
+from perfusion_jax.learning import forecast
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.pod.mesh import make_mesh
 from perfusion_jax.runtime.errors import InputError, out_of_memory
@@ -27,14 +27,14 @@ SIDE = 64  # latents of 32 x 32: enough tokens for the attention kernel
 @needs_compiler
 @pytest.mark.parametrize(
     ("topology", "shape"),
-    [("v5e:2x4", (4, 2, 1)), ("v5e:16x16", (64, 4, 1)), ("v4:2x2x2", (2, 2, 2)), ("v6e:4x4", (16, 1, 1))],
+    [("v5e:2x4", (4, 2)), ("v5e:16x16", (64, 4)), ("v4:2x2x2", (2, 4)), ("v6e:4x4", (16, 1))],
 )
 def test_nothing_is_sent_between_concepts(tmp_path, topology, shape):
     model = load_architecture(save_checkpoint(tmp_path, "sd1", small=True), dtype=jnp.dtype(jnp.bfloat16))
-    mesh = make_mesh(shape, compile_lib.topology_devices(topology))
-    report = compile_lib.compile_step(model, Settings(batch_size=4), mesh, 2 * shape[0], SIDE, prompts=2)
+    mesh = make_mesh(shape, forecast.topology_devices(topology))
+    report = forecast.compile_step(model, Settings(batch_size=4), mesh, 2 * shape[0], SIDE, prompts=2)
     assert not any("concept" in axes for axes in report.collectives)
-    assert bool(report.collectives) == (shape[1:] != (1, 1))
+    assert bool(report.collectives) == (shape[1] != 1)
     assert report.fits
 
 
@@ -56,7 +56,7 @@ slow = pytest.mark.slow
     ],
 )
 def test_attention_fits_the_vector_memory(topology, tokens, heads, width, dtype):
-    chip = SingleDeviceSharding(compile_lib.topology_devices(topology)[0])
+    chip = SingleDeviceSharding(forecast.topology_devices(topology)[0])
     shape = jax.ShapeDtypeStruct((16, tokens, heads, width), dtype, sharding=chip)
     step = jax.jit(jax.grad(lambda *fed: flash_attention(*fed).sum().astype(jnp.float32), argnums=(0, 1, 2)))
     assert "splash_mha_dkv" in step.lower(shape, shape, shape).compile().as_text()
@@ -64,7 +64,7 @@ def test_attention_fits_the_vector_memory(topology, tokens, heads, width, dtype)
 
 @needs_compiler
 def test_a_refusal_for_lack_of_memory_is_known(monkeypatch):
-    chip = SingleDeviceSharding(compile_lib.topology_devices("v5e:2x4")[0])
+    chip = SingleDeviceSharding(forecast.topology_devices("v5e:2x4")[0])
     large = jax.ShapeDtypeStruct((2**33,), jnp.float32, sharding=chip)
     with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
         jax.jit(lambda x: x + 1).lower(large).compile()
@@ -87,10 +87,10 @@ def test_a_step_that_the_compiler_refuses_is_an_error(sd1_folder, monkeypatch, s
     def refuse(*_):
         raise jax.errors.JaxRuntimeError(said)
 
-    monkeypatch.setattr(compile_lib, "compile_step", refuse)
-    monkeypatch.setattr(compile_lib, "topology_devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr(forecast, "compile_step", refuse)
+    monkeypatch.setattr(forecast, "topology_devices", lambda _: jax.devices()[:1])
     with pytest.raises(InputError, match=rf"--topology=v5e:2x4: the step with concepts=1 {told}"):
-        compile_lib.describe(fleet.get_config(str(sd1_folder)), "v5e:2x4")
+        forecast.describe(fleet.get_config(str(sd1_folder)), "v5e:2x4")
 
 
 @needs_compiler
@@ -101,12 +101,12 @@ def test_sixteen_concepts_cost_what_one_with_sixteen_samples_costs(tmp_path):
     level = {"sample_size": 64, "block_out_channels": [128], "attention_head_dim": 8}
     file.write_text(json.dumps(json.loads(file.read_text()) | level))
     model = load_architecture(folder, dtype=jnp.dtype(jnp.bfloat16))
-    mesh = make_mesh((-1, 1, 1), compile_lib.topology_devices("v5e:2x4"))
+    mesh = make_mesh((-1, 1), forecast.topology_devices("v5e:2x4"))
 
     side = model.picture_side
 
     def report(members, batch):
-        return compile_lib.compile_step(model, Settings(batch_size=batch), mesh, 8 * members, side, prompts=2)
+        return forecast.compile_step(model, Settings(batch_size=batch), mesh, 8 * members, side, prompts=2)
 
     with ThreadPoolExecutor() as executor:  # the compiler uses a core for each
         many, one = executor.map(report, (16, 1), (1, 16))
@@ -115,17 +115,17 @@ def test_sixteen_concepts_cost_what_one_with_sixteen_samples_costs(tmp_path):
 
 
 def test_what_is_told_can_be_printed_and_parsed(sd1_folder, monkeypatch):
-    report = compile_lib.Report(
+    report = forecast.Report(
         2e12, 8e9, 9e9, 10**9, 0, 3 * 10**9, 4 * 10**9, 16e9, 0.01, 0.02, {"data": {"all-reduce": 3}}
     )
-    monkeypatch.setattr(compile_lib, "compile_step", lambda *_: report)
-    monkeypatch.setattr(compile_lib, "topology_devices", lambda _: jax.devices())
+    monkeypatch.setattr(forecast, "compile_step", lambda *_: report)
+    monkeypatch.setattr(forecast, "topology_devices", lambda _: jax.devices())
     config = fleet.get_config(str(sd1_folder))
-    config.steps, config.members, config.mesh = 100, 2, (1, 1, -1)
+    config.steps, config.members, config.mesh = 100, 2, (1, -1)
     config.batch_size = jax.device_count()
-    told = compile_lib.describe(config, "v5e:2x4")
+    told = forecast.describe(config, "v5e:2x4")
     assert json.loads(json.dumps(told))["bound_concepts_per_hour"] == pytest.approx(2 * 3600 / (100 * 0.02))
-    lines = compile_lib.text(told)
+    lines = forecast.text(told)
     assert "4.00 GB of 16.00 GB: fits" in lines
     assert "data: 3 all-reduce" in lines
     assert "not a measurement" in lines
@@ -134,10 +134,10 @@ def test_what_is_told_can_be_printed_and_parsed(sd1_folder, monkeypatch):
 @needs_compiler
 def test_an_unknown_topology_is_named():
     with pytest.raises(InputError, match="--topology=v9:1x1: no such topology"):
-        compile_lib.topology_devices("v9:1x1")
+        forecast.topology_devices("v9:1x1")
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install -e '\.\[tpu\]'"):
-        compile_lib.topology_devices("v5e:2x4")
+        forecast.topology_devices("v5e:2x4")
