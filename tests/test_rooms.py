@@ -1,6 +1,7 @@
 """The floors of the house: a room imports rooms of lower floors alone (docs/architecture.md)."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import perfusion_jax
@@ -48,6 +49,25 @@ def test_every_room_imports_lower_floors_alone():
         if room != room_of(file) and not FLOOR_OF.get(room, len(FLOORS)) < FLOOR_OF[room_of(file)]
     ]
     assert not wrong
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    names = {
+        ".".join(("perfusion_jax", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): file
+        for file in PACKAGE.rglob("*.py")
+    }
+    arrows = {
+        name: {
+            inner if (inner := f"{node.module}.{alias.name}") in names else node.module
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module
+            for alias in node.names
+        }
+        & names.keys() - {"perfusion_jax"}
+        for name, file in names.items()
+        if room_of(file) not in OFFERED
+    }
+    assert len(list(TopologicalSorter(arrows).static_order())) == len(arrows)
 
 
 def test_the_base_model_alone_knows_diffusers_and_transformers():

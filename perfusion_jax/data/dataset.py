@@ -20,10 +20,10 @@ from etils import epath
 from PIL import Image
 
 from perfusion_jax.data.pictures import Picture, read_folder
-from perfusion_jax.data.sources import DATASET
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import is_local, is_storage_error, storage_errors, subfolders
+from perfusion_jax.runtime.names import DATASET
 
 INFO = "dataset_info.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

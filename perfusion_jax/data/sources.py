@@ -6,9 +6,9 @@ from perfusion_jax.data.pictures import ENDINGS, Picture, read_folder
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import entries
+from perfusion_jax.runtime.names import DATASET
 
 EXAMPLE = "emoji:"
-DATASET = "tfds:"
 
 
 def read_pictures(source: str, masks: str = "", captions: str = "") -> list[Picture]:
