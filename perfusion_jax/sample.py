@@ -69,10 +69,15 @@ def run() -> None:
     flags.DEFINE_integer("num_images", 4, "pictures of each prompt", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of the first picture; the next has the next", lower_bound=0, upper_bound=2**31)
     flags.DEFINE_integer("batch_size", 8, "pictures drawn at once", lower_bound=1)
-    flags.DEFINE_enum("sampler", "ddim", ["ddim", "dpm++", "euler"], "how noise is taken away")
-    flags.DEFINE_integer("steps", None, "sampling steps; ddim 50, dpm++ 20, euler 30 if left out", lower_bound=1)
+    flags.DEFINE_enum(
+        "sampler",
+        None,
+        ["ddim", "dpm++", "euler", "euler_a"],
+        "how noise is taken away; as the base model's scheduler says if left out",
+    )
+    flags.DEFINE_integer("steps", None, "sampling steps; ddim 50, dpm++ 20, the others 30 if left out", lower_bound=1)
     flags.DEFINE_float(
-        "guidance", None, "guidance scale, 1 for none; the concept's own, or 6, if left out", lower_bound=0
+        "guidance", None, "guidance scale, 1 or less for none; the concept's own, or 6, if left out", lower_bound=0
     )
     flags.DEFINE_float("guidance_rescale", 0.0, "share of its contrast to take back", lower_bound=0, upper_bound=1)
     flags.DEFINE_string("negative_prompt", "", "what guidance leads away from")

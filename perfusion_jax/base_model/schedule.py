@@ -53,8 +53,11 @@ class NoiseSchedule:
         """Reads a diffusers scheduler config; `source` names it in errors.
 
         Raises:
-            InputError: a beta schedule or prediction type that is not known.
+            InputError: a beta schedule, prediction type or kind of scheduler that is not known.
         """
+        kind = config.get("_class_name", "")
+        if kind.startswith(("FlowMatch", "EDM", "CosineDPM")):
+            raise InputError(f"{source}: {kind} adds noise in another way than by betas; such models are not supported")
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in ("epsilon", "v_prediction"):
             raise InputError(f"{source}: prediction_type {prediction_type!r} is not one of epsilon, v_prediction")

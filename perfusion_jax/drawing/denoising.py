@@ -56,11 +56,11 @@ class Prompts(NamedTuple):
 
     Attributes:
         prompted: keys and values of the prompts, [phases, batch, tokens, out_width] each.
-        unprompted: those of the empty prompt, [batch, tokens, out_width] each.
+        unprompted: those of the empty prompt, [batch, tokens, out_width] each; None where there is no guidance.
     """
 
     prompted: KeysValues
-    unprompted: KeysValues
+    unprompted: KeysValues | None
 
 
 class Walk(NamedTuple):
@@ -120,7 +120,7 @@ def read_prompts(
     model: Architecture,
     params: dict[str, Params],
     ids: Int32[Array | np.ndarray, "batch tokens"],
-    unprompted_ids: Int32[Array | np.ndarray, "batch tokens"],
+    unprompted_ids: Int32[Array | np.ndarray, "batch tokens"] | None,
     concepts: Concepts | None = None,
 ) -> Prompts:
     """Computes what all steps read of tokenised prompts.
@@ -129,7 +129,7 @@ def read_prompts(
         model: the architecture.
         params: its weights, without edits.
         ids: int32 [batch, tokens].
-        unprompted_ids: the empty prompt, or a negative one, int32 [batch, tokens].
+        unprompted_ids: the empty prompt, or a negative one, int32 [batch, tokens]; None without guidance.
         concepts: what the prompts may name.
     """
     if concepts is None:
@@ -137,6 +137,8 @@ def read_prompts(
         prompted = jax.tree.map(lambda array: array[None], alone)
     else:
         prompted = prompt_keys_values(model, params, ids, concepts)
+    if unprompted_ids is None:
+        return Prompts(prompted, None)
     # The unconditional prompt goes through the frozen weights: guidance is away from what the model itself would draw.
     return Prompts(prompted, keys_values(params["unet"], model.encode(params["text_encoder"], unprompted_ids)))
 
@@ -168,6 +170,7 @@ def take_step(
     at: Plan,
     phase: Int32[Array, ""] | int,
     guidance: Guidance,
+    fresh: Float32[Array, "batch height width channels"] | None = None,
 ) -> Walk:
     """Takes one step of a sampler. What differs from step to step is an array: one program serves all of them.
 
@@ -178,25 +181,31 @@ def take_step(
         walk: the state before.
         at: the step's row of the plan, scalars.
         phase: which of the prompts' phases the step reads.
-        guidance: see `Guidance`.
+        guidance: see `Guidance`; it plays no part without unprompted keys and values.
+        fresh: noise that the sampler puts back, standard normal; None for samplers that put back none.
     """
     latents, picture_before, attention = walk
     batch = len(latents)
-    both = jax.tree.map(lambda one, other: jnp.concatenate([one[phase], other]), prompts.prompted, prompts.unprompted)
-    twice = jnp.concatenate([latents, latents]).astype(model.unet.dtype)
-    timesteps = jnp.full(2 * batch, at.timesteps)
+    context = jax.tree.map(lambda array: array[phase], prompts.prompted)
+    noisy = latents.astype(model.unet.dtype)
+    if prompts.unprompted is not None:
+        context = jax.tree.map(lambda one, other: jnp.concatenate([one, other]), context, prompts.unprompted)
+        noisy = jnp.concatenate([noisy, noisy])
+    timesteps = jnp.full(len(noisy), at.timesteps)
     if attention is None:
-        prediction = model.denoise(unet_params, twice, timesteps, both)
+        prediction = model.denoise(unet_params, noisy, timesteps, context)
     else:
-        prediction, maps = model.attention_maps(unet_params, twice, timesteps, both)
+        prediction, maps = model.attention_maps(unet_params, noisy, timesteps, context)
         attention = attention + maps[:batch]
-    with_prompt, without = jnp.split(prediction.astype(jnp.float32), 2)
-    guided = guide(with_prompt, without, guidance)
+    guided = prediction.astype(jnp.float32)
+    if prompts.unprompted is not None:
+        guided = guide(guided[:batch], guided[batch:], guidance)
     if model.schedule.prediction_type == "epsilon":
         picture = (latents - at.noise * guided) / at.signal
     else:
         picture = at.signal * latents - at.noise * guided
-    return Walk(at.carry * latents + at.current * picture + at.previous * picture_before, picture, attention)
+    after = at.carry * latents + at.current * picture + at.previous * picture_before
+    return Walk(after if fresh is None else after + at.fresh * fresh, picture, attention)
 
 
 def guide(
@@ -225,6 +234,22 @@ def noise_for(
     shape = (height // model.vae_factor, width // model.vae_factor, model.latent_channels)
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def fresh_noise(
+    seeds: UInt32[Array | np.ndarray, " batch"],
+    step: Int32[Array, ""] | int,
+    latents: Float32[Array, "batch height width channels"],
+) -> Float32[Array, "batch height width channels"]:
+    """Returns the noise that a sampler puts back after a step; like `noise_for`, a picture's own.
+
+    Args:
+        seeds: uint32, one per picture.
+        step: its number.
+        latents: of the shape wanted.
+    """
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(jnp.asarray(seeds))
+    return jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
 
 
 def to_pixels(images: Float[Array, "*shape"]) -> UInt8[np.ndarray, "*shape"]:

@@ -19,12 +19,13 @@ from perfusion_jax.drawing.denoising import (
     Prompts,
     Walk,
     begin,
+    fresh_noise,
     noise_for,
     read_prompts,
     take_step,
     to_pixels,
 )
-from perfusion_jax.drawing.samplers import DEFAULT_STEPS, Plan, make_plan
+from perfusion_jax.drawing.samplers import Plan, make_plan, settle
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.method import concept as concept_lib
 from perfusion_jax.method.edit import Gate
@@ -61,9 +62,9 @@ def _on(mesh: Mesh | None, function: Callable[..., Any], in_specs: Any, out_spec
 
 
 # On a mesh, of how prompts, latents and attention lie: the batch comes after the phases, or first.
-def _specs(mesh: Mesh | None) -> tuple[P, P, Prompts]:
+def _specs(mesh: Mesh | None, guided: bool = True) -> tuple[P, P, Prompts]:
     batch = P() if mesh is None else P(mesh.axis_names)
-    return P(), batch, Prompts(P(None, *batch), batch)  # type: ignore[arg-type]
+    return P(), batch, Prompts(P(None, *batch), batch if guided else None)  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "model"))
@@ -72,12 +73,13 @@ def _compiled_read(
     model: Architecture,
     params: dict[str, Params],
     ids: jax.Array,
-    unprompted_ids: jax.Array,
+    unprompted_ids: jax.Array | None,
     concepts: Concepts | None,
 ) -> Prompts:
-    whole, batch, prompts = _specs(mesh)
+    whole, batch, prompts = _specs(mesh, unprompted_ids is not None)
     of_concepts = None if concepts is None else jax.tree.map(lambda _: whole, concepts)._replace(present=batch)
-    read = _on(mesh, functools.partial(read_prompts, model), (whole, batch, batch, of_concepts), prompts)
+    unprompted = None if unprompted_ids is None else batch
+    read = _on(mesh, functools.partial(read_prompts, model), (whole, batch, unprompted, of_concepts), prompts)
     return read(params, ids, unprompted_ids, concepts)
 
 
@@ -92,11 +94,15 @@ def compiled_step(
     at: Plan,
     phase: jax.Array,
     guidance: Guidance,
+    fresh: jax.Array | None,
 ) -> Walk:
     """`denoising.take_step`, its batch split over a mesh."""
-    whole, batch, of_prompts = _specs(mesh)
-    step = _on(mesh, functools.partial(take_step, model), (whole, of_prompts, batch, whole, whole, whole), batch)
-    return step(unet_params, prompts, walk, at, phase, guidance)
+    whole, batch, of_prompts = _specs(mesh, prompts.unprompted is not None)
+    of_fresh = None if fresh is None else batch
+    specs = (whole, of_prompts, batch, whole, whole, whole, of_fresh)
+    return _on(mesh, functools.partial(take_step, model), specs, batch)(
+        unet_params, prompts, walk, at, phase, guidance, fresh
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "model"))
@@ -108,6 +114,7 @@ def _compiled_show(mesh: Mesh | None, model: Architecture, vae_params: Params, l
 
 _compiled_noise = jax.jit(noise_for, static_argnames=("model", "height", "width"))
 _compiled_begin = jax.jit(begin, static_argnames="tokens")
+_compiled_fresh = jax.jit(fresh_noise)
 
 
 def draw_batch(
@@ -115,8 +122,9 @@ def draw_batch(
     model: Architecture,
     params: dict[str, Params],
     ids: np.ndarray,
-    unprompted_ids: np.ndarray,
-    noise: jax.Array,
+    unprompted_ids: np.ndarray | None,
+    seeds: np.ndarray,
+    size: tuple[int, int],
     plan: Plan,
     phase_of_step: np.ndarray,
     guidance: Guidance,
@@ -132,8 +140,9 @@ def draw_batch(
         model: the architecture.
         params: its weights, without edits.
         ids: int32 [batch, tokens].
-        unprompted_ids: the empty prompt, or a negative one, int32 [batch, tokens].
-        noise: from `noise_for`, [batch, height / f, width / f, channels].
+        unprompted_ids: the empty prompt, or a negative one, int32 [batch, tokens]; None without guidance.
+        seeds: one per picture, uint32 [batch].
+        size: height and width in pixels.
         plan: of the sampler; with `init_latents`, of the steps that are left.
         phase_of_step: which of the concepts' phases each step reads, int32 [steps].
         guidance: see `denoising.Guidance`.
@@ -147,11 +156,14 @@ def draw_batch(
         of its prompt, the mean over heads, layers and steps, float32 [batch, height / f, width / f, tokens], or None).
     """
     prompts = _compiled_read(mesh, model, params, ids, unprompted_ids, concepts)
+    noise = _compiled_noise(model, seeds, *size)
     walk = _compiled_begin(noise, plan, ids.shape[1] if attention else None, init_latents)
     columns = [np.broadcast_to(np.asarray(column), len(phase_of_step)) for column in plan]
+    puts_back = np.any(plan.fresh)
     for number, phase in enumerate(phase_of_step):
         before, at = walk, Plan(*(column[number] for column in columns))
-        walk = compiled_step(mesh, model, params["unet"], prompts, before, at, phase, guidance)
+        fresh = _compiled_fresh(seeds, number, before.latents) if puts_back else None
+        walk = compiled_step(mesh, model, params["unet"], prompts, before, at, phase, guidance, fresh)
         before.latents.block_until_ready()  # so that what is told of the progress is one step ahead at most
         if on_step is not None:
             on_step()
@@ -191,7 +203,7 @@ def drawing(
     seeds: Sequence[int],
     concepts: Sequence[TrainedConcept] = (),
     *,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     guidance_rescale: float = 0.0,
@@ -217,9 +229,9 @@ def drawing(
 
     Args:
         base, prompts, seeds, concepts: as for `generate`.
-        sampler: `ddim`, `dpm++` or `euler`.
-        steps: sampling steps; 50, 20 or 30 of these if left out.
-        guidance: guidance scale, 1 for none; that of the first concept if left out, 6 without concepts.
+        sampler: `ddim`, `dpm++`, `euler` or `euler_a`; that of the base model's scheduler config if left out.
+        steps: sampling steps; 50, 20, 30 or 30 of these if left out.
+        guidance: guidance scale, 1 or less for none; that of the first concept if left out, 6 without concepts.
         guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1.
         negative_prompt: what guidance leads away from. It goes through the frozen weights and names no concept.
         bias, temperature: of the gates, one for all concepts or one for each; the concepts' own if left out.
@@ -243,7 +255,8 @@ def drawing(
     if len(prompts) != len(seeds):
         raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each picture")
     height, width = _size(base, height, width, init_image)
-    steps = _number("steps", DEFAULT_STEPS.get(sampler, 1) if steps is None else steps, index)
+    sampler, steps = settle(base.model.schedule, sampler, steps)
+    steps = _number("steps", steps, index)
     batch_size = _number("batch_size", batch_size, index)
     init_strength = _number("init_strength", init_strength, float)
     skipped = 0 if init_image is None else skipped_steps(steps, init_strength)
@@ -256,7 +269,7 @@ def drawing(
     _check_range("guidance_rescale", guidance_rescale, 0, 1)
     _check_range("batch_size", batch_size, 1)
     ids = base.model.tokenizer(prompts, [card.placeholder for _, card in concepts])
-    unprompted = np.repeat(base.model.tokenizer([negative_prompt]), batch_size, axis=0)
+    unprompted = np.repeat(base.model.tokenizer([negative_prompt]), batch_size, axis=0) if guidance > 1 else None
     in_slots, phase_of_step = None, np.zeros(steps - skipped, np.int32)
     if concepts:
         gates = _gates(concepts, bias, temperature, strength)
@@ -277,7 +290,8 @@ def drawing(
                 base.params,
                 ids[rows],
                 unprompted,
-                _compiled_noise(base.model, np.asarray(seeds, np.uint32)[rows], height, width),
+                np.asarray(seeds, np.uint32)[rows],
+                (height, width),
                 plan,
                 phase_of_step,
                 scales,

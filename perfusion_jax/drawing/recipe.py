@@ -20,7 +20,7 @@ from perfusion_jax.base_model import BaseModel
 from perfusion_jax.data.pictures import open_picture
 from perfusion_jax.drawing.generation import Drawn, drawing, skipped_steps
 from perfusion_jax.drawing.grids import grid
-from perfusion_jax.drawing.samplers import DEFAULT_STEPS
+from perfusion_jax.drawing.samplers import settle
 from perfusion_jax.formats.concept_file import TrainedConcept, load_concept, read_card
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
 from perfusion_jax.runtime.errors import InputError
@@ -220,7 +220,7 @@ def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[
     """
     concepts = load_concepts(recipe, base)
     options = dict(recipe.options)
-    steps = options["steps"] or DEFAULT_STEPS.get(options["sampler"], 0)
+    _, steps = settle(base.model.schedule, options["sampler"], options["steps"])
     if recipe.init_image:
         options["init_image"] = init_pixels(recipe, base)
         steps -= skipped_steps(steps, options["init_strength"])

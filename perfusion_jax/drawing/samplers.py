@@ -3,15 +3,18 @@
 All of them read the network's estimate of the finished picture, x_0, and step linearly in it, so a sampler is a table
 of coefficients, computed here once in float64:
 
-    x_next = carry x + current x_0 + previous x_0'        x_0' of the step before
+    x_next = carry x + current x_0 + previous x_0' + fresh n        x_0' of the step before, n standard normal
 
-    ddim     Song et al., arXiv 2010.02502, eq. 12 without added noise
-    dpm++    DPM-Solver++ (2M), Lu et al., arXiv 2211.01095, algorithm 2
-    euler    Karras et al., arXiv 2206.00364, algorithm 1 without churn; in its coordinates, x / alpha
+    ddim       Song et al., arXiv 2010.02502, eq. 12 without added noise
+    dpm++      DPM-Solver++ (2M), Lu et al., arXiv 2211.01095, algorithm 2
+    euler      Karras et al., arXiv 2206.00364, algorithm 1 without churn; in its coordinates, x / alpha
+    euler_a    the same with noise put back after each step (k-diffusion's and diffusers' ancestral sampler)
+
+Of the options of a checkpoint's scheduler, those that change its steps are honoured or refused, never passed over.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +38,7 @@ class Plan(NamedTuple):
     Attributes:
         timesteps: for the network; those of `euler` may lie between whole ones.
         signal, noise: alpha and sigma before the step: x = alpha x_0 + sigma epsilon.
-        carry, current, previous: the step's coefficients.
+        carry, current, previous, fresh: the step's coefficients.
         start: the standard deviation of the pure noise that the sampler starts from, a scalar.
     """
 
@@ -45,7 +48,27 @@ class Plan(NamedTuple):
     carry: Float32[Array, "*steps"]
     current: Float32[Array, "*steps"]
     previous: Float32[Array, "*steps"]
+    fresh: Float32[Array, "*steps"]
     start: Float32[Array, ""]
+
+
+def settle(schedule: NoiseSchedule, sampler: str | None, steps: int | None) -> tuple[str, int]:
+    """Returns the sampler and the number of steps: those given, or else the checkpoint's sampler and its usual number.
+
+    Args:
+        schedule: the checkpoint's, whose scheduler's class says which sampler is its own; DDIM for classes not known.
+        sampler: a key of SAMPLERS, or None.
+        steps: how many, or None.
+
+    Raises:
+        InputError: no such sampler.
+    """
+    if sampler is None:
+        name = schedule.config.get("_class_name", "")
+        sampler = next((own for prefix, own in _OWN_SAMPLERS if name.startswith(prefix)), "ddim")
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
+    return sampler, DEFAULT_STEPS[sampler] if steps is None else steps
 
 
 def make_plan(schedule: NoiseSchedule, sampler: str, steps: int, skipped: int = 0) -> Plan:
@@ -58,10 +81,12 @@ def make_plan(schedule: NoiseSchedule, sampler: str, steps: int, skipped: int = 
         skipped: how many of them, from the noisy end, are left out; then what follows starts from a picture.
 
     Raises:
-        InputError: no such sampler or spacing of timesteps, or a number of steps that the schedule does not have.
+        InputError: no such sampler, a number of steps that the schedule does not have, or an option of the checkpoint's
+            scheduler that this sampler cannot follow.
     """
     if sampler not in SAMPLERS:
         raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
+    _check_options(schedule, sampler)
     total = schedule.num_train_timesteps
     if not 1 <= steps <= total:
         raise InputError(f"{steps} sampling steps: this model's schedule allows 1 to {total}")
@@ -69,6 +94,25 @@ def make_plan(schedule: NoiseSchedule, sampler: str, steps: int, skipped: int = 
         raise InputError(f"{skipped} of {steps} sampling steps left out: at least one must be left")
     plan = SAMPLERS[sampler](schedule, steps, skipped)
     return Plan(*(jnp.asarray(column, jnp.float32) for column in plan))
+
+
+def _check_options(schedule: NoiseSchedule, sampler: str) -> None:
+    """Refuses options of the checkpoint's scheduler that a sampler would read and cannot follow.
+
+    Raises:
+        InputError: there is one.
+    """
+    config = schedule.config
+    for key, followed, samplers in _OPTIONS:
+        # diffusers' DDIM clips unless it is told not to.
+        clips = key == "clip_sample" and config.get("_class_name") == "DDIMScheduler"
+        value = config.get(key, True if clips else followed[0])
+        if sampler in samplers and value not in followed:
+            others = " or ".join(other for other in SAMPLERS if other not in samplers)
+            raise InputError(
+                f"scheduler_config.json of the base model says {key} = {value!r}, which the sampler {sampler} cannot "
+                f"follow: take the sampler {others}, or set {key} to {followed[0]!r} in a copy of the model"
+            )
 
 
 def _kept(schedule: NoiseSchedule, divided: bool) -> Float64[np.ndarray, " timesteps"]:
@@ -110,15 +154,34 @@ def _ddim(schedule: NoiseSchedule, steps: int, skipped: int) -> Columns:
     signal, noise = np.sqrt(kept[timesteps]), np.sqrt(1 - kept[timesteps])
     carry = np.sqrt(1 - kept_after) / noise
     current = np.sqrt(kept_after) - signal * carry
-    return timesteps, signal, noise, carry, current, np.zeros_like(current), 1.0
+    none = np.zeros_like(current)
+    return timesteps, signal, noise, carry, current, none, none, 1.0
 
 
-def _sigmas(schedule: NoiseSchedule, timesteps: Real[np.ndarray, " steps"]) -> Float64[np.ndarray, " steps+1"]:
-    """Noise per signal at timesteps, also between whole ones, and after the last step: float64 [steps + 1]."""
+def _all_sigmas(schedule: NoiseSchedule) -> Float64[np.ndarray, " timesteps"]:
+    """Noise per signal at each timestep."""
     kept = _kept(schedule, divided=True)
-    every = np.sqrt((1 - kept) / kept)
-    last = every[0] if schedule.config.get("final_sigmas_type", "zero") == "sigma_min" else 0.0
-    return np.append(np.interp(timesteps, np.arange(len(every)), every), last)
+    return np.sqrt((1 - kept) / kept)
+
+
+def _last_sigma(schedule: NoiseSchedule) -> float:
+    """Noise per signal after the last step."""
+    return _all_sigmas(schedule)[0] if schedule.config.get("final_sigmas_type", "zero") == "sigma_min" else 0.0
+
+
+def _sigmas(schedule: NoiseSchedule, timesteps: Real[np.ndarray, " steps"]) -> Float64[np.ndarray, " steps"]:
+    """Noise per signal at timesteps, also between whole ones."""
+    every = _all_sigmas(schedule)
+    return np.interp(timesteps, np.arange(len(every)), every)
+
+
+def _karras(
+    schedule: NoiseSchedule, most: float, least: float, steps: int
+) -> tuple[Float64[np.ndarray, " {steps}"], Float64[np.ndarray, " {steps}"]]:
+    """Timesteps, and noise per signal spaced as Karras et al. do (eq. 5, rho = 7)."""
+    sigmas = np.linspace(most ** (1 / 7), least ** (1 / 7), steps) ** 7
+    every = np.log(_all_sigmas(schedule))
+    return np.interp(np.log(sigmas), every, np.arange(len(every))), sigmas
 
 
 def _signal_and_noise(
@@ -137,8 +200,15 @@ def _dpm(schedule: NoiseSchedule, steps: int, skipped: int) -> Columns:
         spaced = np.round(np.linspace(0, total - 1, steps + 1))[::-1][:-1]
     else:
         spaced = _spaced(schedule, steps)
-    timesteps = spaced[skipped:]
-    sigmas = _sigmas(schedule, timesteps)
+    if schedule.config.get("use_karras_sigmas"):
+        every = _all_sigmas(schedule)
+        spaced, sigmas = _karras(schedule, every[-1], every[0], steps)
+        if schedule.config.get("beta_schedule") != "squaredcos_cap_v2":
+            spaced = spaced.round()
+        spaced = np.trunc(spaced)  # diffusers keeps whole timesteps, and the noise between them
+    else:
+        sigmas = _sigmas(schedule, spaced)
+    timesteps, sigmas = spaced[skipped:], np.append(sigmas[skipped:], _last_sigma(schedule))
     signal, noise = _signal_and_noise(sigmas)
     with np.errstate(divide="ignore"):
         log_ratio = -np.log(sigmas)  # lambda; infinite where no noise is left
@@ -147,21 +217,73 @@ def _dpm(schedule: NoiseSchedule, steps: int, skipped: int) -> Columns:
     # Half of (h / h_before) of the difference between this estimate and the one before.
     correction = np.zeros_like(width)
     correction[1:] = first_order[1:] * 0.5 * width[1:] / width[:-1]
-    if sigmas[-1] == 0 or (steps < _SHORT and schedule.config.get("lower_order_final", True)):
+    ends_lower = (steps < _SHORT and schedule.config.get("lower_order_final", True)) or schedule.config.get(
+        "euler_at_final", False
+    )
+    if sigmas[-1] == 0 or ends_lower:
         correction[-1] = 0.0
-    return timesteps, signal[:-1], noise[:-1], noise[1:] / noise[:-1], first_order + correction, -correction, 1.0
+    carry, current = noise[1:] / noise[:-1], first_order + correction
+    return timesteps, signal[:-1], noise[:-1], carry, current, -correction, np.zeros_like(current), 1.0
 
 
 def _euler(schedule: NoiseSchedule, steps: int, skipped: int) -> Columns:
-    timesteps = _spaced(schedule, steps)[skipped:]
+    timesteps = _spaced(schedule, steps)
     sigmas = _sigmas(schedule, timesteps)
+    if schedule.config.get("use_karras_sigmas"):
+        timesteps, sigmas = _karras(schedule, sigmas[0], sigmas[-1], steps)
+    return _euler_steps(schedule, timesteps[skipped:], np.append(sigmas[skipped:], _last_sigma(schedule)), fresh=False)
+
+
+def _euler_ancestral(schedule: NoiseSchedule, steps: int, skipped: int) -> Columns:
+    timesteps = _spaced(schedule, steps)[skipped:]
+    return _euler_steps(schedule, timesteps, np.append(_sigmas(schedule, timesteps), 0.0), fresh=True)
+
+
+def _euler_steps(
+    schedule: NoiseSchedule,
+    timesteps: Float64[np.ndarray, " steps"],
+    sigmas: Float64[np.ndarray, " steps+1"],
+    fresh: bool,
+) -> Columns:
+    """Euler's steps along noise per signal; with `fresh` noise, each goes further down and is noised up again."""
     signal, noise = _signal_and_noise(sigmas)
-    ratio = sigmas[1:] / sigmas[:-1]
+    signal[-1] = 1.0  # it ends in its own coordinates, also where noise is left
+    before, after = sigmas[:-1], sigmas[1:]
+    up = after * np.sqrt(1 - (after / before) ** 2) if fresh else np.zeros_like(after)
+    ratio = np.sqrt(after**2 - up**2) / before
     carry, current = ratio * signal[1:] / signal[:-1], (1 - ratio) * signal[1:]
     # In its coordinates the noise is sqrt(sigma^2 + 1) where timesteps lead, else sigma; here that is scaled by alpha.
     start = 1.0 if _spacing(schedule) == "leading" else noise[0]
-    return timesteps, signal[:-1], noise[:-1], carry, current, np.zeros_like(current), start
+    return timesteps, signal[:-1], noise[:-1], carry, current, np.zeros_like(current), up * signal[1:], start
 
 
-SAMPLERS: dict[str, Callable[[NoiseSchedule, int, int], Columns]] = {"ddim": _ddim, "dpm++": _dpm, "euler": _euler}
-DEFAULT_STEPS = {"ddim": 50, "dpm++": 20, "euler": 30}
+SAMPLERS: dict[str, Callable[[NoiseSchedule, int, int], Columns]] = {
+    "ddim": _ddim,
+    "dpm++": _dpm,
+    "euler": _euler,
+    "euler_a": _euler_ancestral,
+}
+DEFAULT_STEPS = {"ddim": 50, "dpm++": 20, "euler": 30, "euler_a": 30}
+# Of a checkpoint, by the beginning of its scheduler's class.
+_OWN_SAMPLERS = (("EulerAncestral", "euler_a"), ("Euler", "euler"), ("DPMSolver", "dpm++"))
+# Options of diffusers' schedulers that change steps: values that are followed, and by which samplers an option is read.
+_SOLVERS = ("dpm++", "euler")
+_OPTIONS: tuple[tuple[str, tuple[Any, ...], tuple[str, ...]], ...] = (
+    ("clip_sample", (False,), ("ddim",)),
+    ("thresholding", (False,), ("ddim", "dpm++")),
+    ("use_exponential_sigmas", (False, None), _SOLVERS),
+    ("use_beta_sigmas", (False, None), _SOLVERS),
+    ("final_sigmas_type", ("zero", "sigma_min"), _SOLVERS),
+    ("interpolation_type", ("linear",), ("euler",)),
+    ("timestep_type", ("discrete",), ("euler",)),
+    ("sigma_min", (None,), ("euler",)),
+    ("sigma_max", (None,), ("euler",)),
+    ("solver_order", (2,), ("dpm++",)),
+    ("algorithm_type", ("dpmsolver++",), ("dpm++",)),
+    ("solver_type", ("midpoint",), ("dpm++",)),
+    ("use_lu_lambdas", (False,), ("dpm++",)),
+    ("use_flow_sigmas", (False,), ("dpm++",)),
+    ("use_dynamic_shifting", (False,), ("dpm++",)),
+    ("lambda_min_clipped", (-np.inf, None), ("dpm++",)),
+    ("variance_type", (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"), ("dpm++",)),
+)

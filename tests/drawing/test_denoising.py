@@ -63,12 +63,14 @@ def walk_all(base, prompts, walk, plan, guidance):
     step = jax.jit(take_step, static_argnums=0)
     for number in range(len(plan.timesteps)):
         at = plan._replace(**{name: column[number] for name, column in plan._asdict().items() if name != "start"})
-        walk = step(base.model, base.params["unet"], prompts, walk, at, 0, guidance)
+        walk = step(base.model, base.params["unet"], prompts, walk, at, 0, guidance or Guidance())
     return walk.latents
 
 
 def sample(base, noise, plan, guidance, init_latents=None):
-    ids, empty = base.model.tokenizer(PROMPTS), base.model.tokenizer([""] * len(PROMPTS))
+    """Guidance of None: without the empty prompt."""
+    ids = base.model.tokenizer(PROMPTS)
+    empty = None if guidance is None else base.model.tokenizer([""] * len(PROMPTS))
     prompts = read_prompts(base.model, base.params, ids, empty)
     return np.asarray(walk_all(base, prompts, begin(noise, plan, init_latents=init_latents), plan, guidance))
 
@@ -78,12 +80,12 @@ def first(latents):
     return np.asarray(latents).transpose(0, 3, 1, 2)
 
 
-def compare_after(folder, base, sampler, steps, size, rescale=0.0):
+def compare_after(folder, base, sampler, steps, size, rescale=0.0, guidance=6.0):
     noise = noise_for(base.model, [3, 4], size, size)
     theirs = make_pipeline(folder, StableDiffusionPipeline, sampler)(
         PROMPTS,
         num_inference_steps=steps,
-        guidance_scale=6.0,
+        guidance_scale=guidance,
         guidance_rescale=rescale,
         latents=torch.from_numpy(first(noise).copy()),
         height=size,
@@ -91,13 +93,18 @@ def compare_after(folder, base, sampler, steps, size, rescale=0.0):
         output_type="latent",
     ).images.numpy()
     plan = make_plan(base.model.schedule, sampler, steps)
-    ours = sample(base, noise, plan, Guidance(6.0, rescale))
+    ours = sample(base, noise, plan, Guidance(guidance, rescale) if guidance > 1 else None)
     assert np.abs(first(ours) - theirs).max() < 1e-3 * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_latents_after_fifty_steps_equal_pytorch(folder, base, sampler):
     compare_after(folder, base, sampler, 50, 32, rescale=0.7 if sampler == "ddim" else 0.0)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_without_guidance_as_pytorch(sd1_folder, sd1_base, guidance):
+    compare_after(sd1_folder, sd1_base, "euler", 4, 32, guidance=guidance)
 
 
 @pytest.mark.slow

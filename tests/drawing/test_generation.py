@@ -75,6 +75,23 @@ def test_what_changes_from_picture_to_picture_does_not_compile_anew(small_base):
     assert compiled_step._cache_size() == before + 1
 
 
+def test_guidance_of_one_or_less_is_none_and_leads_away_from_nothing(small_base):
+    one, none, negative = (
+        generate(small_base, ["a dog"], [0], guidance=guidance, negative_prompt=words, **SMALL)
+        for guidance, words in ((1, ""), (0, ""), (0.5, "a cat"))
+    )
+    np.testing.assert_array_equal(one, none)
+    np.testing.assert_array_equal(one, negative)
+    assert difference(one, generate(small_base, ["a dog"], [0], guidance=1.5, **SMALL)) > 0
+
+
+def test_noise_that_a_sampler_puts_back_is_of_the_picture_alone(small_base):
+    options = {**SMALL, "sampler": "euler_a", "steps": 4}
+    together = generate(small_base, ["a dog", "a cat", "a dog"], [3, 4, 5], **options)
+    assert difference(together[2:], generate(small_base, ["a dog"], [5], **options)) <= 1
+    assert difference(together[:1], generate(small_base, ["a dog"], [3], **{**options, "sampler": "euler"})) > 1
+
+
 def test_from_a_picture(small_base):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (32, 40, 3)).astype(np.uint8)

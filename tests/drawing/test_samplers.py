@@ -1,19 +1,41 @@
 """Samplers against the schedulers of PyTorch diffusers, on a network that is one line long."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
+from diffusers.schedulers import scheduling_euler_ancestral_discrete
 
 from perfusion_jax import InputError
 from perfusion_jax.base_model.schedule import NoiseSchedule
-from perfusion_jax.drawing.samplers import make_plan
+from perfusion_jax.drawing.samplers import make_plan, settle
 
 # diffusers asks PyTorch's tensors for NumPy arrays in the way of NumPy 1.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+# What a sampler puts back after each step.
+FRESH = np.random.default_rng(1).standard_normal((5, 7))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_noise(monkeypatch):
+    monkeypatch.setattr(scheduling_euler_ancestral_discrete, "randn_tensor", lambda *_, **__: torch.from_numpy(FRESH))
 
 
 def network(x, timestep):
@@ -38,24 +60,19 @@ def ours(plan, prediction_type, x):
     """The recurrence of `denoising.take_step`, in NumPy."""
     before = np.zeros_like(x)
     for at in zip(*(np.asarray(field, np.float64) for field in plan[:-1]), strict=True):
-        timestep, signal, noise, carry, current, previous = at
+        timestep, signal, noise, carry, current, previous, fresh = at
         predicted = network(x, timestep)
         pictures = {
             "epsilon": (x - noise * predicted) / max(signal, 1e-9),
             "v_prediction": signal * x - noise * predicted,
         }
         picture = pictures[prediction_type]
-        x, before = carry * x + current * picture + previous * before, picture
+        x, before = carry * x + current * picture + previous * before + fresh * FRESH, picture
     return x
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_walks_as_diffusers_does(sampler, spacing, prediction_type):
-    config = {**BETAS, "timestep_spacing": spacing, "steps_offset": 1, "prediction_type": prediction_type}
-    if sampler == "ddim":
-        config |= {"clip_sample": False, "set_alpha_to_one": False}
+def assert_walks_alike(sampler, config):
+    prediction_type = config["prediction_type"]
     scheduler = SCHEDULERS[sampler](**config)
     schedule = NoiseSchedule.from_config(dict(scheduler.config), "test")
     start = np.random.default_rng(0).standard_normal((5, 7))
@@ -66,11 +83,96 @@ def test_walks_as_diffusers_does(sampler, spacing, prediction_type):
         x = start * float(plan.start)
         if skipped:  # both begin at the noise level of the first step that is left
             x = start
-            signal = float(plan.signal[0]) if sampler == "euler" else 1.0  # its coordinates are x / alpha
+            signal = float(plan.signal[0]) if sampler.startswith("euler") else 1.0  # its coordinates are x / alpha
             expected = theirs(scheduler, x / signal, skipped)
         else:
             expected = theirs(scheduler, start, 0)
         np.testing.assert_allclose(ours(plan, prediction_type, x), expected, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_walks_as_diffusers_does(sampler, spacing, prediction_type):
+    config = {**BETAS, "timestep_spacing": spacing, "steps_offset": 1, "prediction_type": prediction_type}
+    if sampler == "ddim":
+        config |= {"clip_sample": False, "set_alpha_to_one": False}
+    assert_walks_alike(sampler, config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_karras_sigmas": True},
+        {"use_karras_sigmas": True, "timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"},
+        {"final_sigmas_type": "sigma_min", "timestep_spacing": "leading"},
+    ],
+)
+@pytest.mark.parametrize("sampler", ["dpm++", "euler"])
+def test_options_are_followed_as_diffusers_does(sampler, options):
+    assert_walks_alike(sampler, {**BETAS, "prediction_type": "epsilon", **options})
+
+
+def test_the_last_step_of_dpm_may_be_of_first_order():
+    assert_walks_alike(
+        "dpm++", {**BETAS, "prediction_type": "epsilon", "euler_at_final": True, "final_sigmas_type": "sigma_min"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "option", "value"),
+    [
+        ("ddim", "clip_sample", True),
+        ("ddim", "thresholding", True),
+        ("dpm++", "thresholding", True),
+        ("dpm++", "solver_order", 3),
+        ("dpm++", "algorithm_type", "sde-dpmsolver++"),
+        ("dpm++", "solver_type", "heun"),
+        ("dpm++", "use_lu_lambdas", True),
+        ("dpm++", "lambda_min_clipped", -5.1),
+        ("dpm++", "variance_type", "learned_range"),
+        ("dpm++", "final_sigmas_type", "golden"),
+        ("euler", "use_exponential_sigmas", True),
+        ("euler", "use_beta_sigmas", True),
+        ("euler", "interpolation_type", "log_linear"),
+        ("euler", "timestep_type", "continuous"),
+        ("euler", "sigma_max", 10.0),
+    ],
+)
+def test_options_that_cannot_be_followed_are_refused_by_the_samplers_that_read_them(sampler, option, value):
+    schedule = NoiseSchedule.from_config({**BETAS, option: value}, "test")
+    with pytest.raises(InputError, match=rf"{option} = .*the sampler {re.escape(sampler)} cannot follow: take"):
+        make_plan(schedule, sampler, 20)
+    make_plan(schedule, "euler_a", 20)
+
+
+def test_ddim_clips_unless_it_is_told_not_to():
+    schedule = NoiseSchedule.from_config({**BETAS, "_class_name": "DDIMScheduler"}, "test")
+    with pytest.raises(InputError, match="clip_sample = True"):
+        make_plan(schedule, "ddim", 20)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_schedulers_of_another_kind_are_refused(name):
+    with pytest.raises(InputError, match=f"{name} adds noise in another way"):
+        NoiseSchedule.from_config({"_class_name": name}, "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "steps"),
+    [
+        ("DDIMScheduler", "ddim", 50),
+        ("PNDMScheduler", "ddim", 50),
+        ("DPMSolverMultistepScheduler", "dpm++", 20),
+        ("EulerDiscreteScheduler", "euler", 30),
+        ("EulerAncestralDiscreteScheduler", "euler_a", 30),
+    ],
+)
+def test_a_checkpoint_has_a_sampler_of_its_own(name, sampler, steps):
+    schedule = NoiseSchedule.from_config({**BETAS, "_class_name": name}, "test")
+    assert settle(schedule, None, None) == (sampler, steps)
+    assert settle(schedule, None, 4) == (sampler, 4)
+    assert settle(schedule, "dpm++", None) == ("dpm++", 20)
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
@@ -104,7 +206,7 @@ def test_impossible_plans_are_refused():
     schedule = NoiseSchedule.from_config(BETAS, "test")
     with pytest.raises(InputError, match="1001 sampling steps: this model's schedule allows 1 to 1000"):
         make_plan(schedule, "ddim", 1001)
-    with pytest.raises(InputError, match="'heun' is not one of ddim, dpm\\+\\+, euler"):
+    with pytest.raises(InputError, match="'heun' is not one of ddim, dpm\\+\\+, euler, euler_a"):
         make_plan(schedule, "heun", 20)
     with pytest.raises(InputError, match="at least one must be left"):
         make_plan(schedule, "ddim", 20, skipped=20)
