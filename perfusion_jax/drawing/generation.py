@@ -255,8 +255,8 @@ def drawing(
     if len(prompts) != len(seeds):
         raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each picture")
     height, width = _size(base, height, width, init_image)
+    steps = None if steps is None else _number("steps", steps, index)
     sampler, steps = settle(base.model.schedule, sampler, steps)
-    steps = _number("steps", steps, index)
     batch_size = _number("batch_size", batch_size, index)
     init_strength = _number("init_strength", init_strength, float)
     skipped = 0 if init_image is None else skipped_steps(steps, init_strength)
