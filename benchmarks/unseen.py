@@ -4,7 +4,7 @@ import numpy as np
 
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.clip import Clip
-from perfusion_jax.data.pictures import read_folder
+from perfusion_jax.data.folders import read_folder
 from perfusion_jax.drawing.generation import generate
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.learning.metrics import Evaluator, Scores, score_pictures

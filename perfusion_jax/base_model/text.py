@@ -118,6 +118,17 @@ class PromptTokenizer:
         mask[first : first + len(words)] = True
         return np.asarray(ids, np.int32), mask
 
+    def shorten(self, template: str, phrase: str) -> str:
+        """Leaves words out at the end of a template such as `a photo of a {}`, until the text encoder takes it.
+
+        Args:
+            template: with one slot.
+            phrase: the longest that is put there.
+        """
+        while template and len(self._plain(template.replace("{}", phrase))) > self.length - 2:
+            template = template.rpartition(" ")[0]
+        return template
+
     def pieces(self, prompt: str, placeholders: Sequence[str] = ()) -> list[tuple[int, str]]:
         """Returns the tokens of a prompt as people read them, each with its position in the encoded prompt.
 

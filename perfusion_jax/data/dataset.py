@@ -2,7 +2,7 @@
 
     python -m perfusion_jax.data.dataset --folders concepts/ --out gs://bucket/datasets
 
-turns a folder of concept folders (`data.pictures`) into `OUT/concepts/1.0.0/`, with one split per concept. It can be
+turns a folder of concept folders (`data.folders`) into `OUT/concepts/1.0.0/`, with one split per concept. It can be
 copied as it is; `config.pictures = "tfds:gs://bucket/datasets/concepts/1.0.0#dog"` learns from its split `dog`.
 """
 
@@ -19,7 +19,8 @@ from absl import flags
 from etils import epath
 from PIL import Image
 
-from perfusion_jax.data.pictures import Picture, read_folder
+from perfusion_jax.data.folders import read_folder
+from perfusion_jax.data.pictures import Picture
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import is_local, is_storage_error, storage_errors, subfolders
@@ -52,7 +53,7 @@ class Concepts(tfds.core.GeneratorBasedBuilder):
                     shape=(None, None, 1), encoding_format="png", doc="white where the thing is"
                 ),
                 "has_mask": tfds.features.Scalar(np.uint8, doc="0: the mask is black and says nothing"),
-                "caption": tfds.features.Text(doc="with {} where the concept's name goes, or empty"),
+                "caption": tfds.features.Text(doc="as in its file, or empty"),
             }
         )
         return tfds.core.DatasetInfo(builder=self, description="Pictures of concepts.", features=features)

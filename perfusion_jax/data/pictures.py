@@ -1,26 +1,24 @@
-"""Reads a concept's folder: pictures, and, where they are given, masks and captions.
-
-    FOLDER/rex.jpg              a picture: jpg, png or webp, of any size
-    FOLDER/masks/rex.png        optional: white where the thing is, of the picture's size
-    FOLDER/rex.txt              optional: a caption, with {} where the concept's name goes
-
-A folder may be local or in a bucket (`gs://...`).
-"""
+"""Pictures: read from a file, with a mask, and scaled to the square that the model sees."""
 
 import io
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pillow_heif
 from etils import epath
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import entries, storage_errors
+from perfusion_jax.runtime.files import storage_errors
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+ENDINGS = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+)
 SMALLEST = 16  # pixels; there is nothing to learn from less
+# Share by which the shape of a mask may differ from its picture's, by rounding.
+SHAPE_TOLERANCE = 0.01
+
+pillow_heif.register_heif_opener()
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,10 @@ class Picture:
         pixels: uint8 [height, width, 3]; what is transparent is white.
         mask: how much of each pixel is the thing, float32 [height, width] in [0, 1]: from a mask file, else from the
             picture's transparency, else None.
-        caption: with one `{}`, or None.
+        caption: as it is in its file, or None.
         inside: how much of each pixel is the picture and not what `fit` put around it, float32 [height, width], or None
             if all of it is.
+        trigger: what captions call the thing, as the folder says; may be empty.
     """
 
     name: str
@@ -42,67 +41,31 @@ class Picture:
     mask: np.ndarray | None
     caption: str | None
     inside: np.ndarray | None = None
+    trigger: str = ""
+
+    def with_caption(self, caption: str) -> "Picture":
+        """The picture with another caption."""
+        return replace(self, caption=caption)
 
 
-def read_folder(
-    folder: str | os.PathLike[str],
-    masks: str | os.PathLike[str] | None = None,
-    captions: str | os.PathLike[str] | None = None,
-) -> list[Picture]:
-    """Reads all pictures of a folder, in the order of their names.
+def read_picture(file: epath.Path, mask_file: epath.Path | None, caption: str | None, trigger: str) -> Picture:
+    """Reads a picture and its mask.
 
     Args:
-        folder: of the pictures.
-        masks: folder of the masks; left out, they are those in FOLDER/masks, if it exists.
-        captions: folder of the captions; left out, they are beside the pictures.
+        file: of the picture.
+        mask_file: white where the thing is; of the picture's shape, upright or as the camera stored it.
+        caption, trigger: as for `Picture`.
 
     Raises:
-        InputError: no such folder, no picture in it, or a file that cannot be used; the message names it.
+        InputError: a file cannot be used.
         UnavailableError: storage fails.
     """
-    root = epath.Path(folder)
-    inside = entries(root)
-    if inside is None:
-        raise InputError(f"{root}: no such folder of pictures")
-    with storage_errors(root, "read"):
-        files = [file for file in inside if file.suffix.lower() in ENDINGS and not file.is_dir()]
-    if not files:
-        raise InputError(f"{root}: no pictures in it ({', '.join(ENDINGS)})")
-    stems = [file.stem for file in files]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if twice:
-        raise InputError(
-            f"{root}: two pictures are called {twice[0]!r}: masks and captions go by that name; rename one"
-        )
-    mask_root = epath.Path(masks) if masks is not None else root / "masks"
-    mask_entries = entries(mask_root)
-    if masks is not None and mask_entries is None:
-        raise InputError(f"{masks}: no such folder")
-    caption_root = epath.Path(captions) if captions is not None else root
-    if captions is not None and entries(caption_root) is None:
-        raise InputError(f"{captions}: no such folder")
-    mask_files = {} if mask_entries is None else _mask_files(mask_root, mask_entries, stems)
-    return [_read(file, mask_files.get(file.stem), caption_root / f"{file.stem}.txt") for file in files]
-
-
-def _mask_files(folder: epath.Path, inside: Sequence[epath.Path], stems: Sequence[str]) -> dict[str, epath.Path]:
-    files = {file.stem: file for file in inside if file.suffix.lower() in ENDINGS}
-    unmatched = sorted(files.keys() - set(stems))
-    if unmatched:
-        raise InputError(f"{files[unmatched[0]]}: a mask of no picture: its name must be a picture's")
-    missing = sorted(set(stems) - files.keys())
-    if missing:
-        raise InputError(f"{folder}: no mask for the picture {missing[0]!r}: give one for each picture, or none")
-    return files
-
-
-def _read(file: epath.Path, mask_file: epath.Path | None, caption_file: epath.Path) -> Picture:
-    image = open_picture(file)
+    stored = _open(file)
+    image = _upright(stored)
     if min(image.size) < SMALLEST:
         raise InputError(f"{file}: {image.width} x {image.height} pixels; at least {SMALLEST} x {SMALLEST} are needed")
-    transparent = image.has_transparency_data
     mask = None
-    if transparent:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         mask = np.asarray(image.getchannel("A"), np.float32) / 255
         # Transparency that hides nothing says nothing of where the thing is.
@@ -110,49 +73,80 @@ def _read(file: epath.Path, mask_file: epath.Path | None, caption_file: epath.Pa
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     pixels = np.asarray(image.convert("RGB"))
     if mask_file is not None:
-        mask_image = open_picture(mask_file).convert("L")
-        if mask_image.size != image.size:
-            sizes = [f"{one.width} x {one.height}" for one in (mask_image, image)]
-            raise InputError(f"{mask_file}: {sizes[0]} pixels; its picture has {sizes[1]}")
-        mask = np.asarray(mask_image, np.float32) / 255
+        mask = _read_mask(mask_file, stored, image.size)
     if mask is not None and mask.max() == 0:
         raise InputError(f"{mask_file or file}: all of it is masked out: nothing is left to learn from")
-    return Picture(file.name, pixels, mask, _caption(caption_file))
+    return Picture(file.name, pixels, mask, caption, trigger=trigger)
+
+
+def _read_mask(file: epath.Path, picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Reads a mask, float32 [height, width] in [0, 1].
+
+    Args:
+        file: its file.
+        picture: as the camera stored it.
+        size: width and height of the picture, upright.
+
+    Raises:
+        InputError: it cannot be read, or has another shape than the picture.
+    """
+    mask = open_picture(file)
+    # Some masks are transparent where the thing is not, and of one colour.
+    is_shape = mask.has_transparency_data and len({*mask.convert("L").getextrema()}) == 1
+    mask = mask.convert("RGBA").getchannel("A") if is_shape else mask.convert("L")
+    if not _alike(mask.size, size) and _alike(mask.size, picture.size):
+        # Drawn by a program that does not turn pictures as EXIF says.
+        mask.getexif()[ExifTags.Base.Orientation] = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        mask = ImageOps.exif_transpose(mask)
+    if not _alike(mask.size, size):
+        raise InputError(
+            f"{file}: {mask.width} x {mask.height} pixels; its picture has {size[0]} x {size[1]}, another shape"
+        )
+    if mask.size != size:
+        mask = mask.resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(mask, np.float32) / 255
+
+
+def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes are of one shape, up to rounding."""
+    return abs(one[0] * other[1] / (one[1] * other[0]) - 1) <= SHAPE_TOLERANCE
 
 
 def open_picture(file: epath.Path) -> Image.Image:
-    """Reads a picture, turned upright as its EXIF data says, with 8 bits a channel.
+    """Reads a picture, turned upright as its EXIF data says, with 8 bits a channel; of several frames the first.
 
     Raises:
         InputError: it cannot be read.
         UnavailableError: storage fails.
     """
+    return _upright(_open(file))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) or image
+
+
+def _open(file: epath.Path) -> Image.Image:
+    """Reads a picture as it is stored, with 8 bits a channel."""
     with storage_errors(file, "read"):
         try:
             data = file.read_bytes()
         except FileNotFoundError as error:
             raise InputError(f"{file}: no such picture") from error
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if image.mode.startswith("I"):  # PIL cuts 16-bit greys off at 255 instead of scaling them
-            image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
+        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
+        if image.mode.startswith("I"):  # PIL cuts 16-bit greys off at 255 instead of scaling them
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
+            image.getexif()[ExifTags.Base.Orientation] = orientation
     except UnidentifiedImageError as error:
         raise InputError(f"{file}: not a picture") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{file}: cannot be read ({error})") from error
+    if image.mode == "F":
+        raise InputError(f"{file}: its pixels are fractions, and in which range is not known; save it with 8 bits")
     return image
-
-
-def _caption(file: epath.Path) -> str | None:
-    with storage_errors(file, "read"):
-        try:
-            caption = file.read_text().strip()
-        except FileNotFoundError:
-            return None
-    if caption.count("{}") != 1:
-        raise InputError(f"{file}: the caption {caption!r} needs exactly one {{}}, where the concept's name goes")
-    return caption
 
 
 def fit(picture: Picture, side: int, crop: bool) -> Picture:

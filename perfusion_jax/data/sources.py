@@ -2,10 +2,10 @@
 
 from etils import epath
 
-from perfusion_jax.data.pictures import ENDINGS, Picture, read_folder
+from perfusion_jax.data.folders import find_files, read_folder
+from perfusion_jax.data.pictures import Picture
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import entries
 from perfusion_jax.runtime.names import DATASET
 
 EXAMPLE = "emoji:"
@@ -52,6 +52,6 @@ def count_pictures(source: str) -> int:
             from perfusion_jax.data import dataset
 
             return dataset.split_size(source)
-        return sum(file.suffix.lower() in ENDINGS for file in entries(_folder(source)) or ())
+        return len(find_files(_folder(source)).pictures)
     except InputError:
         return 0

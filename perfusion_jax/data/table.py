@@ -5,7 +5,7 @@
     my-cup,cup,gs://bucket/cup/,cup_masks/,cup_captions/,,false
 
 `name`, `super_category` and `pictures` (what `config.pictures` takes) are needed. `masks` and `captions` are folders of
-files that carry the pictures' names (`data.pictures`); left out, they are looked for in the folder of pictures. Every
+files that carry the pictures' names (`data.folders`); left out, they are looked for in the folder of pictures. Every
 other column is a key of the config, which it overrides for that concept; an empty cell overrides nothing. A line of
 `.jsonl` is an object of the same keys. Paths are relative to the table.
 

@@ -4,7 +4,7 @@ import threading
 import traceback
 import zlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.clipseg import load_segmenter
+from perfusion_jax.data.captions import with_slots
 from perfusion_jax.data.examples import (
     Examples,
     encode,
@@ -62,6 +63,8 @@ def prepare_data(config: ConfigDict, base: BaseModel, pictures: Sequence[Picture
     side = config.size or base.model.picture_side
     if side % base.model.vae_factor:
         raise InputError(f"config.size is {side}; it must be a multiple of {base.model.vae_factor}")
+    shorten = partial(base.model.tokenizer.shorten, phrase=config.super_category)
+    pictures = with_slots(pictures, config.name, config.super_category, shorten)
     pictures = [fit(picture, side, config.crop) for picture in pictures]
     pixels = np.stack([picture.pixels for picture in pictures])
     latents = encode(base, pixels)

@@ -60,6 +60,16 @@ def test_words_in_pieces_and_words_near_them(sd1_base, phrase, expected):
     assert sd1_base.model.tokenizer.in_pieces(phrase) == expected
 
 
+def test_shortens_a_template_to_what_is_taken(sd1_base):
+    tokenizer = sd1_base.model.tokenizer
+    long = "a photo of a {} " + "on the beach " * 9
+    short = tokenizer.shorten(long.strip(), "teddy bear")
+    assert long.startswith(short)
+    assert len(tokenizer.words(short.replace("{}", "teddy bear"))) == tokenizer.length - 2
+    tokenizer.locate(short, "teddy bear")
+    assert tokenizer.shorten("a {}", "dog") == "a {}"
+
+
 def test_locates_a_phrase_of_several_tokens(sd1_base):
     ids, mask = sd1_base.model.tokenizer.locate("a photo of a {} on the beach", "teddy bear")
     np.testing.assert_array_equal(ids, sd1_base.model.tokenizer(["a photo of a teddy bear on the beach"])[0])

@@ -11,7 +11,7 @@ from PIL import Image
 from perfusion_jax import InputError
 from perfusion_jax.data import dataset
 from perfusion_jax.data.dataset import read_split, write_dataset
-from perfusion_jax.data.pictures import read_folder
+from perfusion_jax.data.folders import read_folder
 from perfusion_jax.runtime.errors import UnavailableError
 
 

@@ -6,7 +6,8 @@ from etils import epath
 from PIL import Image
 
 from perfusion_jax import InputError
-from perfusion_jax.data.pictures import fit, read_folder
+from perfusion_jax.data.folders import read_folder
+from perfusion_jax.data.pictures import fit
 from perfusion_jax.runtime.errors import UnavailableError
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -78,16 +79,6 @@ def test_mask_files_win_over_transparency(tmp_path):
     assert mask[:, 25:].min() > 0.9
 
 
-def test_captions_are_read_and_checked(tmp_path):
-    two_halves().save(tmp_path / "a.png")
-    two_halves().save(tmp_path / "b.png")
-    (tmp_path / "a.txt").write_text("a {} in my garden\n")
-    assert [picture.caption for picture in read_folder(tmp_path)] == ["a {} in my garden", None]
-    (tmp_path / "b.txt").write_text("a dog")
-    with pytest.raises(InputError, match=r"b.txt: the caption 'a dog' needs exactly one \{\}"):
-        read_folder(tmp_path)
-
-
 def save_mask(folder, name="a.png", size=(40, 20), colour="white"):
     (folder / "masks").mkdir(exist_ok=True)
     Image.new("L", size, colour).save(folder / "masks" / name)
@@ -105,7 +96,6 @@ BAD = {
     "truncated": (truncated, r"a.jpg: cannot be read"),
     "one pixel": (lambda folder: Image.new("RGB", (1, 1)).save(folder / "a.png"), "a.png: 1 x 1 pixels; at least 16"),
     "none": (lambda folder: (folder / "notes.md").write_text("x"), "no pictures in it"),
-    "two alike": (lambda folder: [two_halves().save(folder / f"a.{e}") for e in ("png", "jpg")], "called 'a'"),
     "mask size": (
         lambda folder: [two_halves().save(folder / "a.png"), save_mask(folder, size=(20, 20))],
         r"masks/a.png: 20 x 20 pixels; its picture has 40 x 20",

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from perfusion_jax import load_base_model
 from perfusion_jax.base_model.clip import load_clip
-from perfusion_jax.data.pictures import read_folder
+from perfusion_jax.data.folders import read_folder
 from perfusion_jax.drawing.denoising import noise_for
 from perfusion_jax.drawing.generation import generate
 from perfusion_jax.emoji_world import captions, catalogue, evaluator, make_examples
