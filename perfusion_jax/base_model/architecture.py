@@ -21,7 +21,7 @@ from perfusion_jax.base_model.flax_classes import (
     FlaxUNet2DConditionModel,
 )
 from perfusion_jax.base_model.schedule import NoiseSchedule
-from perfusion_jax.base_model.source import find_folder, read_config
+from perfusion_jax.base_model.source import find_folder, full_name, read_config
 from perfusion_jax.base_model.unet import KeysValues
 from perfusion_jax.base_model.vae import LatentDistribution
 from perfusion_jax.method.concept import Concept
@@ -184,7 +184,8 @@ def load_architecture(
     Raises:
         InputError: as `load_base_model`.
     """
-    return read_architecture(find_folder(str(source), revision, weights=False), dtype)
+    name, _ = full_name(str(source), None)
+    return read_architecture(find_folder(name, revision, weights=False), dtype)
 
 
 def read_architecture(folder: Path, dtype: jnp.dtype) -> Architecture:

@@ -11,7 +11,7 @@ import numpy as np
 
 from perfusion_jax.base_model import text
 from perfusion_jax.base_model.architecture import Architecture, read_architecture
-from perfusion_jax.base_model.source import find_folder
+from perfusion_jax.base_model.source import find_folder, full_name
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.method.surgery import Params, cross_attention_layers
@@ -127,8 +127,8 @@ def load_base_model(
     """Loads a frozen text-to-image model. PyTorch is not needed, and no pickle is ever read.
 
     Args:
-        source: a folder in the diffusers layout, or a hub id (downloaded once, then read from the cache, without a
-            network too).
+        source: a folder in the diffusers layout, a hub id (downloaded once, then read from the cache, without a
+            network too), or a short name, `emoji`, `sd15` or `sd21`.
         dtype: float32 or bfloat16, of the weights and of the computation.
         revision: branch, tag or commit of a hub id.
         variant: `fp16` for the weight files of that variant.
@@ -137,11 +137,12 @@ def load_base_model(
         InputError: it cannot be found, read, or run; the message names the file.
         UnavailableError: storage or the hub fails.
     """
-    folder = find_folder(str(source), revision, variant)
+    name, variant = full_name(str(source), variant)
+    folder = find_folder(name, revision, variant)
     model = read_architecture(folder, dtype)
     params: dict[str, Params] = {}
     for component, shapes in model.shapes.items():
         checkpoint = find_checkpoint(folder / component, variant)
         params[component] = read_tree(checkpoint, shapes, dtype, str(folder / component))
     covariance = folder / COVARIANCE
-    return BaseModel(str(source), model, params, covariance if covariance.is_file() else None)
+    return BaseModel(name, model, params, covariance if covariance.is_file() else None)

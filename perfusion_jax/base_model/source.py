@@ -13,9 +13,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError, UnavailableError
 from perfusion_jax.runtime.files import storage_errors
+from perfusion_jax.runtime.names import SHORT_NAMES
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 _SMALL_FILES = ("model_index.json", "*/*config.json", "tokenizer/*")
+
+
+def full_name(source: str, variant: str | None) -> tuple[str, str | None]:
+    """Returns the hub id and the variant that a short name stands for; of other names, what is given."""
+    if source in SHORT_NAMES and not Path(source).is_dir():
+        there = SHORT_NAMES[source]
+        return there.hub_id, variant or there.variant
+    return source, variant
 
 
 def find_folder(source: str, revision: str | None, variant: str | None = None, weights: bool = True) -> Path:

@@ -159,6 +159,9 @@ class PromptTokenizer:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _words(self, prompt: str, placeholders: Sequence[str]) -> list[int]:
+        for token in (self._tokenizer.bos_token, self._tokenizer.eos_token):
+            if token in prompt:
+                raise InputError(f"the prompt {prompt!r} has {token}, which is a mark of the tokeniser and no word")
         ids: list[int] = []
         start = 0
         for match in PLACEHOLDER.finditer(prompt):

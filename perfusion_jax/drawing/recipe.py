@@ -20,6 +20,7 @@ from perfusion_jax.base_model import BaseModel
 from perfusion_jax.data.pictures import open_picture
 from perfusion_jax.drawing.generation import Drawn, drawing, skipped_steps
 from perfusion_jax.drawing.grids import grid
+from perfusion_jax.drawing.prompts import without_syntax
 from perfusion_jax.drawing.samplers import settle
 from perfusion_jax.formats.concept_file import TrainedConcept, load_concept, read_card
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
@@ -145,16 +146,29 @@ def _sha256(file: str) -> str:
             raise InputError(f"{file}: no such concept file") from error
 
 
+def _plain(prompt: str) -> str:
+    """A prompt without what other programs read in it; says on stderr what was taken out."""
+    plain, found = without_syntax(prompt)
+    if found:
+        print(
+            f"warning: {', '.join(found)}: weights, brackets, keywords and LoRAs of other programs do nothing here; "
+            f"drawing {plain!r}",
+            file=sys.stderr,
+        )
+    return plain
+
+
 def recipe_of_flags(arguments: flags.FlagValues) -> Recipe:
     """What the command line asks for.
 
     Raises:
         InputError: a flag's value is not of its kind.
     """
-    prompts = read_prompts(arguments.prompt, arguments.prompts)
+    prompts = [_plain(prompt) for prompt in read_prompts(arguments.prompt, arguments.prompts)]
     count = arguments.num_images
     options = {name: getattr(arguments, name) for name in OPTIONS if name != "batch_size"}
     options |= {name: numbers(name, options[name]) for name in CONTROLS}
+    options["negative_prompt"] = _plain(options["negative_prompt"])
     options["batch_size"] = min(arguments.batch_size, count * len(prompts))
     return Recipe(
         base={"source": arguments.base, "revision": arguments.revision, "variant": arguments.variant},

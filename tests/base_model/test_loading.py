@@ -404,3 +404,12 @@ def test_models_that_cannot_be_run_are_refused(broken, file, changes, message):
     edit_json(broken / file, **changes)
     with pytest.raises(InputError, match=message):
         load_base_model(broken)
+
+
+def test_a_short_name_stands_for_a_model_on_the_hub_unless_a_folder_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert source_lib.full_name("sd15", None) == ("stable-diffusion-v1-5/stable-diffusion-v1-5", "fp16")
+    assert source_lib.full_name("sd15", "ema") == ("stable-diffusion-v1-5/stable-diffusion-v1-5", "ema")
+    assert source_lib.full_name("owner/model", None) == ("owner/model", None)
+    (tmp_path / "sd15").mkdir()
+    assert source_lib.full_name("sd15", None) == ("sd15", None)

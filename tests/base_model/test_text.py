@@ -81,6 +81,7 @@ def test_locates_a_phrase_of_several_tokens(sd1_base):
     [
         ("a photo of <tom>", ["<rex>"], "names <tom>, but the concepts given are: <rex>"),
         ("a photo of <tom>", [], "the concepts given are: none"),
+        ("a <|endoftext|> dog", [], r"has <\|endoftext\|>, which is a mark of the tokeniser"),
         ("a photo", ["rex"], "'rex' is not a placeholder"),
         ("a photo", ["<a b>"], "is not a placeholder"),
         ("a photo", ["<rex>", "<rex>"], "share a placeholder"),

@@ -1,0 +1,38 @@
+"""Prompts written for other programs: what those read in them and this one does not."""
+
+import re
+
+# AUTOMATIC1111's web UI and those that came after it.
+_EXTRA_NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
+_WEIGHT = re.compile(r"(?<!\\)\(([^()]*?):\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*\)")
+_BRACKETS = re.compile(r"(?<!\\)\[([^\[\]]*)\]")
+_KEYWORD = re.compile(r"(?<!\S)(?:BREAK|AND)(?!\S)")
+_ESCAPED = re.compile(r"\\([()\[\]])")
+
+
+def without_syntax(prompt: str) -> tuple[str, list[str]]:
+    """Takes out of a prompt what is not plain words: weights, brackets, keywords, and files that are to be loaded.
+
+    Returns:
+        (the prompt without them, what was taken out, in the order of kinds and places).
+    """
+    found: list[str] = []
+
+    def keep_words(match: re.Match[str]) -> str:
+        found.append(match[0])
+        # Of `[from:to:0.5]` and `[one|other]` all words are kept.
+        return re.sub(r"[:|]", " ", re.sub(r":\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*$", "", match[1]))
+
+    def drop(match: re.Match[str]) -> str:
+        found.append(match[0])
+        return " "
+
+    plain = _EXTRA_NETWORK.sub(drop, prompt)
+    before = ""
+    while plain != before:  # they may be nested
+        before = plain
+        plain = _BRACKETS.sub(keep_words, _WEIGHT.sub(keep_words, plain))
+    plain = _KEYWORD.sub(drop, plain)
+    if not found:
+        return prompt, []
+    return " ".join(_ESCAPED.sub(r"\1", plain).split()), found
