@@ -17,9 +17,11 @@ class FakeHub:
     Attributes:
         url: what HF_ENDPOINT should be.
         fetched: files that were downloaded, in order.
+        gated: repositories whose licence has not been accepted.
     """
 
     def __init__(self, repositories: dict[str, Path]):
+        self.gated: set[str] = set()
         self.fetched: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(repositories))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -30,7 +32,7 @@ class FakeHub:
         self._server.server_close()
 
     def _handler(self, repositories: dict[str, Path]) -> type[BaseHTTPRequestHandler]:
-        fetched = self.fetched
+        fetched, gated = self.fetched, self.gated
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *args):
@@ -49,6 +51,8 @@ class FakeHub:
                 folder = repositories.get(name)
                 if folder is None:
                     self.refuse("RepoNotFound")
+                elif name in gated and not is_api:
+                    self.refuse("GatedRepo", status=403)
                 elif len(rest) > 1 and rest[1] not in ("main", COMMIT):
                     self.refuse("RevisionNotFound")
                 elif is_api:
@@ -63,8 +67,8 @@ class FakeHub:
                     if send_body:
                         fetched.append(file)
 
-            def refuse(self, code: str) -> None:
-                self.send_response(404)
+            def refuse(self, code: str, status: int = 404) -> None:
+                self.send_response(status)
                 self.send_header("X-Error-Code", code)
                 self.send_header("Content-Length", "0")
                 self.end_headers()

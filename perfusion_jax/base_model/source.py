@@ -7,8 +7,15 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError, UnavailableError
@@ -76,16 +83,40 @@ def _looks_like_hub_id(source: str) -> bool:
 
 
 @contextmanager
-def _hub_errors(hub_id: str) -> Iterator[None]:
+def _hub_errors(hub_id: str, revision: str | None = None) -> Iterator[None]:
+    """Translates what the hub's client raises into one line each.
+
+    Raises:
+        InputError: there is no such model, or it may not be fetched.
+        UnavailableError: the hub cannot be reached, or fails.
+    """
     try:
         yield
     except LocalEntryNotFoundError as error:
-        raise UnavailableError(f"{hub_id}: not in the cache, and the hub cannot be reached: {error}") from error
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(
+                f"{hub_id}: not in the cache, and HF_HUB_OFFLINE forbids to ask the hub: unset it, or fetch the model "
+                "once where there is a network"
+            ) from error
+        reason = str(error).splitlines()[0]
+        raise UnavailableError(f"{hub_id}: not in the cache, and the hub cannot be reached: {reason}") from error
+    except GatedRepoError as error:
+        raise InputError(
+            f"{hub_id}: its licence must be accepted first: do so at {constants.ENDPOINT}/{hub_id}, then log in here "
+            "with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{hub_id}: no such folder here, and no such model on the hub; if it is private, log in by `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{hub_id}: it has no branch, tag or commit {revision!r} on the hub") from error
     except (HfHubHTTPError, HFValidationError) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            raise UnavailableError(f"{hub_id}: the hub said: {error}") from error
-        raise InputError(f"{hub_id}: no such folder here, and the hub said: {error}") from error
+            raise UnavailableError(f"{hub_id}: the hub said: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{hub_id}: no such folder here, and the hub said: {reason}") from error
 
 
 def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
@@ -108,7 +139,7 @@ def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
 
 
 def _fetch(hub_id: str, revision: str | None, weights: Sequence[str] = ()) -> Path:
-    with _hub_errors(hub_id):
+    with _hub_errors(hub_id, revision):
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SMALL_FILES, *weights]))
 
 

@@ -198,6 +198,10 @@ def test_memory_while_loading_stable_diffusion_15(sd1_folder, full_size_folder, 
     assert 0.9 < ratio < 1.3
 
 
+def last_line(process):
+    return process.stderr.strip().splitlines()[-1]
+
+
 class TestHub:
     @pytest.fixture
     def hub(self, sd1_folder, tmp_path, monkeypatch):
@@ -267,13 +271,25 @@ class TestHub:
         assert not {name for name in hub.fetched if name.endswith(".bin") or name.startswith("safety_checker")}
 
     def test_an_unknown_model_or_revision_is_an_error_that_names_it(self, hub, tmp_path):
-        assert "owner/other: no such folder here, and the hub said" in self.run(hub, tmp_path, "owner/other").stderr
-        assert "InputError: owner/model" in self.run(hub, tmp_path, "owner/model", revision="v9").stderr
+        told = last_line(self.run(hub, tmp_path, "owner/other"))
+        assert "InputError: owner/other: no such folder here, and no such model on the hub; if it is private" in told
+        told = last_line(self.run(hub, tmp_path, "owner/model", revision="v9"))
+        assert "InputError: owner/model: it has no branch, tag or commit 'v9' on the hub" in told
+
+    def test_a_licence_that_must_be_accepted_is_named(self, hub, tmp_path):
+        hub.gated.add("owner/model")
+        told = last_line(self.run(hub, tmp_path, "owner/model"))
+        assert f"InputError: owner/model: its licence must be accepted first: do so at {hub.url}/owner/model" in told
 
     def test_without_network_and_cache_the_error_says_so(self, hub, tmp_path):
         hub.close()
-        told = self.run(hub, tmp_path, "owner/model").stderr
+        told = last_line(self.run(hub, tmp_path, "owner/model"))
         assert "UnavailableError: owner/model: not in the cache, and the hub cannot be reached" in told
+
+    def test_offline_and_without_a_cache_the_error_names_the_setting(self, hub, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        told = last_line(self.run(hub, tmp_path, "owner/model"))
+        assert "InputError: owner/model: not in the cache, and HF_HUB_OFFLINE forbids to ask the hub" in told
 
     @pytest.mark.parametrize(("status", "to_be_tried_again"), [(404, False), (403, False), (429, True), (503, True)])
     def test_what_the_hub_says_tells_whether_to_try_again(self, monkeypatch, status, to_be_tried_again):
