@@ -47,7 +47,7 @@ def test_the_operation_that_gave_the_first_nan_is_named(small_base, monkeypatch)
         loss, encoding = true_loss(*arguments)
         return loss + jnp.log(loss - 1e9), encoding
 
-    settings = Settings(batch_size=2)
+    settings = Settings(batch_size=1)
     learning = training.start(concept, settings)
     arguments = (small_base.model, small_base.params, whitening, examples, learning, jax.random.key(0), settings)
     with monkeypatch.context() as patched:
