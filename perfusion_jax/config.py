@@ -203,7 +203,7 @@ KEYS: dict[str, Key] = {
         "that training never sees",
     ),
     "pictures_per_prompt": Key(2, _whole(1), "of each validation prompt"),
-    "sampling_steps": Key(20, _whole(1), "DDIM steps of those pictures"),
+    "sampling_steps": Key(20, _whole(1), "of those pictures, by the sampler of the base model's scheduler config"),
     "guidance_scale": Key(6.0, _number(0), "of those pictures (implementations)"),
     "sampling_bias": Key(0.6, _ANY_NUMBER, "beta of the gate when drawing: local lock 0.6 to 0.75 (paper)"),
     "sampling_temperature": Key(0.15, _number(0, above=True), "tau of the gate when drawing (paper)"),

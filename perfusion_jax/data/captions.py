@@ -13,16 +13,16 @@ SLOT = "{}"
 MARKS = ("[trigger]", "[name]")
 
 
-def with_slot(caption: str, triggers: Sequence[str], super_category: str) -> tuple[str, bool]:
+def with_slot(caption: str, words: Sequence[str], super_category: str) -> tuple[str, bool]:
     """Puts `{}` where a caption names the thing.
 
-    That is at the first of these that the caption has: `{}` itself; `[trigger]`; a trigger word; the super-category's
-    word. After a trigger the super-category's word is left out ("a sks dog" is "a {}"). Where the thing is named again,
-    the super-category's word stands.
+    That is at the first of these that the caption has: `{}` itself; `[trigger]`; one of the words. After `[trigger]` or
+    a word the super-category's is left out ("a sks dog" is "a {}"). Where the thing is named again, the
+    super-category's word stands.
 
     Args:
         caption: not empty.
-        triggers: words that captions may call the thing by.
+        words: that captions may call the thing by, the likeliest first; the super-category's among them.
         super_category: the word or words for this kind of thing.
 
     Returns:
@@ -30,7 +30,7 @@ def with_slot(caption: str, triggers: Sequence[str], super_category: str) -> tup
     """
     named = True
     if SLOT not in caption:
-        for word in (*MARKS, *triggers, super_category):
+        for word in (*MARKS, *words):
             # A word of a caption, whatever its case; its own brackets are no part of words.
             after = "" if word == super_category else rf"(?:\s+{re.escape(super_category)}(?!\w))?"
             caption, count = re.subn(rf"(?<!\w){re.escape(word)}(?!\w){after}", SLOT, caption, flags=re.IGNORECASE)
@@ -42,8 +42,23 @@ def with_slot(caption: str, triggers: Sequence[str], super_category: str) -> tup
     return before + SLOT + rest.replace(SLOT, super_category), named
 
 
+def words_for(name: str, super_category: str, folder: str) -> list[str]:
+    """Words that captions may call a thing by, the likeliest first.
+
+    Args:
+        name: that somebody chose for it; may be empty.
+        super_category: the word or words for this kind of thing.
+        folder: what kohya's folder calls it; may be empty. If that ends with the super-category, "ohwx dog", what is
+            before it is a trigger. If not, the folder may be one of a trip, "10_summer": then the super-category's own
+            word is likelier.
+    """
+    trigger = re.sub(rf"\s+{re.escape(super_category)}$", "", folder, flags=re.IGNORECASE)
+    words = [folder, trigger, name, super_category] if trigger != folder else [name, super_category, folder]
+    return [word for word in dict.fromkeys(words) if word]
+
+
 def with_slots(
-    pictures: Sequence[Picture], name: str, super_category: str, shorten: Callable[[str], str]
+    pictures: Sequence[Picture], name: str, super_category: str, shorten: Callable[[str], str], chosen: bool = True
 ) -> list[Picture]:
     """Makes prompts of the captions of pictures; warns of captions that do not name the thing, or are cut.
 
@@ -52,19 +67,19 @@ def with_slots(
         name: the concept's.
         super_category: the word or words for this kind of thing.
         shorten: cuts a prompt with a `{}` to what the text encoder takes.
+        chosen: whether somebody chose the name; a default one, `concept`, is a word like any other.
 
     Raises:
         InputError: a caption names the thing after the text encoder's last token.
     """
     made, unnamed, cut = [], [], []
+    count = sum(picture.caption is not None for picture in pictures)
     for picture in pictures:
         if picture.caption is None:
             made.append(picture)
             continue
-        # "ohwx man" of a folder may be "ohwx man" or "ohwx" in captions.
-        alone = re.sub(rf"\s+{re.escape(super_category)}$", "", picture.trigger, flags=re.IGNORECASE)
-        triggers = [word for word in dict.fromkeys((picture.trigger, alone, name)) if word]
-        caption, named = with_slot(picture.caption, triggers, super_category)
+        words = words_for(name if chosen else "", super_category, picture.trigger)
+        caption, named = with_slot(picture.caption, words, super_category)
         short = shorten(caption)
         if SLOT not in short:
             raise InputError(
@@ -82,7 +97,7 @@ def with_slots(
             "after 'a {}, '",
             name,
             len(unnamed),
-            len(pictures),
+            count,
             name,
             super_category,
             unnamed[0],
@@ -92,7 +107,7 @@ def with_slots(
             "%s: %d of %d captions are too long for the text encoder, such as that of %s, and were cut at the end",
             name,
             len(cut),
-            len(pictures),
+            count,
             cut[0],
         )
     return made

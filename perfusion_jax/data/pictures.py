@@ -91,9 +91,10 @@ def _read_mask(file: epath.Path, picture: Image.Image, size: tuple[int, int]) ->
         InputError: it cannot be read, or has another shape than the picture.
     """
     mask = open_picture(file)
-    # Some masks are transparent where the thing is not, and of one colour.
-    is_shape = mask.has_transparency_data and len({*mask.convert("L").getextrema()}) == 1
-    mask = mask.convert("RGBA").getchannel("A") if is_shape else mask.convert("L")
+    # Some masks are of one colour, and transparent where the thing is not.
+    alpha = mask.convert("RGBA").getchannel("A")
+    grey = mask.convert("L")
+    mask = alpha if _is_plain(grey) and not _is_plain(alpha) else grey
     if not _alike(mask.size, size) and _alike(mask.size, picture.size):
         # Drawn by a program that does not turn pictures as EXIF says.
         mask.getexif()[ExifTags.Base.Orientation] = picture.getexif().get(ExifTags.Base.Orientation, 1)
@@ -105,6 +106,11 @@ def _read_mask(file: epath.Path, picture: Image.Image, size: tuple[int, int]) ->
     if mask.size != size:
         mask = mask.resize(size, Image.Resampling.BILINEAR)
     return np.asarray(mask, np.float32) / 255
+
+
+def _is_plain(channel: Image.Image) -> bool:
+    """Whether all pixels of a picture of one channel are the same."""
+    return len({*channel.getextrema()}) == 1
 
 
 def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -123,7 +129,7 @@ def open_picture(file: epath.Path) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image) or image
+    return ImageOps.exif_transpose(image)
 
 
 def _open(file: epath.Path) -> Image.Image:

@@ -84,8 +84,7 @@ def make_plan(schedule: NoiseSchedule, sampler: str, steps: int, skipped: int = 
         InputError: no such sampler, a number of steps that the schedule does not have, or an option of the checkpoint's
             scheduler that this sampler cannot follow.
     """
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
+    settle(schedule, sampler, steps)
     _check_options(schedule, sampler)
     total = schedule.num_train_timesteps
     if not 1 <= steps <= total:

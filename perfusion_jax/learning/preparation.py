@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.clipseg import load_segmenter
+from perfusion_jax.config import KEYS
 from perfusion_jax.data.captions import with_slots
 from perfusion_jax.data.examples import (
     Examples,
@@ -64,7 +65,8 @@ def prepare_data(config: ConfigDict, base: BaseModel, pictures: Sequence[Picture
     if side % base.model.vae_factor:
         raise InputError(f"config.size is {side}; it must be a multiple of {base.model.vae_factor}")
     shorten = partial(base.model.tokenizer.shorten, phrase=config.super_category)
-    pictures = with_slots(pictures, config.name, config.super_category, shorten)
+    chosen = config.name != KEYS["name"].default
+    pictures = with_slots(pictures, config.name, config.super_category, shorten, chosen)
     pictures = [fit(picture, side, config.crop) for picture in pictures]
     pixels = np.stack([picture.pixels for picture in pictures])
     latents = encode(base, pixels)

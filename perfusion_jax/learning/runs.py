@@ -46,7 +46,7 @@ from perfusion_jax.learning.workdir import begin, has_results
 from perfusion_jax.pod import distributed
 from perfusion_jax.pod.slots import slot_owners
 from perfusion_jax.runtime.errors import InputError, Stopped, UnavailableError, out_of_memory
-from perfusion_jax.runtime.files import entries, locked, write_bytes
+from perfusion_jax.runtime.files import entries, locked, storage_errors, write_bytes
 
 
 def train_one(config: ConfigDict, workdir: epath.Path, diagnostics: Diagnostics | None = None) -> epath.Path:
@@ -235,11 +235,16 @@ class _Job:
 
     def learn(self, rounds: Sequence[Round]) -> None:
         """Learns all rounds; errors as for `_learn`."""
-        one_by_one = distributed.from_first(self._marker.exists)
+        one_by_one = distributed.from_first(self._is_marked)
         upcoming: Future[Prepared] | None = None
         for number, current in enumerate(rounds):
             self.watch.bar.say("preparing pictures")
-            upcoming = self._ready(upcoming or self._submit(current), current, beside_steps=upcoming is not None)
+            beside_steps = upcoming is not None
+            upcoming = upcoming or self._submit(current)
+            self._wait(upcoming)
+            if beside_steps and _lacks_memory(upcoming.exception()):
+                upcoming = self._submit(current)  # which lets go of the failed one, and of the arrays that it holds
+                self._wait(upcoming)
             prepared = upcoming.result()
             upcoming = None if one_by_one or number + 1 == len(rounds) else self._submit(rounds[number + 1])
             left = current.without(_report_failures(current, prepared, self.records))
@@ -254,20 +259,13 @@ class _Job:
         """There if memory does not suffice to prepare a round beside another, as a job of many processes has found."""
         return self.records.folder / "prepare_one_by_one"
 
+    def _is_marked(self) -> bool:
+        with storage_errors(self._marker, "read"):
+            return self._marker.exists()
+
     def _submit(self, current: Round) -> "Future[Prepared]":
         held, _ = slot_owners(self.resources.mesh, len(current.members))
         return self.executor.submit(prepare, self.resources, current, held, self.cancelled)
-
-    def _ready(self, upcoming: "Future[Prepared]", current: Round, beside_steps: bool) -> "Future[Prepared]":
-        """Waits for a round to be prepared; again, if memory did not suffice for it beside steps of another."""
-        self._wait(upcoming)
-        error = upcoming.exception()
-        if not (beside_steps and isinstance(error, jax.errors.JaxRuntimeError) and out_of_memory(error)):
-            return upcoming
-        del upcoming, error  # which hold the arrays of what failed
-        again = self._submit(current)
-        self._wait(again)
-        return again
 
     def _learn_round(self, current: Round, prepared: Prepared, upcoming: "Future[Prepared] | None") -> None:
         """Learns a round; again from its last checkpoint, if memory did not suffice beside the preparation of another.
@@ -313,6 +311,10 @@ class _Job:
         while not wait([future], timeout=0.02).done:
             if self.stop():
                 raise Stopped
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    return isinstance(error, jax.errors.JaxRuntimeError) and bool(out_of_memory(error))
 
 
 def _report_failures(current: Round, prepared: Prepared, records: Records) -> set[int]:

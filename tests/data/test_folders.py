@@ -34,6 +34,15 @@ def mask(file, size=SIZE):
     Image.fromarray(pixels).save(file)
 
 
+def transparent_mask(file):
+    """The same, black, and transparent on the right."""
+    mask(file)
+    shape = Image.open(file)
+    black = Image.new("RGBA", shape.size, "black")
+    black.putalpha(shape)
+    black.save(file)
+
+
 def turned(file, orientation, size=SIZE):
     """A picture that EXIF says to turn: stored as `size`."""
     exif = Image.Exif()
@@ -179,6 +188,13 @@ CASES = {
     "kohya's trigger alone": case(
         Learnt({"a.png": "{} on grass"}), picture("10_ohwx dog/a.png"), text("10_ohwx dog/a.txt", "ohwx on grass")
     ),
+    "a folder of a trip": case(
+        Learnt({"a.png": "a {} in summer", "b.png": "{} at sea"}),
+        picture("2023_summer/a.png"),
+        text("2023_summer/a.txt", "a dog in summer"),
+        picture("2023_summer/b.png"),
+        text("2023_summer/b.txt", "summer at sea"),
+    ),
     "kohya's of two things": case(
         "folders of several things, ohwx dog, sks cat", picture("10_ohwx dog/a.png"), picture("5_sks cat/a.png")
     ),
@@ -202,6 +218,16 @@ CASES = {
     "masks": case(Learnt({"a.png": None}, masked=("a.png",)), picture(), lambda folder: mask(folder / "masks/a.png")),
     "a smaller mask": case(
         Learnt({"a.png": None}, masked=("a.png",)), picture(), lambda folder: mask(folder / "masks/a.png", (20, 10))
+    ),
+    "a mask of transparency": case(
+        Learnt({"a.png": None}, masked=("a.png",)),
+        picture(),
+        lambda folder: transparent_mask(folder / "masks/a.png"),
+    ),
+    "an opaque black mask": case(
+        "all of it is masked out",
+        picture(),
+        lambda folder: [mask(folder / "masks/a.png"), Image.new("RGBA", SIZE, "black").save(folder / "masks/a.png")],
     ),
     "litter among masks": case(
         Learnt({"a.png": None}, masked=("a.png",)),
@@ -282,3 +308,11 @@ def test_a_folder_of_kohyas_may_be_named_itself(tmp_path):
 )
 def test_names_with_signs_are_found(caption, expected):
     assert with_slot(caption, ["c++"], "cup") == (expected, True)
+
+
+def test_a_name_that_nobody_chose_is_a_word_like_any_other(tmp_path):
+    save(tmp_path / "a.png")
+    write(tmp_path / "a.txt", "concept art of a dog")
+    for chosen, expected in ((False, "concept art of a {}"), (True, "{} art of a dog")):
+        (made,) = with_slots(read_folder(tmp_path), "concept", "dog", shorten=str, chosen=chosen)
+        assert made.caption == expected
