@@ -60,7 +60,7 @@ def main(_: list[str]) -> None:
 
     print(f"largest difference of a pixel: {np.abs(ours() - theirs()).max():.1f} of 255")
     both = jax.jit(lambda params, encodings: keys_values(params, encodings))
-    encodings = base.model.encode(base.params["text_encoder"], base.model.tokenizer(prompts + [""] * count))
+    encodings = base.model.encode(base.params, base.model.tokenizer(prompts + [""] * count)).tokens
     square = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
     in_jax, in_torch, multiply = jax.numpy.asarray(square), torch.from_numpy(square), jax.jit(jax.numpy.matmul)
     works: dict[str, Callable[[], object]] = {

@@ -37,7 +37,11 @@ def stable_diffusion(folder: Path) -> Architecture:
     """The architecture of Stable Diffusion 1.5; the tokeniser is a stand-in of four tokens."""
     widths = [320, 640, 1280, 1280]
     configs = {
-        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+        "model_index.json": {
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+        },
         "unet/config.json": {
             "_class_name": "UNet2DConditionModel",
             "sample_size": 64,

@@ -24,6 +24,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from perfusion_jax import keys_values
+from perfusion_jax.base_model import Context
 from perfusion_jax.base_model import unet as our_unet
 from perfusion_jax.base_model.flax_classes import FlaxUNet2DConditionModel
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
@@ -74,7 +75,7 @@ def torch_side(theirs: UNet2DConditionModel, latents: np.ndarray, encodings: np.
 def jax_side(
     module: FlaxUNet2DConditionModel, params: dict, latents: np.ndarray, encodings: np.ndarray
 ) -> dict[str, Callable]:
-    fed = jax.block_until_ready(jax.jit(keys_values)(params, encodings))
+    fed = jax.block_until_ready(Context(jax.jit(keys_values)(params, encodings)))
     timestep = jnp.array([500])
 
     def denoise(params, fed):

@@ -80,7 +80,7 @@ def run() -> None:
         "guidance", None, "guidance scale, 1 or less for none; the concept's own, or 6, if left out", lower_bound=0
     )
     flags.DEFINE_float("guidance_rescale", 0.0, "share of its contrast to take back", lower_bound=0, upper_bound=1)
-    flags.DEFINE_string("negative_prompt", "", "what guidance leads away from")
+    flags.DEFINE_string("negative_prompt", None, "what guidance leads away from")
     flags.DEFINE_list("bias", [], "beta of the gate, one or one per concept; the concept's own if left out")
     flags.DEFINE_list("temperature", [], "tau of the gate, likewise")
     flags.DEFINE_list("strength", [], "strength of the concept, likewise; 1 if left out")

@@ -5,12 +5,22 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig, ViTModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    ViTConfig,
+    ViTModel,
+)
 
 WORDS = ["a", "photo", "of", "the", "dog", "cat", "teddy", "bear", "on", "beach", "in", "snow", "and", "my", ",", "."]
 PROMPT_LENGTH = 16
 
-# `unet` and `text` of each layout; sizes apart, SD 1 and SD 2 differ in these keys.
+# `unet` and `text` of each layout; sizes apart, the layouts differ in these keys. `text_2` is a second text encoder;
+# `crossing` says which blocks have cross-attention, from the outside in.
 LAYOUTS = {
     "sd1": {
         "unet": {"attention_head_dim": 4, "use_linear_projection": False, "cross_attention_dim": 48},
@@ -22,11 +32,31 @@ LAYOUTS = {
         "text": {"hidden_act": "gelu", "hidden_size": 64},
         "prediction_type": "v_prediction",
     },
+    "sdxl": {
+        "unet": {
+            "attention_head_dim": [1, 2, 4],
+            "use_linear_projection": True,
+            "cross_attention_dim": 48 + 64,
+            "transformer_layers_per_block": [1, 2, 1],
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 40,
+        },
+        "text": {"hidden_act": "quick_gelu", "hidden_size": 48},
+        # Published configs say eos_token_id = 2, whatever the tokeniser's is.
+        "text_2": {"hidden_act": "gelu", "hidden_size": 64, "projection_dim": 40, "eos_token_id": 2},
+        "prediction_type": "epsilon",
+        "crossing": (False, True, True),
+        "index": {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
+    },
 }
 
 
-def save_tokenizer(folder: Path, length: int = PROMPT_LENGTH) -> CLIPTokenizer:
-    """A CLIP tokeniser in which every word of WORDS is one token, and others are spelled letter by letter."""
+def save_tokenizer(folder: Path, length: int = PROMPT_LENGTH, **options) -> CLIPTokenizer:
+    """A CLIP tokeniser in which every word of WORDS is one token, and others are spelled letter by letter.
+
+    `options` are those of the tokeniser, such as `pad_token`.
+    """
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [",", "."]
     vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
     merges = []
@@ -43,7 +73,7 @@ def save_tokenizer(folder: Path, length: int = PROMPT_LENGTH) -> CLIPTokenizer:
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(merge) for merge in merges) + "\n")
-    tokenizer = CLIPTokenizer(folder / "vocab.json", folder / "merges.txt", model_max_length=length)
+    tokenizer = CLIPTokenizer(folder / "vocab.json", folder / "merges.txt", model_max_length=length, **options)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -74,13 +104,14 @@ def save_checkpoint(folder: Path, layout: str, large: bool = False, small: bool 
     settings = LAYOUTS[layout]
     tokenizer = save_tokenizer(folder / "tokenizer")
     blocks = slice(1) if small else slice(3)
+    crossing = (True,) if small else settings.get("crossing", (True, True, False))
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=((320, 320, 320) if large else (32, 64, 64))[blocks],
         layers_per_block=4 if large else 1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")[blocks],
-        up_block_types=("CrossAttnUpBlock2D",) if small else ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        **settings["unet"],
+        down_block_types=["CrossAttnDownBlock2D" if crosses else "DownBlock2D" for crosses in crossing],
+        up_block_types=["CrossAttnUpBlock2D" if crosses else "UpBlock2D" for crosses in reversed(crossing)],
+        **{key: value[blocks] if isinstance(value, list) else value for key, value in settings["unet"].items()},
     )
     vae = AutoencoderKL(
         block_out_channels=(16, 32),
@@ -90,21 +121,23 @@ def save_checkpoint(folder: Path, layout: str, large: bool = False, small: bool 
         latent_channels=4,
         scaling_factor=0.7,
     )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=PROMPT_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **settings["text"],
-        )
-    )
-    for seed, (name, module) in enumerate({"unet": unet, "vae": vae, "text_encoder": text_encoder}.items()):
+    text = {
+        "vocab_size": len(tokenizer),
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": PROMPT_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    modules = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(CLIPTextConfig(**text | settings["text"]))}
+    if "text_2" in settings:
+        modules["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**text | settings["text_2"]))
+        save_tokenizer(folder / "tokenizer_2", pad_token="z")  # the published one pads with `!`
+    for seed, (name, module) in enumerate(modules.items()):
         randomise(module, seed).save_pretrained(folder / name, **save_options)
     save_scheduler(folder, settings["prediction_type"])
+    save_index(folder, **settings.get("index", {}))
     return folder
 
 
@@ -153,6 +186,9 @@ def save_scheduler(folder: Path, prediction_type: str) -> None:
         steps_offset=1,
         prediction_type=prediction_type,
     ).save_pretrained(folder / "scheduler")
+
+
+def save_index(folder: Path, **entries) -> None:
     parts = {
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -160,7 +196,11 @@ def save_scheduler(folder: Path, prediction_type: str) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "scheduler": ["diffusers", "DDIMScheduler"],
     }
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **parts}))
+    if (folder / "text_encoder_2").is_dir():
+        parts["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        parts["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+    index = {"_class_name": "StableDiffusionPipeline", **entries, **parts}
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def save_full_size(folder: Path) -> Path:
@@ -187,4 +227,5 @@ def save_full_size(folder: Path) -> Path:
     )
     randomise(CLIPTextModel(config), 2).save_pretrained(folder / "text_encoder")
     save_scheduler(folder, "epsilon")
+    save_index(folder)
     return folder

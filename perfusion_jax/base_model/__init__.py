@@ -2,15 +2,20 @@
 
 from perfusion_jax.base_model.architecture import Architecture, load_architecture, network_dtype
 from perfusion_jax.base_model.model import BaseModel, load_base_model
-from perfusion_jax.base_model.unet import KeysValues, KeyValue, keys_values
+from perfusion_jax.base_model.text import Encoding
+from perfusion_jax.base_model.unet import Added, Context, KeysValues, KeyValue, keys_values, whole_sizes
 
 __all__ = [
+    "Added",
     "Architecture",
     "BaseModel",
+    "Context",
+    "Encoding",
     "KeyValue",
     "KeysValues",
     "keys_values",
     "load_architecture",
     "load_base_model",
     "network_dtype",
+    "whole_sizes",
 ]

@@ -3,8 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,15 @@ from perfusion_jax.base_model import text, unet, vae
 from perfusion_jax.base_model.flax_classes import (
     CLIPTextConfig,
     FlaxAutoencoderKL,
+    FlaxCLIPTextModelWithProjectionModule,
     FlaxCLIPTextModule,
     FlaxUNet2DConditionModel,
 )
 from perfusion_jax.base_model.schedule import NoiseSchedule
-from perfusion_jax.base_model.source import find_folder, full_name, read_config
-from perfusion_jax.base_model.unet import KeysValues
-from perfusion_jax.base_model.vae import LatentDistribution
+from perfusion_jax.base_model.source import find_folder, full_name, read_config, read_index
+from perfusion_jax.base_model.text import Encoding, TextEncoder
+from perfusion_jax.base_model.unet import Added, Context, keys_values
+from perfusion_jax.base_model.vae import LatentDistribution, LatentScale
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.method.surgery import Params, cross_attention_layers
 from perfusion_jax.runtime.errors import InputError
@@ -31,7 +32,6 @@ from perfusion_jax.runtime.errors import InputError
 # What the Flax classes compute whatever the config says: a config that asks for something else cannot be run.
 _UNET_FIXED: dict[str, Any] = {
     "act_fn": "silu",
-    "addition_embed_type": None,
     "attention_type": "default",
     "center_input_sample": False,
     "class_embed_type": None,
@@ -62,14 +62,21 @@ _UNET_FIXED: dict[str, Any] = {
 }
 _VAE_FIXED: dict[str, Any] = {
     "act_fn": "silu",
-    "latents_mean": None,
-    "latents_std": None,
     "mid_block_add_attention": True,
     "shift_factor": None,
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
 _UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+# The sizes that a UNet reads (`unet.Added`), and how the embedding of timesteps is added to.
+SIZES = 6
+_ADDITIONS = (None, "text_time")
+_TEXT_CLASSES = {
+    "CLIPTextModel": FlaxCLIPTextModule,
+    "FlaxCLIPTextModel": FlaxCLIPTextModule,
+    "CLIPTextModelWithProjection": FlaxCLIPTextModelWithProjectionModule,
+    "FlaxCLIPTextModelWithProjection": FlaxCLIPTextModelWithProjectionModule,
+}
 _VAE_BLOCKS = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
 
 
@@ -83,8 +90,11 @@ class Architecture:
     Attributes:
         tokenizer: prompts to token ids.
         schedule: the noise schedule.
-        unet, vae, text_encoder: the networks.
-        shapes: of the weights by component (`unet`, `vae`, `text_encoder`), as trees of `jax.ShapeDtypeStruct`.
+        unet, vae: the networks.
+        latent_scale: of the VAE's latents.
+        text_encoders: one, or several whose encodings stand side by side.
+        shapes: of the weights by component (`unet`, `vae`, `text_encoder`, ...), as trees of `jax.ShapeDtypeStruct`.
+        empty_prompt_is_zero: whether guidance leads away from zeros, and not from the encoding of an empty prompt.
         digest: SHA-256 of the configs and of the tokeniser's files, hexadecimal.
     """
 
@@ -92,8 +102,10 @@ class Architecture:
     schedule: NoiseSchedule
     unet: FlaxUNet2DConditionModel
     vae: FlaxAutoencoderKL
-    text_encoder: FlaxCLIPTextModule
+    latent_scale: LatentScale
+    text_encoders: tuple[TextEncoder, ...]
     shapes: dict[str, Params]
+    empty_prompt_is_zero: bool
     digest: str
 
     def __eq__(self, other: object) -> bool:
@@ -111,8 +123,13 @@ class Architecture:
 
     @property
     def context_width(self) -> int:
-        """Width of a text encoding, d_ctx: 768 for Stable Diffusion 1."""
+        """Width of a text encoding, d_ctx: 768 for Stable Diffusion 1, 2048 for SDXL."""
         return self.unet.cross_attention_dim
+
+    @property
+    def text_components(self) -> tuple[str, ...]:
+        """What the weights of the text encoders are called."""
+        return tuple(encoder.component for encoder in self.text_encoders)
 
     @property
     def latent_channels(self) -> int:
@@ -125,28 +142,50 @@ class Architecture:
         return 2 ** (len(self.vae.block_out_channels) - 1)
 
     def encode(
-        self, text_params: Params, ids: jax.Array | np.ndarray, concept_embeddings: jax.Array | None = None
-    ) -> jax.Array:
-        """Encodes tokenised prompts, [batch, tokens, context_width]; see `text.encode`."""
-        return text.encode(self.text_encoder, text_params, jnp.asarray(ids), concept_embeddings)
+        self,
+        params: Mapping[str, Params],
+        ids: jax.Array | np.ndarray,
+        concept_embeddings: jax.Array | None = None,
+    ) -> Encoding:
+        """Encodes tokenised prompts with the weights of the text encoders; see `text.encode`."""
+        return text.encode(self.text_encoders, params, jnp.asarray(ids), concept_embeddings)
 
-    def denoise(self, unet_params: Params, latents: jax.Array, timesteps: jax.Array, context: KeysValues) -> jax.Array:
-        """Runs the UNet on given keys and values; see `unet.denoise`."""
+    def read(
+        self, unet_params: Params, encoding: Encoding, sizes: jax.Array, super_encoding: Encoding | None = None
+    ) -> Context:
+        """Computes what the UNet reads of encoded prompts, under whatever edit is in its tree.
+
+        Args:
+            unet_params: the UNet, with or without edits.
+            encoding: of the prompts, any number of leading axes.
+            sizes: of the pictures, float32 [..., 6]; see `unet.Added`.
+            super_encoding: of the same ids with the super-categories in place of the concepts, if keys, and the vector
+                for the whole prompt, are to come from there (global key locking); see `unet.keys_values`.
+        """
+        of_keys = encoding if super_encoding is None else super_encoding
+        layers = keys_values(unet_params, encoding.tokens, None if super_encoding is None else super_encoding.tokens)
+        if not self.unet.addition_embed_type:
+            return Context(layers)
+        assert of_keys.pooled is not None  # `_check_fit` has seen to it
+        return Context(layers, Added(of_keys.pooled, sizes))
+
+    def denoise(self, unet_params: Params, latents: jax.Array, timesteps: jax.Array, context: Context) -> jax.Array:
+        """Runs the UNet on what it reads of prompts; see `unet.denoise`."""
         return unet.denoise(self.unet, unet_params, latents, timesteps, context)
 
     def attention_maps(
-        self, unet_params: Params, latents: jax.Array, timesteps: jax.Array, context: KeysValues
+        self, unet_params: Params, latents: jax.Array, timesteps: jax.Array, context: Context
     ) -> tuple[jax.Array, jax.Array]:
         """Runs the UNet and tells where it looks at which token; see `unet.attention_maps`."""
         return unet.attention_maps(self.unet, unet_params, latents, timesteps, context)
 
     def encode_image(self, vae_params: Params, images: jax.Array) -> LatentDistribution:
         """Encodes pictures in [-1, 1], [batch, height, width, 3]; see `vae.encode_image`."""
-        return vae.encode_image(self.vae, vae_params, images)
+        return vae.encode_image(self.vae, self.latent_scale, vae_params, images)
 
     def decode_latent(self, vae_params: Params, latents: jax.Array) -> jax.Array:
         """Decodes latents to pictures, [batch, height, width, 3]; see `vae.decode_latent`."""
-        return vae.decode_latent(self.vae, vae_params, latents)
+        return vae.decode_latent(self.vae, self.latent_scale, vae_params, latents)
 
     @property
     def picture_side(self) -> int:
@@ -159,7 +198,7 @@ class Architecture:
         return jax.eval_shape(
             Concept.from_super_category,
             cross_attention_layers(self.shapes["unet"]),
-            jax.ShapeDtypeStruct((self.text_encoder.config.hidden_size,), jnp.float32),
+            jax.ShapeDtypeStruct((sum(encoder.width for encoder in self.text_encoders),), jnp.float32),
             jax.ShapeDtypeStruct((width,), jnp.float32),
             jax.ShapeDtypeStruct((width, width), jnp.float32),
         )
@@ -169,7 +208,9 @@ class Architecture:
         return dataclasses.replace(
             self,
             shapes=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), self.shapes),
-            **{name: getattr(self, name).clone(dtype=dtype) for name in ("unet", "vae", "text_encoder")},
+            unet=self.unet.clone(dtype=dtype),
+            vae=self.vae.clone(dtype=dtype),
+            text_encoders=tuple(encoder.astype(dtype) for encoder in self.text_encoders),
         )
 
 
@@ -198,15 +239,26 @@ def read_architecture(folder: Path, dtype: jnp.dtype) -> Architecture:
     Raises:
         InputError: a config is missing, or asks for what cannot be run; the message names the file.
     """
-    files = {name: folder / name / "config.json" for name in ("unet", "vae", "text_encoder")}
+    index = read_index(folder)
+    names = ("text_encoder", "text_encoder_2") if "text_encoder_2" in index else ("text_encoder",)
+    files = {name: folder / name / "config.json" for name in ("unet", "vae", *names)}
     unet_module, vae_module = _unet(files["unet"], dtype), _vae(files["vae"], dtype)
-    text_module = _text_encoder(files["text_encoder"], dtype)
-    _check_fit(folder, unet_module, vae_module, text_module)
-    tokenizer = text.load_tokenizer(folder / "tokenizer", text_module.config)
+    modules = {name: _text_encoder(files[name], dtype) for name in names}
+    tokenizer = text.load_tokenizer(folder / "tokenizer", modules["text_encoder"].config)
+    paddings: dict[str, int | None] = {"text_encoder": None}
+    if "text_encoder_2" in modules:
+        second = text.load_tokenizer(folder / "tokenizer_2", modules["text_encoder_2"].config)
+        if not second.has_words_of(tokenizer) or second.length != tokenizer.length:
+            raise InputError(f"{folder / 'tokenizer_2'}: its words are not those of {folder / 'tokenizer'}")
+        paddings["text_encoder_2"] = second.padding
+    encoders = tuple(
+        TextEncoder(name, module, len(modules) > 1, tokenizer.end, paddings[name]) for name, module in modules.items()
+    )
+    _check_fit(folder, unet_module, vae_module, encoders)
     initialisers: dict[str, Callable[[jax.Array], Params]] = {
         "unet": unet_module.init_weights,
         "vae": vae_module.init_weights,
-        "text_encoder": partial(_initial_text_params, text_module),
+        **{encoder.component: encoder.init_params for encoder in encoders},
     }
     shapes: dict[str, Params] = {}
     for component, initialise in initialisers.items():
@@ -215,14 +267,27 @@ def read_architecture(folder: Path, dtype: jnp.dtype) -> Architecture:
         except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
             raise InputError(f"{files[component]}: no model can be built from it ({error!r})") from error
         shapes[component] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), initial)
+    scale = LatentScale.of(read_config(files["vae"]), vae_module.latent_channels, str(files["vae"]))
     scheduler = folder / "scheduler" / "scheduler_config.json"
     schedule = NoiseSchedule.from_config(read_config(scheduler), str(scheduler))
-    digest = hashlib.sha256()
+    zero = bool(index.get("force_zeros_for_empty_prompt", False))
+    digest = hashlib.sha256(b"zero" * zero)
     for file in (*files.values(), scheduler):
         digest.update(json.dumps(read_config(file), sort_keys=True).encode())
     for name in ("vocab.json", "merges.txt"):
         digest.update((folder / "tokenizer" / name).read_bytes())
-    return Architecture(tokenizer, schedule, unet_module, vae_module, text_module, shapes, digest.hexdigest())
+    digest.update(repr(paddings).encode())
+    return Architecture(
+        tokenizer=tokenizer,
+        schedule=schedule,
+        unet=unet_module,
+        vae=vae_module,
+        latent_scale=scale,
+        text_encoders=encoders,
+        shapes=shapes,
+        empty_prompt_is_zero=zero,
+        digest=digest.hexdigest(),
+    )
 
 
 def network_dtype(name: str = "auto") -> jnp.dtype:
@@ -235,6 +300,9 @@ def network_dtype(name: str = "auto") -> jnp.dtype:
 def _unet(file: Path, dtype: jnp.dtype) -> FlaxUNet2DConditionModel:
     config = read_config(file, "UNet2DConditionModel", "FlaxUNet2DConditionModel")
     _check(file, config, _UNET_FIXED, _UNET_BLOCKS)
+    addition = config.get("addition_embed_type")
+    if addition not in _ADDITIONS:
+        raise InputError(f"{file}: addition_embed_type = {addition!r} is not supported, only {_ADDITIONS}")
     # diffusers gives the number of heads as `attention_head_dim` unless `num_attention_heads` is set; its Flax
     # class knows the first alone.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
@@ -247,28 +315,38 @@ def _vae(file: Path, dtype: jnp.dtype) -> FlaxAutoencoderKL:
     return _build(FlaxAutoencoderKL, config, dtype)
 
 
-def _text_encoder(file: Path, dtype: jnp.dtype) -> FlaxCLIPTextModule:
-    config = read_config(file, "CLIPTextModel", "FlaxCLIPTextModel")
-    return FlaxCLIPTextModule(CLIPTextConfig.from_dict(config), dtype=dtype)
-
-
-def _initial_text_params(module: FlaxCLIPTextModule, key: jax.Array) -> Params:
-    ids = jnp.zeros((1, module.config.max_position_embeddings), jnp.int32)
-    return module.init(key, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])["params"]
+def _text_encoder(file: Path, dtype: jnp.dtype) -> FlaxCLIPTextModule | FlaxCLIPTextModelWithProjectionModule:
+    config = read_config(file, *_TEXT_CLASSES)
+    module = next(_TEXT_CLASSES[name] for name in config["architectures"] if name in _TEXT_CLASSES)
+    return module(CLIPTextConfig.from_dict(config), dtype=dtype)
 
 
 def _check_fit(
-    folder: Path, unet: FlaxUNet2DConditionModel, vae: FlaxAutoencoderKL, text_encoder: FlaxCLIPTextModule
+    folder: Path, unet: FlaxUNet2DConditionModel, vae: FlaxAutoencoderKL, encoders: Sequence[TextEncoder]
 ) -> None:
     if unet.in_channels != vae.latent_channels:
         raise InputError(
             f"{folder}: the UNet takes {unet.in_channels} channels, the VAE gives {vae.latent_channels}: models for "
             "inpainting, depth or other extra inputs are not supported"
         )
-    if unet.cross_attention_dim != text_encoder.config.hidden_size:
+    width = sum(encoder.width for encoder in encoders)
+    if unet.cross_attention_dim != width:
         raise InputError(
-            f"{folder}: the UNet reads encodings of width {unet.cross_attention_dim}, the text encoder's are "
-            f"{text_encoder.config.hidden_size} wide"
+            f"{folder}: the UNet reads encodings of width {unet.cross_attention_dim}, the text encoder's are {width} "
+            "wide"
+        )
+    if not unet.addition_embed_type:
+        return
+    pooled = [encoder.pooled_width for encoder in encoders if encoder.pooled_width]
+    if len(pooled) != 1:
+        raise InputError(
+            f"{folder}: the UNet reads one vector for a whole prompt; the text encoders give {len(pooled)}"
+        )
+    wanted = unet.projection_class_embeddings_input_dim - SIZES * unet.addition_time_embed_dim
+    if wanted != pooled[0]:
+        raise InputError(
+            f"{folder}: the UNet reads a vector of {wanted} numbers for a whole prompt beside {SIZES} sizes; the text "
+            f"encoder's has {pooled[0]}"
         )
 
 

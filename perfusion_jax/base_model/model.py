@@ -31,7 +31,7 @@ class BaseModel:
     Attributes:
         name: what it was loaded from.
         model: the architecture, all of it but the weights; static in compiled functions.
-        params: weights by component: `unet`, `vae`, `text_encoder`. Pass them, or an edited tree, as an argument to
+        params: weights by component: `unet`, `vae`, `text_encoder`, ... Pass them, or an edited tree, as an argument to
             what is compiled, rather than closing over them.
         covariance: the file of C that came with the checkpoint, if one did.
     """
@@ -44,13 +44,18 @@ class BaseModel:
     def super_category_embedding(self, super_category: str) -> jax.Array:
         """Returns the word embedding of a super-category, the mean over its tokens, float32 [token_width].
 
+        Of several text encoders, theirs one after the other.
+
         Encoding a prompt with it in place of a concept's gives the super-category's encodings, every word where it was.
 
         Raises:
             InputError: an empty super-category.
         """
-        table = self.params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]["embedding"]
-        return table[np.array(self.model.tokenizer.words(super_category))].astype(jnp.float32).mean(axis=0)
+        words = np.array(self.model.tokenizer.words(super_category))
+        tables = [
+            self.params[name]["text_model"]["embeddings"]["token_embedding"] for name in self.model.text_components
+        ]
+        return jnp.concatenate([table["embedding"][words].astype(jnp.float32).mean(axis=0) for table in tables])
 
     def new_concept(
         self, super_category: str, whitening: jax.Array, templates: Sequence[str] = ("a photo of a {}",)
@@ -72,7 +77,8 @@ class BaseModel:
                 f"the whitening matrix is {whitening.shape}; this text encoder's width is {self.model.context_width}"
             )
         located = [self.model.tokenizer.locate(template, super_category) for template in templates]
-        encodings = [_encode(self.model, self.params["text_encoder"], ids[None]) for ids, _ in located]
+        weights = {name: self.params[name] for name in self.model.text_components}
+        encodings = [_encode(self.model, weights, ids[None]).tokens for ids, _ in located]
         masks = np.stack([mask for _, mask in located])
         return Concept.from_super_category(
             projections=cross_attention_layers(self.params["unet"]),

@@ -22,8 +22,8 @@ from perfusion_jax.runtime.errors import InputError, UnavailableError
 from perfusion_jax.runtime.files import storage_errors
 from perfusion_jax.runtime.names import SHORT_NAMES
 
-COMPONENTS = ("unet", "vae", "text_encoder")
-_SMALL_FILES = ("model_index.json", "*/*config.json", "tokenizer/*")
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_SMALL_FILES = ("model_index.json", "*/*config.json", "tokenizer/*", "tokenizer_2/*")
 
 
 def full_name(source: str, variant: str | None) -> tuple[str, str | None]:
@@ -132,7 +132,8 @@ def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
         return [f"{component}/{stem}{ending}" for component in components for stem in stems for ending in endings]
 
     folder = _fetch(hub_id, revision, files(COMPONENTS, ("diffusion_pytorch_model", "model"), safetensors))
-    without = [component for component in COMPONENTS if not any((folder / component).glob("*.safetensors"))]
+    present = [component for component in COMPONENTS if (folder / component).is_dir()]
+    without = [component for component in present if not any((folder / component).glob("*.safetensors"))]
     if without:
         _fetch(hub_id, revision, files(without, ("diffusion_flax_model", "flax_model"), (f"{infix}.msgpack",)))
     return folder
@@ -141,6 +142,28 @@ def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
 def _fetch(hub_id: str, revision: str | None, weights: Sequence[str] = ()) -> Path:
     with _hub_errors(hub_id, revision):
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SMALL_FILES, *weights]))
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Reads the model_index.json of a folder in the diffusers layout: what the model is made of.
+
+    Returns:
+        Its entries, without components that are empty.
+
+    Raises:
+        InputError: it is missing, not JSON, or of a model that is none of this kind.
+    """
+    file = folder / "model_index.json"
+    index = {key: value for key, value in read_config(file).items() if value != [None, None]}
+    if index.get("requires_aesthetics_score"):
+        raise InputError(f"{file}: a refiner, which only finishes the pictures of another model: take that one")
+    missing = [component for component in ("unet", "vae", "text_encoder") if component not in index]
+    if missing:
+        raise InputError(
+            f"{file}: {index.get('_class_name', 'this model')} has no {missing[0]}; supported are models with a UNet, "
+            "a VAE and CLIP text encoders, such as Stable Diffusion 1.5, 2.1 and XL"
+        )
+    return index
 
 
 def read_config(file: Path, *classes: str) -> dict[str, Any]:

@@ -5,16 +5,22 @@ tokeniser's vocabulary nor the embedding table grows.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perfusion_jax.base_model.flax_classes import CLIPTextConfig, CLIPTokenizer, FlaxCLIPTextModule
+from perfusion_jax.base_model.flax_classes import (
+    CLIPTextConfig,
+    CLIPTokenizer,
+    FlaxCLIPTextModelWithProjectionModule,
+    FlaxCLIPTextModule,
+)
 from perfusion_jax.method.surgery import Params
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.names import PLACEHOLDER
@@ -34,6 +40,25 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self.vocabulary_size = vocabulary_size
         self.length = length
+
+    @property
+    def end(self) -> int:
+        """The token id that ends a prompt."""
+        return self._tokenizer.eos_token_id
+
+    @property
+    def padding(self) -> int:
+        """The token id behind the end."""
+        return self._tokenizer.pad_token_id
+
+    def has_words_of(self, other: "PromptTokenizer") -> bool:
+        """Whether another tokeniser has the same words.
+
+        That the second one of SDXL calls `!` its padding, transformers takes for a reason to read it otherwise in
+        prompts, too; the tokeniser that the model was trained with (OpenCLIP's) does not.
+        """
+        ours, theirs = self._tokenizer, other._tokenizer
+        return (ours.get_vocab(), ours.bpe_ranks, self.end) == (theirs.get_vocab(), theirs.bpe_ranks, other.end)
 
     def __call__(self, prompts: Sequence[str], placeholders: Sequence[str] = ()) -> np.ndarray:
         """Tokenises prompts.
@@ -177,8 +202,8 @@ class PromptTokenizer:
             raise InputError(
                 f"the prompt {prompt!r} has {len(words)} tokens; this text encoder takes {self.length - 2}: shorten it"
             )
-        padding = [self._tokenizer.pad_token_id] * (self.length - len(words) - 2)
-        return [self._tokenizer.bos_token_id, *words, self._tokenizer.eos_token_id, *padding]
+        padding = [self.padding] * (self.length - len(words) - 2)
+        return [self._tokenizer.bos_token_id, *words, self.end, *padding]
 
 
 def load_tokenizer(folder: Path, config: CLIPTextConfig) -> PromptTokenizer:
@@ -199,24 +224,91 @@ def load_tokenizer(folder: Path, config: CLIPTextConfig) -> PromptTokenizer:
     return PromptTokenizer(tokenizer, config.vocab_size, config.max_position_embeddings)
 
 
+@dataclass(frozen=True)
+class TextEncoder:
+    """One of the text encoders of a model, without its weights.
+
+    Attributes:
+        component: what its weights are called, such as `text_encoder_2`.
+        module: the architecture; with a projection, it also gives one vector for a whole prompt.
+        penultimate: whether cross-attention reads the last layer but one, without the final layer norm, as it does of
+            several encoders (SDXL, arXiv 2307.01952); otherwise it reads the last one after that norm.
+        end: the token id that ends a prompt.
+        padding: the token id behind the end, or None for what the model's tokeniser puts there.
+    """
+
+    component: str
+    module: FlaxCLIPTextModule | FlaxCLIPTextModelWithProjectionModule
+    penultimate: bool = False
+    end: int = 0
+    padding: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Of its word embeddings and of its encodings."""
+        return self.module.config.hidden_size
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Width of the vector for a whole prompt; None if it gives none."""
+        projects = isinstance(self.module, FlaxCLIPTextModelWithProjectionModule)
+        return self.module.config.projection_dim if projects else None
+
+    def astype(self, dtype: jnp.dtype) -> "TextEncoder":
+        """Returns the encoder that computes in another float dtype."""
+        return replace(self, module=self.module.clone(dtype=dtype))
+
+    def init_params(self, key: jax.Array) -> Params:
+        """Returns random weights."""
+        ids = jnp.zeros((1, self.module.config.max_position_embeddings), jnp.int32)
+        return self.module.init(key, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])["params"]
+
+
+class Encoding(NamedTuple):
+    """What a model's text encoders make of prompts; of several encoders side by side.
+
+    Attributes:
+        tokens: what cross-attention reads, [batch, tokens, context_width].
+        pooled: one vector for each prompt, [batch, pooled_width], where an encoder with a projection gives one.
+    """
+
+    tokens: jax.Array
+    pooled: jax.Array | None
+
+
 def encode(
-    module: FlaxCLIPTextModule, text_params: Params, ids: jax.Array, concept_embeddings: jax.Array | None = None
-) -> jax.Array:
+    encoders: Sequence[TextEncoder],
+    params: Mapping[str, Params],
+    ids: jax.Array,
+    concept_embeddings: jax.Array | None = None,
+) -> Encoding:
     """Encodes tokenised prompts; differentiable in the concepts' word embeddings.
 
     Args:
-        module: the text encoder's architecture.
-        text_params: its weights.
+        encoders: the text encoders of a model.
+        params: their weights by component.
         ids: int32 [batch, tokens]. The id `vocabulary_size + j` takes row j of `concept_embeddings`.
-        concept_embeddings: float32 [num_concepts, token_width]; may be left out when no prompt names a concept.
-
-    Returns:
-        The last layer's output after the final layer norm, what cross-attention reads: [batch, tokens, context_width].
+        concept_embeddings: float32 [num_concepts, token_width], for each concept its word embeddings for all encoders,
+            one after the other; may be left out when no prompt names a concept.
 
     Raises:
         InputError: an id has no embedding. (Under a transformation, where ids have no values, the encodings are NaN.)
     """
-    vocabulary_size = module.config.vocab_size
+    tokens, pooled, start = [], None, 0
+    for encoder in encoders:
+        embeddings = concept_embeddings
+        if embeddings is not None:
+            embeddings = embeddings[:, start : start + encoder.width]
+        start += encoder.width
+        output = _run(encoder, params[encoder.component], ids, embeddings)
+        tokens.append(output.hidden_states[-2] if encoder.penultimate else output.last_hidden_state)
+        pooled = getattr(output, "text_embeds", pooled)
+    return Encoding(jnp.concatenate(tokens, axis=-1), pooled)
+
+
+def _run(encoder: TextEncoder, text_params: Params, ids: jax.Array, concept_embeddings: jax.Array | None) -> Any:
+    """Runs one encoder; returns the output of its Flax module."""
+    vocabulary_size = encoder.module.config.vocab_size
     count = 0 if concept_embeddings is None else concept_embeddings.shape[0]
     if not isinstance(ids, jax.core.Tracer) and ids.size:
         largest = np.asarray(ids).max()
@@ -224,6 +316,9 @@ def encode(
             raise InputError(
                 f"a prompt names {largest - vocabulary_size + 1} concepts, but {count} embeddings are given"
             )
+    if encoder.padding is not None:
+        ends = jnp.argmax(ids == encoder.end, axis=-1, keepdims=True)  # the first: padding may look the same
+        ids = jnp.where(jnp.arange(ids.shape[-1]) > ends, encoder.padding, ids)
     is_concept = ids >= vocabulary_size
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -237,13 +332,14 @@ def encode(
         return jnp.where(is_concept[..., None], concept_rows.astype(rows.dtype), rows)
 
     with nn.intercept_methods(intercept):
-        output = module.apply(
+        return encoder.module.apply(
             {"params": text_params},
+            # The vector for a whole prompt is read where the id is largest: a concept's must not be that.
             jnp.where(is_concept, 0, ids),
             jnp.ones_like(ids),
             jnp.broadcast_to(jnp.arange(ids.shape[-1]), ids.shape),
+            output_hidden_states=encoder.penultimate,
         )
-    return output.last_hidden_state
 
 
 def mean_at(encodings: jax.Array, mask: jax.Array) -> jax.Array:

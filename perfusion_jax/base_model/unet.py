@@ -1,8 +1,9 @@
 """The frozen UNet, run on keys and values that are given.
 
-The UNet reads text only through the keys and values of its cross-attention, and they depend on the prompt alone.
-`keys_values` computes them once, under whatever edit is in the parameter tree; `denoise` runs the UNet on them and
-never computes its own `to_k` and `to_v`.
+The UNet reads the words of a prompt only through the keys and values of its cross-attention, and they depend on the
+prompt alone. `keys_values` computes them once, under whatever edit is in the parameter tree; `denoise` runs the UNet on
+them and never computes its own `to_k` and `to_v`. Some models (SDXL) also read one vector for the whole prompt, and the
+sizes of the picture.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from perfusion_jax.base_model.attention import attend
 from perfusion_jax.base_model.convolution import Padding, convolve
@@ -37,6 +39,38 @@ class KeyValue(NamedTuple):
 
 
 KeysValues = dict[str, KeyValue]
+
+
+class Added(NamedTuple):
+    """What some UNets add to the embedding of the timestep (SDXL, arXiv 2307.01952, section 2.2).
+
+    Attributes:
+        pooled: one vector for each prompt, [batch, pooled_width].
+        sizes: of each picture, float32 [batch, 6]: height and width before it was scaled, top and left of what was cut
+            out of the scaled picture, height and width of that; in pixels.
+    """
+
+    pooled: jax.Array
+    sizes: jax.Array
+
+
+def whole_sizes(height: int, width: int) -> np.ndarray:
+    """The sizes of a picture that is neither scaled nor cut, float32 [6] (`Added.sizes`); in pixels."""
+    return np.array([height, width, 0, 0, height, width], np.float32)
+
+
+class Context(NamedTuple):
+    """What the UNet reads beside latents and timesteps, for a batch.
+
+    Attributes:
+        layers: keys and values by cross-attention layer.
+        added: for UNets that read it, else None.
+    """
+
+    layers: KeysValues
+    added: Added | None = None
+
+
 Observer = Callable[[jax.Array, jax.Array, int], None]
 
 
@@ -91,7 +125,7 @@ def denoise(
     unet_params: Params,
     latents: jax.Array,
     timesteps: jax.Array,
-    context: KeysValues,
+    context: Context,
     observe: Observer | None = None,
 ) -> jax.Array:
     """Runs the UNet on given keys and values.
@@ -101,14 +135,15 @@ def denoise(
         unet_params: its weights; edits in the tree have no effect here.
         latents: noisy latents, [batch, height, width, channels].
         timesteps: int32 [batch].
-        context: from `keys_values`, for the same batch.
+        context: of the same batch.
         observe: called for every cross-attention layer, in order, with its queries, keys and number of heads.
 
     Returns:
         The network's prediction (noise or velocity: see the schedule), [batch, height, width, channels].
 
     Raises:
-        InputError: a cross-attention layer has no keys and values, or they or the latents do not fit.
+        InputError: a cross-attention layer has no keys and values, they or the latents do not fit, or what this UNet
+            adds is missing.
     """
     _check_inputs(module, unet_params, latents, context)
     batch = latents.shape[0]
@@ -129,7 +164,7 @@ def denoise(
             def project(projection: nn.Dense) -> jax.Array:
                 return projection(args[0]).reshape(batch, -1, projection.features)
 
-            given = context.get("/".join(block.path))
+            given = context.layers.get("/".join(block.path))
             query = project(block.query)
             key, value = given if given is not None else (project(block.key), project(block.value))
             if given is not None and observe is not None:
@@ -160,8 +195,12 @@ def denoise(
 
     # The text enters through the intercepted attention alone; the module still wants an argument in its place.
     no_text = jnp.zeros((batch, 1, 1), latents.dtype)
+    added = None
+    if context.added is not None:
+        added = {"text_embeds": context.added.pooled, "time_ids": context.added.sizes}
+    channels_first = jnp.moveaxis(latents, -1, 1)
     with nn.intercept_methods(intercept):
-        prediction = module.apply({"params": unet_params}, jnp.moveaxis(latents, -1, 1), timesteps, no_text).sample
+        prediction = module.apply({"params": unet_params}, channels_first, timesteps, no_text, added).sample
     return jnp.moveaxis(prediction, 1, -1)
 
 
@@ -201,7 +240,7 @@ def attention_maps(
     unet_params: Params,
     latents: jax.Array,
     timesteps: jax.Array,
-    context: KeysValues,
+    context: Context,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the UNet and tells where it looks at which token; arguments as for `denoise`.
 
@@ -226,13 +265,13 @@ def attention_maps(
     return prediction, sum(maps) / len(maps)
 
 
-def _check_inputs(
-    module: FlaxUNet2DConditionModel, unet_params: Params, latents: jax.Array, context: KeysValues
-) -> None:
-    missing = set(cross_attention_layers(unet_params)) - set(context)
+def _check_inputs(module: FlaxUNet2DConditionModel, unet_params: Params, latents: jax.Array, context: Context) -> None:
+    missing = set(cross_attention_layers(unet_params)) - set(context.layers)
     if missing:
         raise InputError(f"no keys and values for the cross-attention layers {sorted(missing)}")
-    for layer, given in context.items():
+    if module.addition_embed_type and context.added is None:
+        raise InputError("this UNet also reads a vector for the whole prompt and the picture's sizes: none are given")
+    for layer, given in context.layers.items():
         if given.key.shape[0] != latents.shape[0]:
             raise InputError(
                 f"{latents.shape[0]} latents, but keys and values of {given.key.shape[0]} prompts ({layer})"

@@ -22,6 +22,7 @@ class Examples(NamedTuple):
     Attributes:
         mean, std: of each picture's latents, as it is and mirrored: float32 [pictures, 2, height, width, channels].
         masks: weights of the loss, float32 [pictures, 2, height, width]; each mask's largest is 1.
+        sizes: of each picture, before and after it was fitted, float32 [pictures, 6] (`base_model.Added`).
         prompt_ids: each picture's prompts, int32 [pictures, prompts, tokens]. The concept's token is
             `vocabulary_size`.
         num_pictures: how many of the pictures are real, int32 scalar.
@@ -30,6 +31,7 @@ class Examples(NamedTuple):
     mean: jax.Array
     std: jax.Array
     masks: jax.Array
+    sizes: jax.Array
     prompt_ids: jax.Array
     num_pictures: jax.Array
 
@@ -99,18 +101,20 @@ def given_masks(model: Architecture, pictures: Sequence[Picture]) -> np.ndarray 
     return on_latents(model, given)
 
 
-def make_examples(latents: LatentDistribution, masks: np.ndarray, ids: np.ndarray) -> Examples:
+def make_examples(latents: LatentDistribution, masks: np.ndarray, sizes: np.ndarray, ids: np.ndarray) -> Examples:
     """Puts a concept's data together.
 
     Args:
         latents: float32 [count, 2, height, width, channels].
         masks: float32 [count, 2, height, width]; each is divided by its largest value.
+        sizes: float32 [count, 6].
         ids: int32 [count, prompts, tokens].
     """
     return Examples(
         mean=latents.mean,
         std=latents.std,
         masks=jnp.asarray(normalise(np.asarray(masks, np.float32))),
+        sizes=jnp.asarray(sizes),
         prompt_ids=jnp.asarray(ids),
         num_pictures=jnp.int32(len(ids)),
     )

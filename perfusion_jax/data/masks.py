@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perfusion_jax.base_model import Architecture, keys_values
+from perfusion_jax.base_model import Architecture, whole_sizes
 from perfusion_jax.method.surgery import Params
 
 # Shares of the noise schedule at which the UNet is asked; with less noise it looks at details, with more at nothing.
@@ -56,8 +56,9 @@ def _attention_masks(
     key: jax.Array,
 ) -> jax.Array:
     count = len(latents)
-    encodings = model.encode(params["text_encoder"], jnp.tile(ids, (count, 1)))
-    context = keys_values(params["unet"], encodings)
+    encoding = model.encode(params, jnp.tile(ids, (count, 1)))
+    sizes = whole_sizes(*(model.vae_factor * side for side in latents.shape[1:3]))
+    context = model.read(params["unet"], encoding, jnp.tile(sizes, (count, 1)))
     levels = np.array(NOISE_LEVELS * DRAWS)
 
     def at(level: jax.Array, noise_key: jax.Array) -> jax.Array:

@@ -34,6 +34,7 @@ class Picture:
         inside: how much of each pixel is the picture and not what `fit` put around it, float32 [height, width], or None
             if all of it is.
         trigger: what captions call the thing, as the folder says; may be empty.
+        sizes: six, of what `fit` made of it (`base_model.Added`); none before it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Picture:
     caption: str | None
     inside: np.ndarray | None = None
     trigger: str = ""
+    sizes: tuple[int, ...] = ()
 
     def with_caption(self, caption: str) -> "Picture":
         """The picture with another caption."""
@@ -182,4 +184,12 @@ def fit(picture: Picture, side: int, crop: bool) -> Picture:
         raise InputError(f"{picture.name}: cropping to a square cuts the thing away: set config.crop=False")
     padded = not crop and height != width
     inside = square_mask(np.ones((height, width), np.float32)) if padded else None
-    return replace(picture, pixels=square(picture.pixels, "white"), mask=mask, inside=inside)
+    pixels = square(picture.pixels, "white")
+    return replace(picture, pixels=pixels, mask=mask, inside=inside, sizes=_sizes(height, width, side, crop))
+
+
+def _sizes(height: int, width: int, side: int, crop: bool) -> tuple[int, ...]:
+    """What `fit` did to a picture: height and width that it had, where it was cut after scaling, and what it has."""
+    scale = side / min(height, width)
+    top, left = (round((length * scale - side) / 2) if crop else 0 for length in (height, width))
+    return height, width, top, left, side, side

@@ -32,7 +32,7 @@ class Progress(NamedTuple):
         offset: bytes of the file read.
         digest: SHA-256 of those bytes, hexadecimal.
         base: name of the base model.
-        text_encoder: SHA-256 of the text encoder's weights, hexadecimal.
+        text_encoder: SHA-256 of the text encoders' weights, hexadecimal.
     """
 
     total: np.ndarray
@@ -44,16 +44,16 @@ class Progress(NamedTuple):
     text_encoder: str
 
 
-def outer_product_sum(model: Architecture, text_params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+def outer_product_sum(model: Architecture, params: dict[str, Params], ids: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the sum of e e^T over the masked tokens, float32 [context_width, context_width].
 
     Args:
         model: the architecture.
-        text_params: the text encoder's weights.
+        params: the weights of its text encoders.
         ids: int32 [batch, tokens].
         mask: bool [batch, tokens].
     """
-    encodings = jnp.where(mask[..., None], model.encode(text_params, ids).astype(jnp.float32), 0)
+    encodings = jnp.where(mask[..., None], model.encode(params, ids).tokens.astype(jnp.float32), 0)
     return jnp.einsum("btd,bte->de", encodings, encodings, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -70,6 +70,7 @@ def accumulate(base: BaseModel, captions: Path, start: Progress | None = None) -
     """
     product_sum = jax.jit(partial(outer_product_sum, base.model))
     width = base.model.context_width
+    weights = {name: base.params[name] for name in base.model.text_components}
     done = start or Progress(
         np.zeros((width, width)), 0, 0, 0, hashlib.sha256().hexdigest(), base.name, _weights_digest(base)
     )
@@ -85,7 +86,7 @@ def accumulate(base: BaseModel, captions: Path, start: Progress | None = None) -
                     (0, 0),
                 )  # the last batch is filled up, so that it compiles nothing new
                 ids, mask = (np.pad(array[:, :longest], missing) for array in (ids, mask))
-                product = product_sum(base.params["text_encoder"], ids, mask)
+                product = product_sum(weights, ids, mask)
                 done = Progress(
                     total=done.total + np.asarray(product, np.float64),
                     tokens=done.tokens + int(mask.sum()),
@@ -111,7 +112,7 @@ def _prefix_digest(stream: BinaryIO, size: int) -> Any:
 
 def _weights_digest(base: BaseModel) -> str:
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(base.params["text_encoder"]):
+    for leaf in jax.tree.leaves([base.params[name] for name in base.model.text_components]):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
 

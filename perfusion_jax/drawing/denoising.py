@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 
-from perfusion_jax.base_model import Architecture, KeysValues, keys_values
+from perfusion_jax.base_model import Architecture, Context, Encoding
 from perfusion_jax.drawing.samplers import Plan
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.method.edit import Gate
@@ -51,16 +51,28 @@ class Concepts(NamedTuple):
     super_embeddings: Float32[Array, "slots token_width"] | None
 
 
+class Unprompted(NamedTuple):
+    """What guidance leads away from.
+
+    Attributes:
+        ids: of the empty prompt, or of a negative one, int32 [batch, tokens].
+        weight: of its encodings, float32 [batch]: 1; or 0 for models that take zeros for the empty prompt's.
+    """
+
+    ids: Int32[Array | np.ndarray, "batch tokens"]
+    weight: Float32[Array | np.ndarray, " batch"]
+
+
 class Prompts(NamedTuple):
     """What the steps of a sampler read of the text.
 
     Attributes:
-        prompted: keys and values of the prompts, [phases, batch, tokens, out_width] each.
-        unprompted: those of the empty prompt, [batch, tokens, out_width] each; None where there is no guidance.
+        prompted: of the prompts, each array with the axes [phases, batch, ...].
+        unprompted: of what guidance leads away from, [batch, ...] each; None where there is no guidance.
     """
 
-    prompted: KeysValues
-    unprompted: KeysValues | None
+    prompted: Context
+    unprompted: Context | None
 
 
 class Walk(NamedTuple):
@@ -78,37 +90,42 @@ class Walk(NamedTuple):
     attention: Float32[Array, "batch height width tokens"] | None
 
 
-def prompt_keys_values(
-    model: Architecture, params: dict[str, Params], ids: Int32[Array | np.ndarray, "batch tokens"], concepts: Concepts
-) -> KeysValues:
-    """Computes the keys and values of prompts under the edits of the concepts that each of them names.
+def prompt_context(
+    model: Architecture,
+    params: dict[str, Params],
+    ids: Int32[Array | np.ndarray, "batch tokens"],
+    sizes: Float32[Array | np.ndarray, " sizes"],
+    concepts: Concepts,
+) -> Context:
+    """Computes what the UNet reads of prompts under the edits of the concepts that each of them names.
 
     Args:
         model: the architecture.
         params: its weights, without edits.
         ids: int32 [batch, tokens].
+        sizes: of the pictures, float32 [6].
         concepts: see `Concepts`.
 
     Returns:
-        By layer, [phases, batch, tokens, out_width] each.
+        Each array with the axes [phases, batch, ...].
     """
     stacked, gates = concepts.stacked, concepts.gates
-    encodings = model.encode(params["text_encoder"], ids, stacked.embedding)
+    encodings = model.encode(params, ids, stacked.embedding)
     super_encodings = None
     if concepts.super_embeddings is not None:
-        super_encodings = model.encode(params["text_encoder"], ids, concepts.super_embeddings)
+        super_encodings = model.encode(params, ids, concepts.super_embeddings)
 
     def of_prompt(
         strengths: Float32[Array, " slots"],
         present: Float32[Array, " slots"],
-        encoding: Float[Array, "tokens context"],
-        super_encoding: Float[Array, "tokens context"] | None,
-    ) -> KeysValues:
+        encoding: Encoding,
+        super_encoding: Encoding | None,
+    ) -> Context:
         here = dataclasses.replace(
             stacked, target_input=present[:, None] * stacked.target_input, dual=present[:, None] * stacked.dual
         )
         edited = insert(params["unet"], here, gates._replace(strength=gates.strength * strengths))
-        return keys_values(edited, encoding, super_encoding)
+        return model.read(edited, encoding, jnp.asarray(sizes), super_encoding)
 
     of_batch = jax.vmap(of_prompt, in_axes=(None, 0, 0, 0))
     return jax.vmap(of_batch, in_axes=(0, None, None, None))(
@@ -120,7 +137,8 @@ def read_prompts(
     model: Architecture,
     params: dict[str, Params],
     ids: Int32[Array | np.ndarray, "batch tokens"],
-    unprompted_ids: Int32[Array | np.ndarray, "batch tokens"] | None,
+    sizes: Float32[Array | np.ndarray, " sizes"],
+    unprompted: Unprompted | None,
     concepts: Concepts | None = None,
 ) -> Prompts:
     """Computes what all steps read of tokenised prompts.
@@ -129,18 +147,26 @@ def read_prompts(
         model: the architecture.
         params: its weights, without edits.
         ids: int32 [batch, tokens].
-        unprompted_ids: the empty prompt, or a negative one, int32 [batch, tokens]; None without guidance.
+        sizes: of the pictures, float32 [6] (`base_model.Added`).
+        unprompted: what guidance leads away from; None without guidance.
         concepts: what the prompts may name.
     """
+    of_each = jnp.tile(jnp.asarray(sizes), (len(ids), 1))
     if concepts is None:
-        alone = keys_values(params["unet"], model.encode(params["text_encoder"], ids))
+        alone = model.read(params["unet"], model.encode(params, ids), of_each)
         prompted = jax.tree.map(lambda array: array[None], alone)
     else:
-        prompted = prompt_keys_values(model, params, ids, concepts)
-    if unprompted_ids is None:
+        prompted = prompt_context(model, params, ids, sizes, concepts)
+    if unprompted is None:
         return Prompts(prompted, None)
+
+    def weighted(encodings: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
+        weight = jnp.reshape(jnp.asarray(unprompted.weight), (-1,) + (1,) * (encodings.ndim - 1))
+        return encodings * weight.astype(encodings.dtype)
+
     # The unconditional prompt goes through the frozen weights: guidance is away from what the model itself would draw.
-    return Prompts(prompted, keys_values(params["unet"], model.encode(params["text_encoder"], unprompted_ids)))
+    encoding = jax.tree.map(weighted, model.encode(params, unprompted.ids))
+    return Prompts(prompted, model.read(params["unet"], encoding, of_each))
 
 
 def begin(

@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from perfusion_jax.base_model import Architecture, BaseModel
+from perfusion_jax.base_model import Architecture, BaseModel, whole_sizes
 from perfusion_jax.drawing.denoising import (
     Concepts,
     Guidance,
     Prompts,
+    Unprompted,
     Walk,
     begin,
     fresh_noise,
@@ -73,14 +74,16 @@ def _compiled_read(
     model: Architecture,
     params: dict[str, Params],
     ids: jax.Array,
-    unprompted_ids: jax.Array | None,
+    sizes: jax.Array,
+    unprompted: Unprompted | None,
     concepts: Concepts | None,
 ) -> Prompts:
-    whole, batch, prompts = _specs(mesh, unprompted_ids is not None)
+    whole, batch, prompts = _specs(mesh, unprompted is not None)
     of_concepts = None if concepts is None else jax.tree.map(lambda _: whole, concepts)._replace(present=batch)
-    unprompted = None if unprompted_ids is None else batch
-    read = _on(mesh, functools.partial(read_prompts, model), (whole, batch, unprompted, of_concepts), prompts)
-    return read(params, ids, unprompted_ids, concepts)
+    of_unprompted = None if unprompted is None else batch
+    specs = (whole, batch, whole, of_unprompted, of_concepts)
+    read = _on(mesh, functools.partial(read_prompts, model), specs, prompts)
+    return read(params, ids, sizes, unprompted, concepts)
 
 
 # One program for all steps of all samplers: what may change without compiling anew is an array.
@@ -122,7 +125,7 @@ def draw_batch(
     model: Architecture,
     params: dict[str, Params],
     ids: np.ndarray,
-    unprompted_ids: np.ndarray | None,
+    unprompted: Unprompted | None,
     seeds: np.ndarray,
     size: tuple[int, int],
     plan: Plan,
@@ -140,7 +143,7 @@ def draw_batch(
         model: the architecture.
         params: its weights, without edits.
         ids: int32 [batch, tokens].
-        unprompted_ids: the empty prompt, or a negative one, int32 [batch, tokens]; None without guidance.
+        unprompted: what guidance leads away from; None without guidance.
         seeds: one per picture, uint32 [batch].
         size: height and width in pixels.
         plan: of the sampler; with `init_latents`, of the steps that are left.
@@ -155,7 +158,7 @@ def draw_batch(
         (pictures in about [-1, 1], float32 [batch, height, width, 3]; the attention that each latent paid to each token
         of its prompt, the mean over heads, layers and steps, float32 [batch, height / f, width / f, tokens], or None).
     """
-    prompts = _compiled_read(mesh, model, params, ids, unprompted_ids, concepts)
+    prompts = _compiled_read(mesh, model, params, ids, whole_sizes(*size), unprompted, concepts)
     noise = _compiled_noise(model, seeds, *size)
     walk = _compiled_begin(noise, plan, ids.shape[1] if attention else None, init_latents)
     columns = [np.broadcast_to(np.asarray(column), len(phase_of_step)) for column in plan]
@@ -207,7 +210,7 @@ def drawing(
     steps: int | None = None,
     guidance: float | None = None,
     guidance_rescale: float = 0.0,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     bias: Control = None,
     temperature: Control = None,
     strength: Control = None,
@@ -233,7 +236,8 @@ def drawing(
         steps: sampling steps; 50, 20, 30 or 30 of these if left out.
         guidance: guidance scale, 1 or less for none; that of the first concept if left out, 6 without concepts.
         guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1.
-        negative_prompt: what guidance leads away from. It goes through the frozen weights and names no concept.
+        negative_prompt: what guidance leads away from. It goes through the frozen weights and names no concept. Left
+            out, it is the empty prompt, or zeros where the model says so (`force_zeros_for_empty_prompt`).
         bias, temperature: of the gates, one for all concepts or one for each; the concepts' own if left out.
         strength: of the concepts, likewise; 1, the paper's edit, if left out. 0 leaves the model alone.
         start, end: between which fractions of the steps a concept acts, likewise; all of them if left out.
@@ -269,7 +273,7 @@ def drawing(
     _check_range("guidance_rescale", guidance_rescale, 0, 1)
     _check_range("batch_size", batch_size, 1)
     ids = base.model.tokenizer(prompts, [card.placeholder for _, card in concepts])
-    unprompted = np.repeat(base.model.tokenizer([negative_prompt]), batch_size, axis=0) if guidance > 1 else None
+    unprompted = _unprompted(base.model, negative_prompt, batch_size) if guidance > 1 else None
     in_slots, phase_of_step = None, np.zeros(steps - skipped, np.int32)
     if concepts:
         gates = _gates(concepts, bias, temperature, strength)
@@ -303,6 +307,12 @@ def drawing(
             yield Drawn(to_pixels(images)[:count], None if seen is None else np.asarray(seen)[:count])
 
     return batches()
+
+
+def _unprompted(model: Architecture, negative_prompt: str | None, batch_size: int) -> Unprompted:
+    weight = float(negative_prompt is not None or not model.empty_prompt_is_zero)
+    ids = np.repeat(model.tokenizer([negative_prompt or ""]), batch_size, axis=0)
+    return Unprompted(ids, np.full(batch_size, weight, np.float32))
 
 
 def _number(name: str, given: Any, kind: Callable[[Any], Number]) -> Number:

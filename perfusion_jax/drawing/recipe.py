@@ -168,7 +168,8 @@ def recipe_of_flags(arguments: flags.FlagValues) -> Recipe:
     count = arguments.num_images
     options = {name: getattr(arguments, name) for name in OPTIONS if name != "batch_size"}
     options |= {name: numbers(name, options[name]) for name in CONTROLS}
-    options["negative_prompt"] = _plain(options["negative_prompt"])
+    if options["negative_prompt"] is not None:
+        options["negative_prompt"] = _plain(options["negative_prompt"])
     options["batch_size"] = min(arguments.batch_size, count * len(prompts))
     return Recipe(
         base={"source": arguments.base, "revision": arguments.revision, "variant": arguments.variant},

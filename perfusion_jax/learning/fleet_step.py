@@ -21,8 +21,10 @@ from perfusion_jax.pod.mesh import whole
 from perfusion_jax.pod.slots import slot_sharding
 from perfusion_jax.runtime.errors import InputError
 
-# Parts of the frozen model that the step reads.
-STEP_PARAMS = ("text_encoder", "unet")
+
+def step_components(model: Architecture) -> tuple[str, ...]:
+    """What the weights are called that the step reads."""
+    return (*model.text_components, "unet")
 
 
 class Members(NamedTuple):
@@ -62,7 +64,7 @@ def make_fleet_step(model: Architecture, settings: Settings, mesh: Mesh) -> Call
         mesh: from `make_mesh`.
 
     Returns:
-        A jitted function of (params, whitening, members, learning): the frozen weights (of STEP_PARAMS alone), C^-1/2,
+        A jitted function of (params, whitening, members, learning): the frozen weights (of `step_components`), C^-1/2,
         `Members`, and the stacked `Learning`, whose buffers it takes. It returns (the state after, losses before the
         step, float32 [slots]). A member that has taken its steps, or whose loss is not finite, stays what it was, and
         its loss is NaN.
@@ -125,6 +127,7 @@ def member_shapes(
         mean=array(pictures, 2, latents, latents, model.latent_channels),
         std=array(pictures, 2, latents, latents, model.latent_channels),
         masks=array(pictures, 2, latents, latents),
+        sizes=array(pictures, 6),
         prompt_ids=array(pictures, prompts, model.tokenizer.length, dtype=jnp.int32),
         num_pictures=one,
     )
@@ -142,7 +145,7 @@ def step_shapes(model: Architecture, shapes: tuple[Members, Learning], slots: in
         slots: members at once.
     """
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((slots, *leaf.shape), leaf.dtype), shapes)
-    params = jax.eval_shape(lambda tree: tree, {name: model.shapes[name] for name in STEP_PARAMS})
+    params = jax.eval_shape(lambda tree: tree, {name: model.shapes[name] for name in step_components(model)})
     width = model.context_width
     return params, jax.ShapeDtypeStruct((width, width), jnp.float32), *stacked
 

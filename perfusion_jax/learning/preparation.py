@@ -75,8 +75,9 @@ def prepare_data(config: ConfigDict, base: BaseModel, pictures: Sequence[Picture
     masks = masks * on_latents(
         base.model, [whole if picture.inside is None else picture.inside for picture in pictures]
     )
+    sizes = np.array([picture.sizes for picture in pictures], np.float32)
     ids = prompt_ids(base.model, pictures, config.templates)
-    return Data(pixels, prompts_used(pictures, config.templates), make_examples(latents, masks, ids))
+    return Data(pixels, prompts_used(pictures, config.templates), make_examples(latents, masks, sizes, ids))
 
 
 # Loaded and compiled once for all concepts.

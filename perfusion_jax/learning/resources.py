@@ -15,7 +15,7 @@ from perfusion_jax.base_model.clip import load_clip
 from perfusion_jax.base_model.instance import load_instance_encoder
 from perfusion_jax.config import is_fleet
 from perfusion_jax.formats import covariance_file
-from perfusion_jax.learning.fleet_step import STEP_PARAMS, make_fleet_step, member_shapes, step_shapes
+from perfusion_jax.learning.fleet_step import make_fleet_step, member_shapes, step_components, step_shapes
 from perfusion_jax.learning.metrics import Evaluator
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.pod.mesh import make_mesh, place, submesh_view, whole
@@ -118,7 +118,7 @@ def load_resources(config: ConfigDict) -> Resources:
     """
     mesh = mesh_of(config)
     base = load_base(config)
-    params = place({name: base.params[name] for name in STEP_PARAMS}, mesh)
+    params = place({name: base.params[name] for name in step_components(base.model)}, mesh)
     # One copy on the first device is enough.
     base = dataclasses.replace(
         base, params={**base.params, **submesh_view(params, Mesh(jax.local_devices()[:1], ("data",)))}

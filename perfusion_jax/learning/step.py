@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Bool, Float32, Int32, Key
 from ml_collections import ConfigDict
 
-from perfusion_jax.base_model import Architecture, keys_values
+from perfusion_jax.base_model import Architecture
 from perfusion_jax.base_model.text import mean_at
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.method.concept import Concept
@@ -73,6 +73,7 @@ class Batch(NamedTuple):
     Attributes:
         latents: float32 [batch, height, width, channels].
         masks: weights of the loss, float32 [batch, height, width].
+        sizes: of the pictures, before and after they were fitted, float32 [batch, 6] (`unet.Added`).
         ids: int32 [batch, tokens].
         noise: standard normal, the shape of the latents.
         timesteps: int32 [batch].
@@ -80,6 +81,7 @@ class Batch(NamedTuple):
 
     latents: Float32[Array, "*parts batch height width channels"]
     masks: Float32[Array, "*parts batch height width"]
+    sizes: Float32[Array, "*parts batch sizes"]
     ids: Int32[Array, "*parts batch tokens"]
     noise: Float32[Array, "*parts batch height width channels"]
     timesteps: Int32[Array, "*parts batch"]
@@ -139,6 +141,7 @@ def draw_batch(key: Key[Array, ""], examples: Examples, model: Architecture, set
     return Batch(
         latents=mean + std * jax.random.normal(keys[3], mean.shape),
         masks=examples.masks[pictures, flips],
+        sizes=examples.sizes[pictures],
         ids=examples.prompt_ids[pictures, prompts],
         noise=jax.random.normal(keys[4], mean.shape),
         timesteps=jax.random.randint(keys[5], (size,), 0, model.schedule.num_train_timesteps),
@@ -161,8 +164,8 @@ def loss(
     Returns:
         (loss, mean encoding at the concept's token over the batch, [context_width]), float32.
     """
-    encodings = model.encode(params["text_encoder"], batch.ids, concept.embedding[None])
-    concept_encoding = mean_at(encodings, batch.ids == model.tokenizer.vocabulary_size)
+    encoding = model.encode(params, batch.ids, concept.embedding[None])
+    concept_encoding = mean_at(encoding.tokens, batch.ids == model.tokenizer.vocabulary_size)
     if settings.straight_through:
         through = concept_encoding - jax.lax.stop_gradient(concept_encoding)
         concept = concept.with_target_input(concept.target_input + through, whitening)
@@ -170,9 +173,8 @@ def loss(
         insert(params["unet"], concept, Gate(settings.bias, settings.temperature)) if settings.edit else params["unet"]
     )
     noisy = model.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-    prediction = model.denoise(
-        params["unet"], noisy.astype(model.unet.dtype), batch.timesteps, keys_values(unet, encodings)
-    )
+    context = model.read(unet, encoding, batch.sizes)
+    prediction = model.denoise(params["unet"], noisy.astype(model.unet.dtype), batch.timesteps, context)
     target = model.schedule.target(batch.latents, batch.noise, batch.timesteps)
     error = jnp.mean((prediction.astype(jnp.float32) - target) ** 2, axis=-1)
     per_sample = jnp.sum(batch.masks * error, axis=(1, 2)) / jnp.sum(batch.masks, axis=(1, 2))

@@ -150,10 +150,11 @@ def test_loads_where_pytorch_is_not_installed(sd1_folder):
 
         import jax, jax.numpy as jnp
         import perfusion_jax
+        from perfusion_jax.base_model import Context
 
         base = perfusion_jax.load_base_model(sys.argv[1])
-        encodings = base.model.encode(base.params["text_encoder"], base.model.tokenizer(["a photo of a dog"]))
-        fed = perfusion_jax.keys_values(base.params["unet"], encodings)
+        encodings = base.model.encode(base.params, base.model.tokenizer(["a photo of a dog"])).tokens
+        fed = Context(perfusion_jax.keys_values(base.params["unet"], encodings))
         noise = jax.jit(base.model.denoise)(base.params["unet"], jnp.ones((1, 16, 16, 4)), jnp.array([5]), fed)
         assert jnp.isfinite(noise).all()
         assert "torch" not in sys.modules

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch_text
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.numpy import load_file, save_file
-from transformers import CLIPTextModel
 
 from perfusion_jax import Gate, insert, keys_values, load_base_model, remove
+from perfusion_jax.base_model import Context
 
 TOLERANCE = 1e-4  # of the largest output
 
@@ -36,20 +37,22 @@ def compare_with_torch(folder, base, size: int, tolerance: float = TOLERANCE):
     """Compares text encoder, UNet and both ways of the VAE on a picture of `size` pixels."""
     rng = np.random.default_rng(0)
     ids = base.model.tokenizer(["a photo of a dog", "the teddy bear on the beach"])
+    sizes = np.array([[512, 400, 0, 20, 256, 256], [100, 90, 5, 0, 64, 64]], np.float32)
     with torch.no_grad():
-        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
-        encodings = text_encoder(torch.from_numpy(ids).long()).last_hidden_state.numpy()
-    assert relative_error(base.model.encode(base.params["text_encoder"], ids), encodings) < tolerance
-    del text_encoder
+        theirs = torch_text.encode(folder, ids, sizes)
+    encodings = base.model.encode(base.params, ids)
+    assert relative_error(encodings.tokens, theirs.tokens) < tolerance
+    if theirs.added:
+        assert relative_error(encodings.pooled, theirs.added["added_cond_kwargs"]["text_embeds"]) < tolerance
 
     side = size // base.model.vae_factor
     latents = rng.standard_normal((2, side, side, base.model.latent_channels), dtype=np.float32)
     timesteps = np.array([3, 700], np.int32)
     with torch.no_grad():
         unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
-        expected = unet(channels_first(latents), torch.from_numpy(timesteps), torch.from_numpy(encodings)).sample
+        expected = unet(channels_first(latents), torch.from_numpy(timesteps), theirs.tokens, **theirs.added).sample
     del unet
-    fed = keys_values(base.params["unet"], jnp.asarray(encodings))
+    fed = base.model.read(base.params["unet"], encodings, jnp.asarray(sizes))
     ours = jax.jit(base.model.denoise)(base.params["unet"], latents, timesteps, fed)
     assert relative_error(ours, channels_last(expected)) < tolerance
 
@@ -129,7 +132,7 @@ def test_the_unet_never_reads_its_own_text_projections(sd1_base):
     rng = np.random.default_rng(1)
     encodings = jnp.asarray(rng.standard_normal((1, 16, sd1_base.model.context_width)), jnp.float32)
     latents = jnp.asarray(rng.standard_normal((1, 16, 16, 4)), jnp.float32)
-    fed = keys_values(sd1_base.params["unet"], encodings)
+    fed = Context(keys_values(sd1_base.params["unet"], encodings))
     denoise = jax.jit(sd1_base.model.denoise)
     expected = denoise(sd1_base.params["unet"], latents, jnp.array([5]), fed)
 
@@ -145,8 +148,8 @@ def test_the_unet_never_reads_its_own_text_projections(sd1_base):
 
 
 def test_missing_keys_and_values_are_named(sd1_base):
-    fed = keys_values(sd1_base.params["unet"], jnp.zeros((1, 16, sd1_base.model.context_width)))
-    fed.pop("mid_block/attentions_0/transformer_blocks_0/attn2")
+    fed = Context(keys_values(sd1_base.params["unet"], jnp.zeros((1, 16, sd1_base.model.context_width))))
+    fed.layers.pop("mid_block/attentions_0/transformer_blocks_0/attn2")
     with pytest.raises(ValueError, match="mid_block/attentions_0"):
         sd1_base.model.denoise(sd1_base.params["unet"], jnp.zeros((1, 16, 16, 4)), jnp.array([5]), fed)
 
@@ -162,8 +165,8 @@ def test_bfloat16_is_close_to_float32(sd1_folder, sd1_base):
         return jax.jit(partial(compute, base.model))(base.params)
 
     def compute(model, params):
-        encodings = model.encode(params["text_encoder"], ids)
-        fed = keys_values(params["unet"], encodings)
+        encodings = model.encode(params, ids).tokens
+        fed = Context(keys_values(params["unet"], encodings))
         noise = model.denoise(params["unet"], latents.astype(encodings.dtype), jnp.array([400]), fed)
         return encodings, noise, model.encode_image(params["vae"], images).mean
 
@@ -179,7 +182,7 @@ def test_gradients_reach_the_keys_and_values(sd1_base):
     latents = jax.random.normal(jax.random.key(1), (1, 16, 16, 4))
     probe = jax.random.normal(jax.random.key(2), latents.shape)
     params = sd1_base.params["unet"]
-    fed = keys_values(params, encodings)
+    fed = Context(keys_values(params, encodings))
     directions = jax.tree.map(lambda leaf: 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), fed)
 
     @jax.jit
@@ -205,7 +208,7 @@ def test_gradients_reach_the_keys_and_values(sd1_base):
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(sd1_base, shape, prompts, dtype, message):
-    fed = keys_values(sd1_base.params["unet"], jnp.zeros((prompts, 16, sd1_base.model.context_width), dtype))
+    fed = Context(keys_values(sd1_base.params["unet"], jnp.zeros((prompts, 16, sd1_base.model.context_width), dtype)))
     with pytest.raises(ValueError, match=message):
         sd1_base.model.denoise(sd1_base.params["unet"], jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32), fed)
 

@@ -1,29 +1,28 @@
 """Sampling against PyTorch diffusers' own pipelines on the same weights, prompts and noise."""
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch_text
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion_jax import Gate, insert, keys_values, load_base_model
+from perfusion_jax.base_model import Context, whole_sizes
 from perfusion_jax.drawing.denoising import (
     Concepts,
     Guidance,
     Prompts,
+    Unprompted,
     begin,
     noise_for,
-    prompt_keys_values,
+    prompt_context,
     read_prompts,
     take_step,
     to_pixels,
@@ -34,28 +33,27 @@ from perfusion_jax.method.concept import stack
 # diffusers asks PyTorch's tensors for NumPy arrays in the way of NumPy 1.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
+SIZES = whole_sizes(32, 32)
 PROMPTS = ["a photo of a dog", "the teddy bear on the beach"]
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 
 
-def make_pipeline(folder, kind, sampler):
-    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-    pipeline = kind(
-        vae=AutoencoderKL.from_pretrained(folder / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
-        scheduler=SCHEDULERS[sampler].from_config(scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+def make_pipeline(folder, sampler, kind=""):
+    """The checkpoint's pipeline, or with `kind` another one for it, such as `Img2Img`."""
+    name = torch_text.pipeline_class(folder).replace("Pipeline", f"{kind}Pipeline")
+    scheduler = SCHEDULERS[sampler].from_config(DDIMScheduler.from_pretrained(folder / "scheduler").config)
+    checks = {} if (folder / "text_encoder_2").is_dir() else {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = getattr(diffusers, name).from_pretrained(folder, scheduler=scheduler, feature_extractor=None, **checks)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def unprompted(ids):
+    return Unprompted(ids, np.ones(len(ids), np.float32))
+
+
 def plain_keys_values(base, texts):
-    return keys_values(base.params["unet"], base.model.encode(base.params["text_encoder"], base.model.tokenizer(texts)))
+    return keys_values(base.params["unet"], base.model.encode(base.params, base.model.tokenizer(texts)).tokens)
 
 
 def walk_all(base, prompts, walk, plan, guidance):
@@ -70,8 +68,12 @@ def walk_all(base, prompts, walk, plan, guidance):
 def sample(base, noise, plan, guidance, init_latents=None):
     """Guidance of None: without the empty prompt."""
     ids = base.model.tokenizer(PROMPTS)
-    empty = None if guidance is None else base.model.tokenizer([""] * len(PROMPTS))
-    prompts = read_prompts(base.model, base.params, ids, empty)
+    empty = None
+    if guidance is not None:
+        weight = np.full(len(ids), 1 - base.model.empty_prompt_is_zero, np.float32)
+        empty = Unprompted(base.model.tokenizer([""] * len(ids)), weight)
+    sizes = whole_sizes(*(base.model.vae_factor * side for side in noise.shape[1:3]))
+    prompts = read_prompts(base.model, base.params, ids, sizes, empty)
     return np.asarray(walk_all(base, prompts, begin(noise, plan, init_latents=init_latents), plan, guidance))
 
 
@@ -82,7 +84,7 @@ def first(latents):
 
 def compare_after(folder, base, sampler, steps, size, rescale=0.0, guidance=6.0):
     noise = noise_for(base.model, [3, 4], size, size)
-    theirs = make_pipeline(folder, StableDiffusionPipeline, sampler)(
+    theirs = make_pipeline(folder, sampler)(
         PROMPTS,
         num_inference_steps=steps,
         guidance_scale=guidance,
@@ -118,7 +120,7 @@ def test_from_a_picture_as_pytorch(sd1_folder, sd1_base, sampler):
     rng = np.random.default_rng(0)
     start = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
     noise = torch.randn((2, 4, 16, 16), generator=torch.Generator().manual_seed(5)).numpy()
-    theirs = make_pipeline(sd1_folder, StableDiffusionImg2ImgPipeline, sampler)(
+    theirs = make_pipeline(sd1_folder, sampler, "Img2Img")(
         PROMPTS,
         image=torch.from_numpy(first(start).copy()),
         strength=0.6,
@@ -168,12 +170,12 @@ def test_each_prompt_of_a_batch_is_edited_by_the_concepts_that_it_names(sd1_base
     prompts = ["a photo of a <rex>", "a <tom> on the beach", "<rex> and <tom>", "a dog"]
     ids = base.model.tokenizer(prompts, ["<rex>", "<tom>"])
     present = [[1.0, 0, 0], [0, 1.0, 0], [1.0, 1.0, 0], [0, 0, 0.0]]
-    ours = jax.jit(prompt_keys_values, static_argnums=0)(base.model, params, ids, in_slots(concepts, gates, present))
-    encodings = base.model.encode(params["text_encoder"], ids, stack(concepts).embedding)
+    ours = jax.jit(prompt_context, static_argnums=0)(base.model, params, ids, SIZES, in_slots(concepts, gates, present))
+    encodings = base.model.encode(params, ids, stack(concepts).embedding).tokens
     for number, named in enumerate(([0], [1], [0, 1], [])):
         edited = insert(params["unet"], [concepts[j] for j in named], [gates[j] for j in named])
         alone = keys_values(edited, encodings[number : number + 1])
-        assert_close(jax.tree.map(lambda array, row=number: array[0, row : row + 1], ours), alone)
+        assert_close(jax.tree.map(lambda array, row=number: array[0, row : row + 1], ours.layers), alone)
 
 
 def test_a_concept_acts_only_in_its_phases(sd1_base):
@@ -181,12 +183,12 @@ def test_a_concept_acts_only_in_its_phases(sd1_base):
     concepts, gates = two_concepts(base)
     ids = base.model.tokenizer(["<rex> and <tom>"], ["<rex>", "<tom>"])
     phases = ((1.0, 1.0, 1.0), (0.0, 1.0, 1.0))
-    ours = prompt_keys_values(base.model, params, ids, in_slots(concepts, gates, [[1.0, 1.0, 0]], phases))
-    encodings = base.model.encode(params["text_encoder"], ids, stack(concepts).embedding)
+    ours = prompt_context(base.model, params, ids, SIZES, in_slots(concepts, gates, [[1.0, 1.0, 0]], phases))
+    encodings = base.model.encode(params, ids, stack(concepts).embedding).tokens
     for number, factors in enumerate(phases):
         weaker = [gate._replace(strength=gate.strength * factor) for gate, factor in zip(gates, factors, strict=False)]
         alone = keys_values(insert(params["unet"], concepts, weaker), encodings)
-        assert_close(jax.tree.map(lambda array, phase=number: array[phase], ours), alone)
+        assert_close(jax.tree.map(lambda array, phase=number: array[phase], ours.layers), alone)
 
 
 def test_the_global_lock_takes_all_keys_from_the_super_categories(sd1_base):
@@ -195,10 +197,10 @@ def test_the_global_lock_takes_all_keys_from_the_super_categories(sd1_base):
     ids = base.model.tokenizer(["my <rex> and <tom>"], ["<rex>", "<tom>"])
     words = [base.super_category_embedding(word) for word in ("dog", "cat")]
     locked = in_slots(concepts, gates, [[1.0, 1.0, 0]], super_embeddings=jnp.stack([*words, jnp.zeros_like(words[0])]))
-    ours = prompt_keys_values(base.model, params, ids, locked)
+    ours = prompt_context(base.model, params, ids, SIZES, locked)
     plain = plain_keys_values(base, ["my dog and cat"])
-    local = prompt_keys_values(base.model, params, ids, locked._replace(super_embeddings=None))
-    for layer, fed in ours.items():
+    local = prompt_context(base.model, params, ids, SIZES, locked._replace(super_embeddings=None)).layers
+    for layer, fed in ours.layers.items():
         np.testing.assert_allclose(fed.key[0], plain[layer].key, atol=1e-5 * np.abs(plain[layer].key).max())
         np.testing.assert_array_equal(fed.value, local[layer].value)
         assert np.abs(local[layer].key[0] - plain[layer].key).max() > 1e-2 * np.abs(plain[layer].key).max()
@@ -217,10 +219,11 @@ def test_the_unconditional_prompt_goes_through_the_frozen_weights(sd1_base):
         return np.asarray(walk_all(base, prompts, begin(noise, plan), plan, Guidance(6.0, 0.0)))
 
     def expected(unet):
-        unprompted = keys_values(unet, base.model.encode(params["text_encoder"], empty))
-        return latents(Prompts(prompt_keys_values(base.model, params, ids, slots), unprompted))
+        away_from = Context(keys_values(unet, base.model.encode(params, empty).tokens))
+        return latents(Prompts(prompt_context(base.model, params, ids, SIZES, slots), away_from))
 
-    drawn, frozen = latents(read_prompts(base.model, params, ids, empty, slots)), expected(params["unet"])
+    drawn = latents(read_prompts(base.model, params, ids, SIZES, unprompted(empty), slots))
+    frozen = expected(params["unet"])
     np.testing.assert_allclose(drawn, frozen, atol=1e-4 * np.abs(frozen).max())
     assert np.abs(drawn - expected(edited)).max() > 1e-2 * np.abs(frozen).max()
 

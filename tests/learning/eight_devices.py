@@ -40,6 +40,7 @@ def make_member(base, whitening, number):
         mean=jnp.asarray(mean, jnp.float32),
         std=jnp.asarray(rng.uniform(0, 0.1, shape), jnp.float32),
         masks=jnp.asarray(masks / masks.max(axis=(2, 3), keepdims=True), jnp.float32),
+        sizes=jnp.asarray(rng.integers(0, 100, (count, 6)), jnp.float32),
         prompt_ids=jnp.asarray(np.tile(base.model.tokenizer(PROMPTS, ["<rex>"]), (count, 1, 1))),
         num_pictures=jnp.int32(count),
     )
@@ -78,7 +79,7 @@ def main(folder, out):
     for mesh_shape in MESHES:
         mesh = mesh_lib.make_mesh(mesh_shape)
         slots = -(-CONCEPTS // mesh_shape[0]) * mesh_shape[0]
-        frozen = {name: base.params[name] for name in fleet_step.STEP_PARAMS}
+        frozen = {name: base.params[name] for name in fleet_step.step_components(base.model)}
         params = mesh_lib.place(frozen, mesh)
         step = (
             fleet_step.make_fleet_step(base.model, SETTINGS, mesh)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch_text
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel
 
 from perfusion_jax.learning import step as training
 from perfusion_jax.learning.step import Batch, Examples, Settings
@@ -37,6 +37,7 @@ def make_examples(base):
         mean=jnp.asarray(rng.standard_normal(shape), jnp.float32),
         std=jnp.asarray(rng.uniform(0, 0.1, shape), jnp.float32),
         masks=jnp.asarray(masks / masks.max(axis=(2, 3), keepdims=True), jnp.float32),
+        sizes=jnp.asarray(rng.integers(0, 100, (3, 6)), jnp.float32),
         prompt_ids=jnp.asarray(np.tile(base.model.tokenizer(PROMPTS, ["<rex>"]), (3, 1, 1))),
         num_pictures=jnp.int32(3),
     )
@@ -86,21 +87,18 @@ def step(small_base, metric):
     return make
 
 
-def torch_loss_and_gradients(folder, concept, batch, covariance, settings, straight_through=False, edit=True):
+def torch_loss_and_gradients(
+    folder, vocabulary_size, concept, batch, covariance, settings, straight_through=False, edit=True
+):
     """METHOD's loss in PyTorch: returns loss, gradients by (field, layer), and the mean encoding at the concept."""
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
     tensor = partial(torch.tensor, dtype=torch.float32)
     embedding = tensor(np.asarray(concept.embedding), requires_grad=True)
     values = {name: tensor(np.asarray(leaf), requires_grad=True) for name, leaf in concept.value_outputs.items()}
     keys = {name: tensor(np.asarray(leaf), requires_grad=True) for name, leaf in concept.key_outputs.items()}
-    ids = torch.from_numpy(np.array(batch.ids)).long()
-    placed = ids == text_encoder.config.vocab_size
-
-    table = text_encoder.text_model.embeddings.token_embedding
-    table.register_forward_hook(lambda module, args, rows: torch.where(placed[..., None], embedding, rows))
-    encodings = text_encoder(torch.where(placed, 0, ids)).last_hidden_state
+    encodings, added = torch_text.encode(folder, batch.ids, np.array(batch.sizes), embedding[None])
+    placed = torch.from_numpy(np.array(batch.ids) == vocabulary_size)
     mean_encoding = encodings[placed].mean(0)
     target_input = tensor(np.asarray(concept.target_input))
     if straight_through:
@@ -132,7 +130,7 @@ def torch_loss_and_gradients(folder, concept, batch, covariance, settings, strai
     noisy = scheduler.add_noise(latents, noise, timesteps)
     velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-    error = (unet(noisy, timesteps, encodings).sample - target).square().mean(1)
+    error = (unet(noisy, timesteps, encodings, **added).sample - target).square().mean(1)
     masks = torch.from_numpy(np.array(batch.masks))
     loss = torch.stack([(mask * e).sum() / mask.sum() for mask, e in zip(masks, error, strict=True)]).mean()
     loss.backward()
@@ -159,7 +157,7 @@ def test_loss_and_gradients_equal_pytorch(folder, base, variant):
     )
     batch = training.draw_batch(jax.random.key(3), examples, base.model, settings)
     expected, torch_gradients, torch_encoding = torch_loss_and_gradients(
-        folder, concept, batch, covariance, settings, straight_through, edit
+        folder, base.model.tokenizer.vocabulary_size, concept, batch, covariance, settings, straight_through, edit
     )
 
     def loss(parameters):
@@ -212,7 +210,7 @@ def test_the_target_input_moves_once_a_step_towards_the_mean_encoding(
     after, _ = step(settings)(examples, before, key)
     batch = training.draw_batch(jax.random.fold_in(key, 0), examples, small_base.model, settings)
     encodings = np.asarray(
-        small_base.model.encode(small_base.params["text_encoder"], batch.ids, concept.embedding[None]),
+        small_base.model.encode(small_base.params, batch.ids, concept.embedding[None]).tokens,
         np.float64,
     )
     at_concept = encodings[np.asarray(batch.ids) == small_base.model.tokenizer.vocabulary_size]

@@ -7,6 +7,7 @@ import oracle
 import pytest
 
 from perfusion_jax import Concept, Gate, bake, insert, keys_values, remove
+from perfusion_jax.base_model import Context
 from perfusion_jax.base_model.text import mean_at
 from perfusion_jax.method.concept import stack
 from perfusion_jax.method.covariance import whitening_of
@@ -39,7 +40,7 @@ def concepts(sd1_base, whitening):
 @pytest.fixture(scope="module")
 def encodings(sd1_base, concepts):
     ids = sd1_base.model.tokenizer(["a photo of <rex> and <tom>"], ["<rex>", "<tom>"])
-    return sd1_base.model.encode(sd1_base.params["text_encoder"], ids, jnp.stack([c.embedding for c in concepts]))
+    return sd1_base.model.encode(sd1_base.params, ids, jnp.stack([c.embedding for c in concepts])).tokens
 
 
 def same_tree(a, b):
@@ -96,12 +97,10 @@ def test_global_lock_takes_all_keys_from_the_super_category_and_leaves_them_uned
     params = sd1_base.params["unet"]
     ids = sd1_base.model.tokenizer(["a photo of <rex> and <tom>"], ["<rex>", "<tom>"])
     super_embeddings = jnp.stack([sd1_base.super_category_embedding(word) for word in ("dog", "teddy bear")])
-    super_encodings = sd1_base.model.encode(sd1_base.params["text_encoder"], ids, super_embeddings)
+    super_encodings = sd1_base.model.encode(sd1_base.params, ids, super_embeddings).tokens
     # A super-category of one word is simply that prompt; one of two words stands at one position, and moves no
     # other word.
-    one_word = sd1_base.model.encode(
-        sd1_base.params["text_encoder"], sd1_base.model.tokenizer(["a photo of dog and cat"])
-    )
+    one_word = sd1_base.model.encode(sd1_base.params, sd1_base.model.tokenizer(["a photo of dog and cat"])).tokens
     np.testing.assert_allclose(super_encodings[0, :6], one_word[0, :6], atol=1e-5)
     locked = keys_values(insert(params, concepts, GATE), encodings, super_encodings)
     local = keys_values(insert(params, concepts, GATE), encodings)
@@ -116,7 +115,7 @@ def test_locked_key_at_the_concepts_token_is_the_super_categorys(sd1_base, white
     """With the gate wide open and e = i*, local lock gives exactly W_K i_super."""
     concept = sd1_base.new_concept("dog", whitening)
     ids = sd1_base.model.tokenizer(["a photo of a dog"])
-    encodings = sd1_base.model.encode(sd1_base.params["text_encoder"], ids)
+    encodings = sd1_base.model.encode(sd1_base.params, ids).tokens
     np.testing.assert_allclose(encodings[0, 5], concept.target_input, rtol=1e-5, atol=1e-5)
     wide_open = Gate(bias=-10.0, temperature=0.1)
     edited = keys_values(insert(sd1_base.params["unet"], concept, wide_open), encodings)
@@ -131,7 +130,7 @@ def test_a_new_concept_of_several_words_is_their_mean(sd1_base, whitening):
     table = sd1_base.params["text_encoder"]["text_model"]["embeddings"]["token_embedding"]["embedding"]
     ids = sd1_base.model.tokenizer(["a photo of a teddy bear", "the teddy bear in the snow"])
     np.testing.assert_allclose(concept.embedding, (table[ids[0, 5]] + table[ids[0, 6]]) / 2, rtol=1e-6)
-    encodings = sd1_base.model.encode(sd1_base.params["text_encoder"], ids)
+    encodings = sd1_base.model.encode(sd1_base.params, ids).tokens
     expected = (encodings[0, 5] + encodings[0, 6] + encodings[1, 2] + encodings[1, 3]) / 4
     np.testing.assert_allclose(concept.target_input, expected, atol=1e-5)
     np.testing.assert_allclose(concept.dual, whitening @ whitening @ expected, rtol=1e-3, atol=1e-3)
@@ -193,8 +192,8 @@ def test_an_edited_tree_denoises_differently(sd1_base, concepts, encodings):
     latents = jax.random.normal(jax.random.key(0), (1, 16, 16, 4))
     denoise = jax.jit(sd1_base.model.denoise)
     edited = insert(params, concepts, GATE)
-    plain = denoise(params, latents, jnp.array([500]), keys_values(params, encodings))
-    changed = denoise(edited, latents, jnp.array([500]), keys_values(edited, encodings))
+    plain = denoise(params, latents, jnp.array([500]), Context(keys_values(params, encodings)))
+    changed = denoise(edited, latents, jnp.array([500]), Context(keys_values(edited, encodings)))
     assert np.abs(plain - changed).max() > 1e-2 * np.abs(plain).max()
 
 
