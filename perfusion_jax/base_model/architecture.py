@@ -20,8 +20,9 @@ from perfusion_jax.base_model.flax_classes import (
     FlaxCLIPTextModule,
     FlaxUNet2DConditionModel,
 )
+from perfusion_jax.base_model.layout import Layout, find_layout
 from perfusion_jax.base_model.schedule import NoiseSchedule
-from perfusion_jax.base_model.source import find_folder, full_name, read_config
+from perfusion_jax.base_model.source import full_name
 from perfusion_jax.base_model.unet import KeysValues
 from perfusion_jax.base_model.vae import LatentDistribution
 from perfusion_jax.method.concept import Concept
@@ -185,24 +186,24 @@ def load_architecture(
         InputError: as `load_base_model`.
     """
     name, _ = full_name(str(source), None)
-    return read_architecture(find_folder(name, revision, weights=False), dtype)
+    return read_architecture(find_layout(name, revision, weights=False), dtype)
 
 
-def read_architecture(folder: Path, dtype: jnp.dtype) -> Architecture:
-    """Reads the architecture of a folder in the diffusers layout.
+def read_architecture(layout: Layout, dtype: jnp.dtype) -> Architecture:
+    """Reads the architecture of a model on this machine.
 
     Args:
-        folder: local.
+        layout: the model's folder or file.
         dtype: float32 or bfloat16.
 
     Raises:
         InputError: a config is missing, or asks for what cannot be run; the message names the file.
     """
-    files = {name: folder / name / "config.json" for name in ("unet", "vae", "text_encoder")}
-    unet_module, vae_module = _unet(files["unet"], dtype), _vae(files["vae"], dtype)
-    text_module = _text_encoder(files["text_encoder"], dtype)
-    _check_fit(folder, unet_module, vae_module, text_module)
-    tokenizer = text.load_tokenizer(folder / "tokenizer", text_module.config)
+    unet_module, vae_module = _unet(layout, dtype), _vae(layout, dtype)
+    text_module = _text_encoder(layout, dtype)
+    _check_fit(layout.path, unet_module, vae_module, text_module)
+    vocabulary = layout.vocabulary("tokenizer")
+    tokenizer = text.load_tokenizer(vocabulary.folder, text_module.config, vocabulary.padding)
     initialisers: dict[str, Callable[[jax.Array], Params]] = {
         "unet": unet_module.init_weights,
         "vae": vae_module.init_weights,
@@ -213,15 +214,14 @@ def read_architecture(folder: Path, dtype: jnp.dtype) -> Architecture:
         try:
             initial = jax.eval_shape(initialise, jax.random.key(0))
         except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-            raise InputError(f"{files[component]}: no model can be built from it ({error!r})") from error
+            raise InputError(f"{layout.config_name(component)}: no model can be built from it ({error!r})") from error
         shapes[component] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), initial)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    schedule = NoiseSchedule.from_config(read_config(scheduler), str(scheduler))
+    schedule = NoiseSchedule.from_config(layout.config("scheduler"), layout.config_name("scheduler"))
     digest = hashlib.sha256()
-    for file in (*files.values(), scheduler):
-        digest.update(json.dumps(read_config(file), sort_keys=True).encode())
+    for component in ("unet", "vae", "text_encoder", "scheduler"):
+        digest.update(json.dumps(layout.config(component), sort_keys=True).encode())
     for name in ("vocab.json", "merges.txt"):
-        digest.update((folder / "tokenizer" / name).read_bytes())
+        digest.update((vocabulary.folder / name).read_bytes())
     return Architecture(tokenizer, schedule, unet_module, vae_module, text_module, shapes, digest.hexdigest())
 
 
@@ -232,23 +232,23 @@ def network_dtype(name: str = "auto") -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _unet(file: Path, dtype: jnp.dtype) -> FlaxUNet2DConditionModel:
-    config = read_config(file, "UNet2DConditionModel", "FlaxUNet2DConditionModel")
-    _check(file, config, _UNET_FIXED, _UNET_BLOCKS)
+def _unet(layout: Layout, dtype: jnp.dtype) -> FlaxUNet2DConditionModel:
+    config = layout.config("unet", "UNet2DConditionModel", "FlaxUNet2DConditionModel")
+    _check(layout.config_name("unet"), config, _UNET_FIXED, _UNET_BLOCKS)
     # diffusers gives the number of heads as `attention_head_dim` unless `num_attention_heads` is set; its Flax
     # class knows the first alone.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     return _build(FlaxUNet2DConditionModel, {**config, "attention_head_dim": heads, "num_attention_heads": None}, dtype)
 
 
-def _vae(file: Path, dtype: jnp.dtype) -> FlaxAutoencoderKL:
-    config = read_config(file, "AutoencoderKL", "FlaxAutoencoderKL")
-    _check(file, config, _VAE_FIXED, _VAE_BLOCKS)
+def _vae(layout: Layout, dtype: jnp.dtype) -> FlaxAutoencoderKL:
+    config = layout.config("vae", "AutoencoderKL", "FlaxAutoencoderKL")
+    _check(layout.config_name("vae"), config, _VAE_FIXED, _VAE_BLOCKS)
     return _build(FlaxAutoencoderKL, config, dtype)
 
 
-def _text_encoder(file: Path, dtype: jnp.dtype) -> FlaxCLIPTextModule:
-    config = read_config(file, "CLIPTextModel", "FlaxCLIPTextModel")
+def _text_encoder(layout: Layout, dtype: jnp.dtype) -> FlaxCLIPTextModule:
+    config = layout.config("text_encoder", "CLIPTextModel", "FlaxCLIPTextModel")
     return FlaxCLIPTextModule(CLIPTextConfig.from_dict(config), dtype=dtype)
 
 
@@ -272,13 +272,13 @@ def _check_fit(
         )
 
 
-def _check(file: Path, config: Mapping[str, Any], fixed: Mapping[str, Any], blocks: set[str]) -> None:
+def _check(where: str, config: Mapping[str, Any], fixed: Mapping[str, Any], blocks: set[str]) -> None:
     for key, value in fixed.items():
         if config.get(key, value) != value:
-            raise InputError(f"{file}: {key} = {config[key]!r} is not supported, only {value!r}")
+            raise InputError(f"{where}: {key} = {config[key]!r} is not supported, only {value!r}")
     unknown = {*config.get("down_block_types", ()), *config.get("up_block_types", ())} - blocks
     if unknown:
-        raise InputError(f"{file}: blocks {sorted(unknown)} are not supported, only {sorted(blocks)}")
+        raise InputError(f"{where}: blocks {sorted(unknown)} are not supported, only {sorted(blocks)}")
 
 
 def _build(flax_class: type[nn.Module], config: Mapping[str, Any], dtype: jnp.dtype) -> Any:
