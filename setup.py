@@ -65,6 +65,7 @@ setup(
     packages=find_packages(include=["perfusion_jax", "perfusion_jax.*"]),
     package_data={
         "perfusion_jax": ["py.typed"],
+        "perfusion_jax.base_model": ["clip_vocabulary/*"],
         "perfusion_jax.emoji_world": [
             "NOTICE",
             "*.md",

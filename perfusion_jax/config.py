@@ -155,7 +155,7 @@ KEYS: dict[str, Key] = {
         may_change=True,
     ),
     # The frozen model.
-    "base": Key("emoji", _TEXT, "emoji, a folder in the diffusers layout, or a hub id"),
+    "base": Key("emoji", _TEXT, "emoji, a folder in the diffusers layout, a .safetensors file, or a hub id"),
     "revision": Key("", _TEXT, "branch, tag or commit of a hub id"),
     "variant": Key("", _TEXT, "weight files of a hub id, such as fp16"),
     "covariance": Key(
@@ -244,7 +244,7 @@ def make_config(base: str = "emoji", **values: Any) -> ConfigDict:
     """The config of a run.
 
     Args:
-        base: a key of BASES, a folder in the diffusers layout, or a hub id.
+        base: a key of BASES, a folder in the diffusers layout, a .safetensors file, or a hub id.
         values: of keys, where they are not the default.
     """
     defaults = {name: key.default for name, key in KEYS.items()}

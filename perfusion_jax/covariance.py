@@ -72,7 +72,7 @@ def main() -> None:
 
 def run() -> None:
     """The command."""
-    flags.DEFINE_string("base", None, "base model: sd15, sd21, a folder or a hub id", required=True)
+    flags.DEFINE_string("base", None, "base model: sd15, sd21, a folder, a file or a hub id", required=True)
     flags.DEFINE_string("captions", None, "text file with one caption on a line", required=True)
     flags.DEFINE_string("out", None, "the .npz file to write", required=True)
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")

@@ -63,7 +63,7 @@ def run() -> None:
         "out", None, "the .png file to write; of several pictures it is the grid, and each is beside it, as NAME_0.png"
     )
     flags.DEFINE_string("again", None, "tell how this picture was drawn; with --out, draw it again")
-    flags.DEFINE_string("base", "emoji", "base model: emoji, sd15, sd21, a folder or a hub id")
+    flags.DEFINE_string("base", "emoji", "base model: emoji, sd15, sd21, sdxl, a folder, a file or a hub id")
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
     flags.DEFINE_string("variant", None, "weight files to take, such as fp16")
     flags.DEFINE_integer("num_images", 4, "pictures of each prompt", lower_bound=1)

@@ -20,8 +20,9 @@ from perfusion_jax.base_model.flax_classes import (
     FlaxCLIPTextModule,
     FlaxUNet2DConditionModel,
 )
+from perfusion_jax.base_model.layout import Layout, find_layout
 from perfusion_jax.base_model.schedule import NoiseSchedule
-from perfusion_jax.base_model.source import find_folder, full_name, read_config, read_index
+from perfusion_jax.base_model.source import full_name
 from perfusion_jax.base_model.text import Encoding, TextEncoder
 from perfusion_jax.base_model.unet import Added, Context, keys_values
 from perfusion_jax.base_model.vae import LatentDistribution, LatentScale
@@ -226,35 +227,36 @@ def load_architecture(
         InputError: as `load_base_model`.
     """
     name, _ = full_name(str(source), None)
-    return read_architecture(find_folder(name, revision, weights=False), dtype)
+    return read_architecture(find_layout(name, revision, weights=False), dtype)
 
 
-def read_architecture(folder: Path, dtype: jnp.dtype) -> Architecture:
-    """Reads the architecture of a folder in the diffusers layout.
+def read_architecture(layout: Layout, dtype: jnp.dtype) -> Architecture:
+    """Reads the architecture of a model on this machine.
 
     Args:
-        folder: local.
+        layout: the model's folder or file.
         dtype: float32 or bfloat16.
 
     Raises:
         InputError: a config is missing, or asks for what cannot be run; the message names the file.
     """
-    index = read_index(folder)
+    index = layout.index()
     names = ("text_encoder", "text_encoder_2") if "text_encoder_2" in index else ("text_encoder",)
-    files = {name: folder / name / "config.json" for name in ("unet", "vae", *names)}
-    unet_module, vae_module = _unet(files["unet"], dtype), _vae(files["vae"], dtype)
-    modules = {name: _text_encoder(files[name], dtype) for name in names}
-    tokenizer = text.load_tokenizer(folder / "tokenizer", modules["text_encoder"].config)
+    unet_module, vae_module = _unet(layout, dtype), _vae(layout, dtype)
+    modules = {name: _text_encoder(layout, name, dtype) for name in names}
+    vocabulary = layout.vocabulary("tokenizer")
+    tokenizer = text.load_tokenizer(vocabulary.folder, modules["text_encoder"].config, vocabulary.padding)
     paddings: dict[str, int | None] = {"text_encoder": None}
     if "text_encoder_2" in modules:
-        second = text.load_tokenizer(folder / "tokenizer_2", modules["text_encoder_2"].config)
+        other = layout.vocabulary("tokenizer_2")
+        second = text.load_tokenizer(other.folder, modules["text_encoder_2"].config, other.padding)
         if not second.has_words_of(tokenizer) or second.length != tokenizer.length:
-            raise InputError(f"{folder / 'tokenizer_2'}: its words are not those of {folder / 'tokenizer'}")
+            raise InputError(f"{other.folder}: its words are not those of {vocabulary.folder}")
         paddings["text_encoder_2"] = second.padding
     encoders = tuple(
         TextEncoder(name, module, len(modules) > 1, tokenizer.end, paddings[name]) for name, module in modules.items()
     )
-    _check_fit(folder, unet_module, vae_module, encoders)
+    _check_fit(layout.path, unet_module, vae_module, encoders)
     initialisers: dict[str, Callable[[jax.Array], Params]] = {
         "unet": unet_module.init_weights,
         "vae": vae_module.init_weights,
@@ -265,17 +267,16 @@ def read_architecture(folder: Path, dtype: jnp.dtype) -> Architecture:
         try:
             initial = jax.eval_shape(initialise, jax.random.key(0))
         except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-            raise InputError(f"{files[component]}: no model can be built from it ({error!r})") from error
+            raise InputError(f"{layout.config_name(component)}: no model can be built from it ({error!r})") from error
         shapes[component] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), initial)
-    scale = LatentScale.of(read_config(files["vae"]), vae_module.latent_channels, str(files["vae"]))
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    schedule = NoiseSchedule.from_config(read_config(scheduler), str(scheduler))
+    scale = LatentScale.of(layout.config("vae"), vae_module.latent_channels, layout.config_name("vae"))
+    schedule = NoiseSchedule.from_config(layout.config("scheduler"), layout.config_name("scheduler"))
     zero = bool(index.get("force_zeros_for_empty_prompt", False))
     digest = hashlib.sha256(b"zero" * zero)
-    for file in (*files.values(), scheduler):
-        digest.update(json.dumps(read_config(file), sort_keys=True).encode())
+    for component in ("unet", "vae", *names, "scheduler"):
+        digest.update(json.dumps(layout.config(component), sort_keys=True).encode())
     for name in ("vocab.json", "merges.txt"):
-        digest.update((folder / "tokenizer" / name).read_bytes())
+        digest.update((vocabulary.folder / name).read_bytes())
     digest.update(repr(paddings).encode())
     return Architecture(
         tokenizer=tokenizer,
@@ -297,8 +298,8 @@ def network_dtype(name: str = "auto") -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _unet(file: Path, dtype: jnp.dtype) -> FlaxUNet2DConditionModel:
-    config = read_config(file, "UNet2DConditionModel", "FlaxUNet2DConditionModel")
+def _unet(layout: Layout, dtype: jnp.dtype) -> FlaxUNet2DConditionModel:
+    file, config = layout.config_name("unet"), layout.config("unet", "UNet2DConditionModel", "FlaxUNet2DConditionModel")
     _check(file, config, _UNET_FIXED, _UNET_BLOCKS)
     addition = config.get("addition_embed_type")
     if addition not in _ADDITIONS:
@@ -309,14 +310,16 @@ def _unet(file: Path, dtype: jnp.dtype) -> FlaxUNet2DConditionModel:
     return _build(FlaxUNet2DConditionModel, {**config, "attention_head_dim": heads, "num_attention_heads": None}, dtype)
 
 
-def _vae(file: Path, dtype: jnp.dtype) -> FlaxAutoencoderKL:
-    config = read_config(file, "AutoencoderKL", "FlaxAutoencoderKL")
-    _check(file, config, _VAE_FIXED, _VAE_BLOCKS)
+def _vae(layout: Layout, dtype: jnp.dtype) -> FlaxAutoencoderKL:
+    config = layout.config("vae", "AutoencoderKL", "FlaxAutoencoderKL")
+    _check(layout.config_name("vae"), config, _VAE_FIXED, _VAE_BLOCKS)
     return _build(FlaxAutoencoderKL, config, dtype)
 
 
-def _text_encoder(file: Path, dtype: jnp.dtype) -> FlaxCLIPTextModule | FlaxCLIPTextModelWithProjectionModule:
-    config = read_config(file, *_TEXT_CLASSES)
+def _text_encoder(
+    layout: Layout, name: str, dtype: jnp.dtype
+) -> FlaxCLIPTextModule | FlaxCLIPTextModelWithProjectionModule:
+    config = layout.config(name, *_TEXT_CLASSES)
     module = next(_TEXT_CLASSES[name] for name in config["architectures"] if name in _TEXT_CLASSES)
     return module(CLIPTextConfig.from_dict(config), dtype=dtype)
 
@@ -350,7 +353,7 @@ def _check_fit(
         )
 
 
-def _check(file: Path, config: Mapping[str, Any], fixed: Mapping[str, Any], blocks: set[str]) -> None:
+def _check(file: str, config: Mapping[str, Any], fixed: Mapping[str, Any], blocks: set[str]) -> None:
     for key, value in fixed.items():
         if config.get(key, value) != value:
             raise InputError(f"{file}: {key} = {config[key]!r} is not supported, only {value!r}")

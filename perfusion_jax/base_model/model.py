@@ -11,8 +11,9 @@ import numpy as np
 
 from perfusion_jax.base_model import text
 from perfusion_jax.base_model.architecture import Architecture, read_architecture
-from perfusion_jax.base_model.source import find_folder, full_name
-from perfusion_jax.base_model.weights import find_checkpoint, read_tree
+from perfusion_jax.base_model.layout import find_layout
+from perfusion_jax.base_model.source import full_name
+from perfusion_jax.base_model.weights import read_tree
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.method.surgery import Params, cross_attention_layers
 from perfusion_jax.runtime.errors import InputError
@@ -20,8 +21,6 @@ from perfusion_jax.runtime.errors import InputError
 # Rounding the weights to bfloat16 moves a fingerprint by 0.01 at most. That of another model differs by about 1,
 # that of a fine-tune by about the relative change of the weights: one within 2 % counts as the same model.
 FINGERPRINT_TOLERANCE = 0.02
-# A folder may hold C beside the diffusers layout, which passes over it.
-COVARIANCE = "covariance.npz"
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +132,8 @@ def load_base_model(
     """Loads a frozen text-to-image model. PyTorch is not needed, and no pickle is ever read.
 
     Args:
-        source: a folder in the diffusers layout, a hub id (downloaded once, then read from the cache, without a
-            network too), or a short name, `emoji`, `sd15` or `sd21`.
+        source: a folder in the diffusers layout, a `.safetensors` file in the original layout, a hub id (downloaded
+            once, then read from the cache, without a network too), or a short name, `emoji`, `sd15`, `sd21` or `sdxl`.
         dtype: float32 or bfloat16, of the weights and of the computation.
         revision: branch, tag or commit of a hub id.
         variant: `fp16` for the weight files of that variant.
@@ -144,11 +143,9 @@ def load_base_model(
         UnavailableError: storage or the hub fails.
     """
     name, variant = full_name(str(source), variant)
-    folder = find_folder(name, revision, variant)
-    model = read_architecture(folder, dtype)
+    layout = find_layout(name, revision, variant)
+    model = read_architecture(layout, dtype)
     params: dict[str, Params] = {}
     for component, shapes in model.shapes.items():
-        checkpoint = find_checkpoint(folder / component, variant)
-        params[component] = read_tree(checkpoint, shapes, dtype, str(folder / component))
-    covariance = folder / COVARIANCE
-    return BaseModel(name, model, params, covariance if covariance.is_file() else None)
+        params[component] = read_tree(layout.checkpoint(component), shapes, dtype, layout.weights_name(component))
+    return BaseModel(name, model, params, layout.covariance)

