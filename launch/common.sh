@@ -76,12 +76,11 @@ need_run() {
   ACCELERATOR=${ACCELERATOR:-v5litepod-16}
   CONFIG=${CONFIG:-configs/fleet.py:sd15}
   CONCEPTS=${CONCEPTS:-$BUCKET/concepts.jsonl}
-  COVARIANCE=${COVARIANCE:-$BUCKET/covariance_sd15.npz}
 }
 
 # training WORKDIR [SHARD]: sets `training` to what Python is given on every host.
 training() {
-  training=(-m perfusion_jax.train --config "$CONFIG" "--config.concepts=$CONCEPTS" "--config.covariance=$COVARIANCE")
+  training=(-m perfusion_jax.train --config "$CONFIG" "--config.concepts=$CONCEPTS")
   training+=(--workdir "$1" --distributed)
   [[ -z ${2:-} ]] || training+=(--shard "$2")
   # An empty array is an unset variable to the bash of macOS.

@@ -26,7 +26,6 @@ usage: PROJECT=... ZONE=... NAME=... BUCKET=gs://... launch/tpu_vm.sh [--dry_run
   SHARD        I/N: this slice trains part I of N of the table [all of it]
   CONFIG       [configs/fleet.py:sd15]
   CONCEPTS     the table [BUCKET/concepts.jsonl]
-  COVARIANCE   of the base model's text encoder [BUCKET/covariance_sd15.npz]
 USAGE
 }
 

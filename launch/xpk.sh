@@ -20,7 +20,6 @@ usage: PROJECT=... ZONE=... CLUSTER=... IMAGE=... NAME=... BUCKET=gs://... launc
   ACCELERATOR  type and size of a slice [v5litepod-16]
   CONFIG       [configs/fleet.py:sd15]
   CONCEPTS     the table [BUCKET/concepts.jsonl]
-  COVARIANCE   of the base model's text encoder [BUCKET/covariance_sd15.npz]
 USAGE
 }
 

@@ -159,7 +159,16 @@ KEYS: dict[str, Key] = {
     "revision": Key("", _TEXT, "branch, tag or commit of a hub id"),
     "variant": Key("", _TEXT, "weight files of a hub id, such as fp16"),
     "covariance": Key(
-        "", _TEXT, "file of C (perfusion_jax.covariance); empty: the one that came with the model, if one did"
+        "",
+        _TEXT,
+        "file of C (perfusion_jax.covariance); empty: the one that came with the model, else one that is measured on "
+        "first use and kept in the cache folder",
+    ),
+    "captions": Key(
+        "",
+        _TEXT,
+        "text file, one caption on a line, to measure C on; empty: captions are made up (perfusion_jax.data."
+        "caption_source)",
     ),
     "size": Key(0, _whole(0), "side of the training pictures in pixels; 0: the model's own", in_tables=True),
     "dtype": Key(
@@ -219,7 +228,6 @@ BASES: dict[str, dict[str, Any]] = {
         name: {
             "base": there.hub_id,
             "variant": there.variant,
-            "covariance": f"covariance_{name}.npz",
             "segmenter": "CIDAS/clipseg-rd64-refined",
         }
         for name, there in SHORT_NAMES.items()
@@ -279,6 +287,8 @@ def check(config: ConfigDict) -> None:
         raise InputError(
             f"config.accumulation is {config.accumulation}; it must divide config.batch_size, {config.batch_size}"
         )
+    if config.covariance and config.captions:
+        raise InputError("config.covariance and config.captions are both given: C is read, or measured; leave one out")
     if not (config.train_embedding or (config.edit and (config.train_values or not config.lock_keys))):
         raise InputError("config.train_embedding and config.train_values are False: nothing is left to train")
 

@@ -109,7 +109,7 @@ def test_a_dry_run_shows_what_tpu_vm_does(tools):
     assert (
         "gcloud compute tpus tpu-vm ssh fleet --worker=all '--command=bash perfusion_jax/launch/host.sh start "
         "-m perfusion_jax.train --config configs/fleet.py:sd15 --config.concepts=gs://bucket/concepts.jsonl "
-        "--config.covariance=gs://bucket/covariance_sd15.npz --workdir gs://bucket/runs/fleet --distributed' " + place
+        "--workdir gs://bucket/runs/fleet --distributed' " + place
     ) in lines
     assert lines[-1] == f"gcloud compute tpus queued-resources delete fleet --force --quiet {place}"
 

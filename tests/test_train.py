@@ -243,7 +243,8 @@ def test_a_loss_that_is_not_finite_ends_with_an_error_and_keeps_what_was_saved(c
     [
         ({"pictures": "/nowhere"}, "/nowhere: no such folder of pictures"),
         ({"pictures": "emoji:unicorn"}, "the examples are"),
-        ({"covariance": ""}, "config.covariance is empty, and no covariance came with"),
+        ({"captions": "x.txt"}, "config.covariance and config.captions are both given"),
+        ({"covariance": "", "captions": "missing.txt"}, "missing.txt: no such file of captions"),
         ({"size": 33}, "config.size is 33; it must be a multiple of 2"),
         ({"masks": "segmenter"}, "config.segmenter names none"),
         ({"super_category": "dog " * 30}, "shorten it"),

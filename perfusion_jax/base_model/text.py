@@ -117,9 +117,15 @@ class PromptTokenizer:
         found = [word for word in phrase.split() if not all(map(self._is_whole, self._plain(word)))]
         if not found:
             return {}
-        tokens = (token for token in self._tokenizer.get_vocab() if token.endswith(_END_OF_WORD))
-        known = [word for token in tokens if (word := token.removesuffix(_END_OF_WORD)).isalpha() and word.isascii()]
+        known = [word for word in self.whole_words if word.isascii()]
         return {word: difflib.get_close_matches(word.lower(), known) for word in found}
+
+    @property
+    def whole_words(self) -> list[str]:
+        """The words that the vocabulary has whole, of two letters at least, in its order."""
+        tokens = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
+        words = [token.removesuffix(_END_OF_WORD) for token, _ in tokens if token.endswith(_END_OF_WORD)]
+        return [word for word in words if len(word) > 1 and word.isalpha()]
 
     def _is_whole(self, token: int) -> bool:
         return self._tokenizer.convert_ids_to_tokens(token).endswith(_END_OF_WORD)

@@ -72,7 +72,7 @@ def accumulate(base: BaseModel, captions: Path, start: Progress | None = None) -
     width = base.model.context_width
     weights = {name: base.params[name] for name in base.model.text_components}
     done = start or Progress(
-        np.zeros((width, width)), 0, 0, 0, hashlib.sha256().hexdigest(), base.name, _weights_digest(base)
+        np.zeros((width, width)), 0, 0, 0, hashlib.sha256().hexdigest(), base.name, weights_digest(base)
     )
     try:
         with captions.open("rb") as stream:
@@ -110,7 +110,8 @@ def _prefix_digest(stream: BinaryIO, size: int) -> Any:
     return digest
 
 
-def _weights_digest(base: BaseModel) -> str:
+def weights_digest(base: BaseModel) -> str:
+    """SHA-256 of the text encoders' weights, hexadecimal."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves([base.params[name] for name in base.model.text_components]):
         digest.update(np.asarray(leaf).tobytes())
@@ -175,7 +176,7 @@ def resume(out: Path, captions: Path, base: BaseModel) -> Progress | None:
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         print(f"{file}: cannot be read ({error}); starting anew")
         return None
-    if same_captions and left.text_encoder == _weights_digest(base):
+    if same_captions and left.text_encoder == weights_digest(base):
         print(f"{file}: going on after {left.captions:,} captions")
         return left
     print(f"{file}: made from other captions or another model; starting anew")

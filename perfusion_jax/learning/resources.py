@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
@@ -14,13 +15,14 @@ from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
 from perfusion_jax.base_model.clip import load_clip
 from perfusion_jax.base_model.instance import load_instance_encoder
 from perfusion_jax.config import is_fleet
+from perfusion_jax.data.measuring import find_or_measure
 from perfusion_jax.formats import covariance_file
 from perfusion_jax.learning.fleet_step import make_fleet_step, member_shapes, step_components, step_shapes
 from perfusion_jax.learning.metrics import Evaluator
 from perfusion_jax.learning.step import Settings
+from perfusion_jax.pod import distributed
 from perfusion_jax.pod.mesh import make_mesh, place, submesh_view, whole
 from perfusion_jax.runtime import shipped
-from perfusion_jax.runtime.errors import InputError
 
 
 def load_base(config: ConfigDict) -> BaseModel:
@@ -34,18 +36,21 @@ def load_base(config: ConfigDict) -> BaseModel:
 
 
 def load_whitening(config: ConfigDict, base: BaseModel) -> jax.Array:
-    """C^-1/2 of the base model's text encoder.
+    """C^-1/2 of the base model's text encoders: of the file that the config names, else of the one that came with the
+    model, else of the one in the cache folder, measured now if it is not there.
 
     Raises:
-        InputError: the config names no file of C and none came with the model.
+        InputError: the file, or the captions to measure on, cannot be used.
+        UnavailableError: storage fails.
     """
-    file = config.covariance or base.covariance
-    if not file:
-        raise InputError(
-            f"config.covariance is empty, and no covariance came with {config.base}: measure it once with "
-            f"`python -m perfusion_jax.covariance --base {config.base} --captions captions.txt --out covariance.npz`"
-        )
-    return covariance_file.load_whitening(file, base.model.context_width)
+    width = base.model.context_width
+    given = config.covariance or (base.covariance if not config.captions else None)
+    if given:
+        return covariance_file.load_whitening(given, width)
+    # One process measures: the numbers of another machine may differ in their last digits.
+    file = distributed.from_first(lambda: str(find_or_measure(base, config.captions)))
+    own = covariance_file.load_whitening(file, width) if distributed.is_first() else jnp.zeros((width, width))
+    return distributed.array_of_first(own)
 
 
 def load_evaluator(config: ConfigDict) -> Evaluator | None:

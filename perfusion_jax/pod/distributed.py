@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -101,6 +102,13 @@ def from_first(make: Callable[[], Any]) -> Any:
     if problem:
         raise (UnavailableError if passing else InputError)(problem)
     return made
+
+
+def array_of_first(array: jax.Array) -> jax.Array:
+    """The array that the first process gives, on all of them; the others give one of its shape. All must call it."""
+    if jax.process_count() == 1:
+        return array
+    return jnp.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 def wait_for_all(what: str) -> None:

@@ -1,7 +1,6 @@
 """What all command lines share."""
 
 import hashlib
-import os
 import platform
 import signal
 import sys
@@ -13,6 +12,7 @@ from types import FrameType
 from absl import app, flags, logging
 
 from perfusion_jax.runtime.errors import InputError, Stopped, UnavailableError, is_jax_runtime_error, out_of_memory
+from perfusion_jax.runtime.files import cache_folder
 
 # Exit status where the same command would fail again.
 BAD_INPUT = 2
@@ -61,8 +61,7 @@ def share_compiled_programs() -> None:
     except (OSError, StopIteration):
         cpu = platform.processor()
     machine = f"{platform.machine()}-{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache / "perfusion_jax" / "compiled" / machine))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled" / machine))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 

@@ -82,6 +82,11 @@ def read_text(file: epath.Path) -> str:
             return ""
 
 
+def cache_folder() -> Path:
+    """Where commands keep for the next ones what takes long to make: `~/.cache/perfusion_jax`, or of XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "perfusion_jax"
+
+
 def entries(folder: epath.Path) -> list[epath.Path] | None:
     """What is in a folder, sorted; None if there is no such folder.
 
