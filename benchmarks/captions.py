@@ -31,6 +31,7 @@ BIAS, TEMPERATURE = 0.6, 0.15
 
 def save_random_clip(folder: Path) -> Path:
     """Saves CLIP ViT-L/14's text encoder with random weights, and the smallest UNet and VAE that go with it."""
+    import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -53,6 +54,11 @@ def save_random_clip(folder: Path) -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    # Norms as they start make each encoding sum up to zero, and C singular.
+    with torch.no_grad():
+        for parameter in pipeline.text_encoder.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
     pipeline.save_pretrained(folder)
     return folder
 

@@ -193,8 +193,19 @@ KEYS: dict[str, Key] = {
     "edit": Key(True, _SWITCH, "False: no edit at all, only the embedding (textual inversion)"),
     "straight_through": Key(False, _SWITCH, "gradient through i*, as if it were the batch's mean encoding"),
     # Looking and choosing.
-    "evaluator": Key("", _TEXT, "folder of a CLIP; empty: the one that came with the model, if one did"),
-    "instance_encoder": Key("", _TEXT, "folder of a ViT such as DINO, for image similarity; empty: the CLIP"),
+    "evaluator": Key(
+        "",
+        _TEXT,
+        "folder or hub id of a CLIP that pictures are scored by; 'none' does without, and the last step is kept; "
+        "empty: the one that ships with emoji, openai/clip-vit-base-patch32 for a model from the hub, and the same for "
+        "a folder or a file if it is in the hub's cache",
+    ),
+    "instance_encoder": Key(
+        "",
+        _TEXT,
+        "folder or hub id of a DINO or DINOv2, for image similarity; 'none': the CLIP; empty: the CLIP for emoji, "
+        "facebook/dinov2-small for other models, as above",
+    ),
     "validate_every": Key(
         25,
         _whole(0),

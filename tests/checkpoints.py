@@ -8,16 +8,24 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
     ViTConfig,
     ViTModel,
 )
 
+from perfusion_jax.runtime.shipped import CLIP_VOCABULARY
+
 WORDS = ["a", "photo", "of", "the", "dog", "cat", "teddy", "bear", "on", "beach", "in", "snow", "and", "my", ",", "."]
 PROMPT_LENGTH = 16
+# Of the pictures that a CLIPSeg takes.
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # `unet` and `text` of each layout; sizes apart, the layouts differ in these keys. `text_2` is a second text encoder;
 # `crossing` says which blocks have cross-attention, from the outside in.
@@ -160,6 +168,34 @@ def save_clip(folder: Path) -> Path:
     return folder
 
 
+def save_clipseg(folder: Path, refined: bool = True) -> Path:
+    """Saves a small CLIPSeg of random weights, `refined` as the published one is, and returns its folder."""
+    tokenizer = save_tokenizer(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text = {
+        **sizes,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = CLIPSegConfig(
+        text_config=text,
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        projection_dim=24,
+        extract_layers=[0, 1, 3],
+        conditional_layer=0,
+        reduce_dim=16,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=48,
+        use_complex_transposed_convolution=refined,
+    )
+    randomise(CLIPSegForImageSegmentation(config), 0).save_pretrained(folder)
+    preprocessor = {"size": {"height": 64, "width": 64}, "image_mean": MEAN, "image_std": DEVIATION}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder
+
+
 def save_vit(folder: Path) -> Path:
     """Saves a small ViT of random weights for pictures of 32 pixels, as DINO is saved, and returns its folder."""
     config = ViTConfig(
@@ -173,6 +209,32 @@ def save_vit(folder: Path) -> Path:
     randomise(ViTModel(config, add_pooling_layer=False), 0).save_pretrained(folder)
     normalisation = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.4, 0.5]}
     (folder / "preprocessor_config.json").write_text(json.dumps(normalisation))
+    return folder
+
+
+def save_dinov2(folder: Path, **options) -> Path:
+    """Saves a small DINOv2 of random weights, for 40 pixels, that takes the middle 32 of 36; returns its folder."""
+    config = Dinov2Config(
+        hidden_size=32,
+        mlp_ratio=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=40,
+        patch_size=4,
+        **options,
+    )
+    randomise(Dinov2Model(config), 0).save_pretrained(folder)
+    preprocessor = {
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.3, 0.4, 0.5],
+        "do_resize": True,
+        "resample": 3,
+        "size": {"shortest_edge": 36},
+        "do_center_crop": True,
+        "crop_size": {"height": 32, "width": 32},
+        "image_processor_type": "BitImageProcessor",
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder
 
 
@@ -228,4 +290,55 @@ def save_full_size(folder: Path) -> Path:
     randomise(CLIPTextModel(config), 2).save_pretrained(folder / "text_encoder")
     save_scheduler(folder, "epsilon")
     save_index(folder)
+    return folder
+
+
+def save_full_size_xl(folder: Path) -> Path:
+    """Saves the full SDXL architecture with random weights in bfloat16 (7 GB) and CLIP's tokenisers."""
+    for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        words = (CLIP_VOCABULARY / "vocab.json", CLIP_VOCABULARY / "merges.txt")
+        CLIPTokenizer(*words, model_max_length=77, pad_token=padding).save_pretrained(folder / name)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=[1, 2, 10],
+            attention_head_dim=[5, 10, 20],
+            use_linear_projection=True,
+            cross_attention_dim=2048,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        randomise(unet, 0).save_pretrained(folder / "unet")
+        del unet
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            scaling_factor=0.13025,
+            force_upcast=True,
+        )
+        randomise(vae, 1).save_pretrained(folder / "vae")
+        first = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, eos_token_id=2)
+        randomise(CLIPTextModel(first), 2).save_pretrained(folder / "text_encoder")
+        second = CLIPTextConfig(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=20,
+            projection_dim=1280,
+            hidden_act="gelu",
+            eos_token_id=2,
+        )
+        randomise(CLIPTextModelWithProjection(second), 3).save_pretrained(folder / "text_encoder_2")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    save_scheduler(folder, "epsilon")
+    save_index(folder, _class_name="StableDiffusionXLPipeline", force_zeros_for_empty_prompt=True)
     return folder

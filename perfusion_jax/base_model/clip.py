@@ -13,7 +13,7 @@ import numpy as np
 from perfusion_jax.base_model import text
 from perfusion_jax.base_model.embedding import embed_all, fit_pictures, unit
 from perfusion_jax.base_model.flax_classes import CLIPConfig, FlaxCLIPModule
-from perfusion_jax.base_model.source import read_config, read_preprocessor
+from perfusion_jax.base_model.source import find_transformers_folder, read_config, read_preprocessor
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
 from perfusion_jax.method.surgery import Params
 
@@ -80,13 +80,14 @@ class Clip:
         return embed_all(self._compiled[1], self.params, self.tokenizer.captions(texts)[0])
 
 
-def load_clip(folder: str | Path) -> Clip:
-    """Loads a CLIP from a folder in transformers' layout, with its tokeniser. PyTorch is not needed.
+def load_clip(source: str | Path) -> Clip:
+    """Loads a CLIP from a folder in transformers' layout or a hub id, with its tokeniser. PyTorch is not needed.
 
     Raises:
-        InputError: it is not complete, damaged, or no CLIP.
+        InputError: it cannot be found, is not complete, damaged, or no CLIP.
+        UnavailableError: the hub cannot be reached.
     """
-    folder = Path(folder)
+    folder = find_transformers_folder(str(source))
     config = CLIPConfig.from_dict(read_config(folder / "config.json", "CLIPModel"))
     module = FlaxCLIPModule(config)
     preprocessor = read_preprocessor(folder)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from perfusion_jax.base_model import text
+from perfusion_jax.base_model.embedding import cubic_weights
 from perfusion_jax.base_model.flax_classes import (
     CLIPSegConfig,
     CLIPTextConfig,
@@ -27,23 +28,6 @@ from perfusion_jax.base_model.flax_classes import (
 from perfusion_jax.base_model.source import find_transformers_folder, read_config, read_preprocessor
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
 from perfusion_jax.method.surgery import Params
-
-CUBIC = -0.75
-"""PyTorch's coefficient of bicubic interpolation (jax has -0.5)."""
-
-
-def cubic_weights(old: int, new: int) -> np.ndarray:
-    """Weights of PyTorch's bicubic interpolation along one axis (align_corners=False): float32 [new, old]."""
-    weights = np.zeros((new, old), np.float32)
-    for row, centre in enumerate((np.arange(new) + 0.5) * old / new - 0.5):
-        for column in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-            x = abs(centre - column)
-            if x <= 1:
-                weight = (CUBIC + 2) * x**3 - (CUBIC + 3) * x**2 + 1
-            else:
-                weight = CUBIC * (x**3 - 5 * x**2 + 8 * x - 4)
-            weights[row, min(max(column, 0), old - 1)] += weight
-    return weights
 
 
 class _Clip(nn.Module):

@@ -11,19 +11,62 @@ BATCH_SIZE = 64
 """Most inputs that are embedded at once."""
 
 
-def fit_pictures(images: jax.Array, side: int, mean: tuple[float, ...], deviation: tuple[float, ...]) -> jax.Array:
+CUBIC = -0.75
+"""PyTorch's coefficient of bicubic interpolation (jax has -0.5)."""
+
+
+def cubic_weights(old: int, new: int) -> np.ndarray:
+    """Weights of PyTorch's bicubic interpolation along one axis (align_corners=False): float32 [new, old]."""
+    weights = np.zeros((new, old), np.float32)
+    for row, centre in enumerate((np.arange(new) + 0.5) * old / new - 0.5):
+        for column in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            x = abs(centre - column)
+            if x <= 1:
+                weight = (CUBIC + 2) * x**3 - (CUBIC + 3) * x**2 + 1
+            else:
+                weight = CUBIC * (x**3 - 5 * x**2 + 8 * x - 4)
+            weights[row, min(max(column, 0), old - 1)] += weight
+    return weights
+
+
+def resize_positions(table: np.ndarray, side: int) -> np.ndarray:
+    """Interpolates a vision transformer's position embeddings to another grid, as PyTorch transformers does.
+
+    Args:
+        table: float32 [1 + rows x rows, width], the class token's first.
+        side: rows, and columns, of the grid that is wanted.
+
+    Returns:
+        float32 [1 + side x side, width].
+    """
+    old = round((len(table) - 1) ** 0.5)
+    if old == side:
+        return table
+    weights = cubic_weights(old, side)
+    patches = np.einsum("yi,xj,ijc->yxc", weights, weights, table[1:].reshape(old, old, -1))
+    return np.concatenate([table[:1], patches.reshape(side * side, -1)])
+
+
+def fit_pictures(
+    images: jax.Array, side: int, mean: tuple[float, ...], deviation: tuple[float, ...], scaled: int | None = None
+) -> jax.Array:
     """Resizes and normalises pictures for an encoder.
 
     Args:
         images: [batch, height, width, 3] in [-1, 1].
         side: of the pictures that the encoder takes, in pixels.
         mean, deviation: by which the channels of pictures in [0, 1] are normalised, three numbers each.
+        scaled: side to which pictures are resized; what is more than `side` is cut off around the middle. None for
+            `side`.
 
     Returns:
         [batch, side, side, 3].
     """
-    if images.shape[1:3] != (side, side):
-        images = jax.image.resize(images, (len(images), side, side, 3), "cubic")
+    scaled = scaled or side
+    if images.shape[1:3] != (scaled, scaled):
+        images = jax.image.resize(images, (len(images), scaled, scaled, 3), "cubic")
+    first = (scaled - side) // 2
+    images = images[:, first : first + side, first : first + side]
     return ((images + 1) / 2 - jnp.asarray(mean)) / jnp.asarray(deviation)
 
 

@@ -40,6 +40,7 @@ from transformers import (  # noqa: E402
     CLIPTextConfig,
     CLIPTokenizer,
     CLIPVisionConfig,
+    Dinov2Config,
     ViTConfig,
 )
 from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
@@ -51,6 +52,7 @@ from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
     FlaxCLIPTextTransformer,
     FlaxCLIPVisionTransformer,
 )
+from transformers.models.dinov2.modeling_flax_dinov2 import FlaxDinov2Module  # noqa: E402
 from transformers.models.vit.modeling_flax_vit import FlaxViTModule  # noqa: E402
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "CLIPTextConfig",
     "CLIPTokenizer",
     "CLIPVisionConfig",
+    "Dinov2Config",
     "FlaxAttention",
     "FlaxAutoencoderKL",
     "FlaxBasicTransformerBlock",
@@ -69,6 +72,7 @@ __all__ = [
     "FlaxCLIPTextModule",
     "FlaxCLIPTextTransformer",
     "FlaxCLIPVisionTransformer",
+    "FlaxDinov2Module",
     "FlaxGEGLU",
     "FlaxResnetBlock2D",
     "FlaxTransformer2DModel",

@@ -26,6 +26,9 @@ COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _SMALL_FILES = ("model_index.json", "*/*config.json", "tokenizer/*", "tokenizer_2/*")
 
 
+_TRANSFORMERS_FILES = ("*.json", "merges.txt")
+
+
 def full_name(source: str, variant: str | None) -> tuple[str, str | None]:
     """Returns the hub id and the variant that a short name stands for; of other names, what is given."""
     if source in SHORT_NAMES and not Path(source).is_dir():
@@ -54,7 +57,7 @@ def find_folder(source: str, revision: str | None, variant: str | None = None, w
         )
     folder = shipped.MODEL if source == "emoji" else Path(source).expanduser()
     if not folder.is_dir():
-        if not _looks_like_hub_id(source):
+        if not is_hub_id(source):
             raise InputError(f"{source}: no such folder, and not a hub id (owner/name)")
         folder = _download(source, revision, variant) if weights else _fetch(source, revision)
     if not (folder / "model_index.json").is_file():
@@ -72,13 +75,27 @@ def find_transformers_folder(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if not _looks_like_hub_id(source):
+    if not is_hub_id(source):
         raise InputError(f"{source}: no such folder, and not a hub id (owner/name)")
     with _hub_errors(source):
-        return Path(snapshot_download(source, allow_patterns=["*.json", "merges.txt", "*.safetensors"]))
+        folder = Path(snapshot_download(source, allow_patterns=[*_TRANSFORMERS_FILES, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(source, allow_patterns=["flax_model.msgpack"])
+    return folder
 
 
-def _looks_like_hub_id(source: str) -> bool:
+def find_cached_folder(hub_id: str) -> Path | None:
+    """Returns the folder of a model in transformers' layout in the hub's cache, or None; asks no hub."""
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    weights = [*folder.glob("*.safetensors"), *folder.glob("flax_model.msgpack")]
+    return folder if weights and (folder / "config.json").is_file() else None
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a name that is no folder looks like owner/name on the hub."""
     return source.count("/") == 1 and not source.startswith((".", "/", "~"))
 
 
@@ -197,12 +214,14 @@ class Preprocessor(NamedTuple):
 
     Attributes:
         mean, deviation: by which the channels of pictures in [0, 1] are normalised, three numbers each.
-        side: of the pictures in pixels, or None if the file does not say.
+        side: to which pictures are resized, in pixels, or None if the file does not say.
+        crop: side of what is then cut out of the middle, or None for all of it.
     """
 
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     side: int | None
+    crop: int | None
 
 
 def read_preprocessor(folder: Path) -> Preprocessor:
@@ -216,6 +235,9 @@ def read_preprocessor(folder: Path) -> Preprocessor:
     missing = [key for key in ("image_mean", "image_std") if len(config.get(key) or ()) != 3]
     if missing:
         raise InputError(f"{file}: {missing[0]} is missing, or not three numbers")
-    size = config.get("size")
-    side = size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
-    return Preprocessor(tuple(config["image_mean"]), tuple(config["image_std"]), side)
+
+    def side(size: Any) -> int | None:
+        return size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
+
+    crop = side(config.get("crop_size")) if config.get("do_center_crop") else None
+    return Preprocessor(tuple(config["image_mean"]), tuple(config["image_std"]), side(config.get("size")), crop)

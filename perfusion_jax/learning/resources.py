@@ -12,17 +12,15 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
-from perfusion_jax.base_model.clip import load_clip
-from perfusion_jax.base_model.instance import load_instance_encoder
 from perfusion_jax.config import is_fleet
 from perfusion_jax.data.measuring import find_or_measure
 from perfusion_jax.formats import covariance_file
 from perfusion_jax.learning.fleet_step import make_fleet_step, member_shapes, step_components, step_shapes
+from perfusion_jax.learning.judges import load_evaluator
 from perfusion_jax.learning.metrics import Evaluator
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.pod import distributed
 from perfusion_jax.pod.mesh import make_mesh, place, submesh_view, whole
-from perfusion_jax.runtime import shipped
 
 
 def load_base(config: ConfigDict) -> BaseModel:
@@ -51,15 +49,6 @@ def load_whitening(config: ConfigDict, base: BaseModel) -> jax.Array:
     file = distributed.from_first(lambda: str(find_or_measure(base, config.captions)))
     own = covariance_file.load_whitening(file, width) if distributed.is_first() else jnp.zeros((width, width))
     return distributed.array_of_first(own)
-
-
-def load_evaluator(config: ConfigDict) -> Evaluator | None:
-    """What validation pictures are scored by, or None if there is no CLIP."""
-    folder = config.evaluator or (shipped.EVALUATOR if config.base == "emoji" else None)
-    if not folder:
-        return None
-    instance = load_instance_encoder(config.instance_encoder) if config.instance_encoder else None
-    return Evaluator(load_clip(folder), instance)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

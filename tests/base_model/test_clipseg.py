@@ -1,49 +1,22 @@
 """CLIPSeg against transformers' PyTorch CLIPSeg on the same random weights."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from checkpoints import randomise, save_tokenizer
+from checkpoints import save_clipseg
 from torch.nn import functional
-from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+from transformers import CLIPSegForImageSegmentation
 
 from perfusion_jax import InputError
-from perfusion_jax.base_model.clipseg import cubic_weights, load_segmenter
-
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from perfusion_jax.base_model.clipseg import load_segmenter
+from perfusion_jax.base_model.embedding import cubic_weights
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["refined", "plain"])
 def clipseg_folder(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clipseg") / "clipseg"
-    tokenizer = save_tokenizer(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    text = {
-        **sizes,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    config = CLIPSegConfig(
-        text_config=text,
-        vision_config={**sizes, "image_size": 32, "patch_size": 8},
-        projection_dim=24,
-        extract_layers=[0, 1, 3],
-        conditional_layer=0,
-        reduce_dim=16,
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=48,
-        use_complex_transposed_convolution=request.param,
-    )
-    randomise(CLIPSegForImageSegmentation(config), 0).save_pretrained(folder)
-    preprocessor = {"size": {"height": 64, "width": 64}, "image_mean": MEAN, "image_std": DEVIATION}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return folder
+    return save_clipseg(tmp_path_factory.mktemp("clipseg") / "clipseg", refined=request.param)
 
 
 @pytest.mark.parametrize("side", [32, 64, 48])

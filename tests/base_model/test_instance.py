@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from checkpoints import save_clip, save_vit
+from checkpoints import save_clip, save_dinov2, save_vit
 from torch.nn import functional
-from transformers import ViTModel
+from transformers import BitImageProcessor, Dinov2Model, ViTModel
 
 from perfusion_jax import InputError
 from perfusion_jax.base_model.embedding import embed_all
@@ -26,6 +26,41 @@ def test_embeddings_equal_pytorch(vit_folder):
         )
     expected = functional.normalize(theirs.last_hidden_state[:, 0]).numpy()
     np.testing.assert_allclose(load_instance_encoder(vit_folder).images(pixels), expected, atol=1e-5)
+
+
+def dinov2_in_torch(folder, normalised):
+    with torch.no_grad():
+        output = Dinov2Model.from_pretrained(folder).eval()(normalised)
+    return functional.normalize(output.last_hidden_state[:, 0]).numpy()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_swiglu_ffn": True}, {"qkv_bias": False}])
+def test_dinov2_equals_pytorch_on_the_middle_of_pictures(tmp_path, options):
+    """The position embeddings of 10 x 10 tiles are interpolated to 8 x 8."""
+    folder = save_dinov2(tmp_path, **options)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 36, 36, 3)).astype(np.uint8)
+    normalised = (pixels / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.3, 0.4, 0.5])
+    middle = torch.from_numpy(normalised[:, 2:34, 2:34]).permute(0, 3, 1, 2).float()
+    np.testing.assert_allclose(load_instance_encoder(folder).images(pixels), dinov2_in_torch(folder, middle), atol=2e-5)
+
+
+def test_pictures_are_resized_and_cut_as_by_the_preprocessor(tmp_path):
+    folder = save_dinov2(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3))
+    pixels = np.kron(noise, np.ones((1, 8, 8, 1))).astype(np.uint8)
+    processor = BitImageProcessor.from_pretrained(folder)
+    normalised = processor(list(pixels), return_tensors="pt").pixel_values
+    theirs = dinov2_in_torch(folder, normalised)
+    ours = load_instance_encoder(folder).images(pixels)
+    assert (ours * theirs).sum(1).min() > 0.9999
+    assert (ours * theirs[::-1]).sum(1).max() < 0.999
+
+
+def test_pictures_that_make_no_whole_tiles_are_refused(tmp_path):
+    file = save_dinov2(tmp_path) / "preprocessor_config.json"
+    file.write_text(file.read_text().replace("32", "30"))
+    with pytest.raises(InputError, match=r"preprocessor_config\.json: pictures of 30 pixels, .* tiles of 4 pixels"):
+        load_instance_encoder(tmp_path)
 
 
 def test_pictures_of_any_size_are_taken(vit_folder):

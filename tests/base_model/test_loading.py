@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import requests
-from checkpoints import save_checkpoint
+from checkpoints import save_checkpoint, save_full_size_xl
 from fake_hub import serve
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import load_file, save_file
@@ -196,6 +196,13 @@ def test_memory_while_loading_is_little_more_than_the_weights(sd1_folder, large_
 def test_memory_while_loading_stable_diffusion_15(sd1_folder, full_size_folder, dtype):
     ratio = peak_memory_of_loading(sd1_folder, full_size_folder, dtype)
     print(f"peak memory of loading Stable Diffusion 1.5 in {dtype}: {ratio:.2f} x the weights")
+    assert 0.9 < ratio < 1.3
+
+
+@pytest.mark.slow
+def test_memory_while_loading_sdxl(sd1_folder, tmp_path):
+    ratio = peak_memory_of_loading(sd1_folder, save_full_size_xl(tmp_path), "bfloat16")
+    print(f"peak memory of loading SDXL in bfloat16: {ratio:.2f} x the weights")
     assert 0.9 < ratio < 1.3
 
 
