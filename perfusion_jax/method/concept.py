@@ -24,7 +24,8 @@ class Concept:
     """One concept, or many stacked along a leading axis of every array. All arrays are float32.
 
     Attributes:
-        embedding: the word embedding that stands at the placeholder token, [token_width]. Trained.
+        embedding: the word embedding that stands at the placeholder token, [token_width]; those for several text
+            encoders one after the other. Trained.
         target_input: i*, the encoding at the concept's token, [context_width]. State: a moving average, never a
             parameter.
         dual: C^-1 i*, [context_width]. Kept with i*, so that a trained concept can be used without C.
