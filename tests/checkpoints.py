@@ -214,15 +214,8 @@ def save_vit(folder: Path) -> Path:
 
 def save_dinov2(folder: Path, **options) -> Path:
     """Saves a small DINOv2 of random weights, for 40 pixels, that takes the middle 32 of 36; returns its folder."""
-    config = Dinov2Config(
-        hidden_size=32,
-        mlp_ratio=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=40,
-        patch_size=4,
-        **options,
-    )
+    sizes = {"hidden_size": 32, "mlp_ratio": 2, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Dinov2Config(**{**sizes, "image_size": 40, "patch_size": 4, **options})
     randomise(Dinov2Model(config), 0).save_pretrained(folder)
     preprocessor = {
         "image_mean": [0.5, 0.4, 0.3],

@@ -13,7 +13,8 @@ import numpy as np
 from perfusion_jax.base_model import text
 from perfusion_jax.base_model.embedding import embed_all, fit_pictures, unit
 from perfusion_jax.base_model.flax_classes import CLIPConfig, FlaxCLIPModule
-from perfusion_jax.base_model.source import find_transformers_folder, read_config, read_preprocessor
+from perfusion_jax.base_model.preprocessor import read_preprocessor
+from perfusion_jax.base_model.source import find_transformers_folder, read_config
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
 from perfusion_jax.method.surgery import Params
 

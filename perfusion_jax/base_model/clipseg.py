@@ -25,7 +25,8 @@ from perfusion_jax.base_model.flax_classes import (
     FlaxCLIPTextTransformer,
     FlaxCLIPVisionTransformer,
 )
-from perfusion_jax.base_model.source import find_transformers_folder, read_config, read_preprocessor
+from perfusion_jax.base_model.preprocessor import read_preprocessor
+from perfusion_jax.base_model.source import find_transformers_folder, read_config
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
 from perfusion_jax.method.surgery import Params
 

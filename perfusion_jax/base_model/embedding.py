@@ -48,9 +48,14 @@ def resize_positions(table: np.ndarray, side: int) -> np.ndarray:
 
 
 def fit_pictures(
-    images: jax.Array, side: int, mean: tuple[float, ...], deviation: tuple[float, ...], scaled: int | None = None
+    images: jax.Array,
+    side: int,
+    mean: tuple[float, ...],
+    deviation: tuple[float, ...],
+    scaled: int | None = None,
+    method: str = "cubic",
 ) -> jax.Array:
-    """Resizes and normalises pictures for an encoder.
+    """Resizes and normalises pictures for an encoder, as transformers does it by Pillow.
 
     Args:
         images: [batch, height, width, 3] in [-1, 1].
@@ -58,13 +63,16 @@ def fit_pictures(
         mean, deviation: by which the channels of pictures in [0, 1] are normalised, three numbers each.
         scaled: side to which pictures are resized; what is more than `side` is cut off around the middle. None for
             `side`.
+        method: of `jax.image.resize`.
 
     Returns:
         [batch, side, side, 3].
     """
     scaled = scaled or side
     if images.shape[1:3] != (scaled, scaled):
-        images = jax.image.resize(images, (len(images), scaled, scaled, 3), "cubic")
+        # Pillow resizes rows, then columns, and its bytes hold nothing of what cubic interpolation overshoots.
+        for height in (images.shape[1], scaled):
+            images = jnp.clip(jax.image.resize(images, (len(images), height, scaled, 3), method), -1, 1)
     first = (scaled - side) // 2
     images = images[:, first : first + side, first : first + side]
     return ((images + 1) / 2 - jnp.asarray(mean)) / jnp.asarray(deviation)

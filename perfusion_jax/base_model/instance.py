@@ -1,10 +1,9 @@
 """An instance encoder: pictures to unit vectors that are near where they show the same individual."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,14 @@ import numpy as np
 
 from perfusion_jax.base_model.embedding import embed_all, fit_pictures, resize_positions, unit
 from perfusion_jax.base_model.flax_classes import Dinov2Config, FlaxDinov2Module, FlaxViTModule, ViTConfig
-from perfusion_jax.base_model.source import find_transformers_folder, read_config, read_preprocessor
+from perfusion_jax.base_model.preprocessor import read_preprocessor
+from perfusion_jax.base_model.source import find_transformers_folder, read_config
 from perfusion_jax.base_model.weights import find_checkpoint, read_tree
 from perfusion_jax.method.surgery import Params
 from perfusion_jax.runtime.errors import InputError
+
+Config = ViTConfig | Dinov2Config
+Module = FlaxViTModule | FlaxDinov2Module
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +30,15 @@ class InstanceEncoder:
         module: the architecture.
         scaled: side to which pictures are resized before their middle is cut out, in pixels.
         mean, deviation: by which the channels of pictures in [0, 1] are normalised, three numbers each.
+        method: by which they are resized, of `jax.image.resize`.
     """
 
     params: Params
-    module: FlaxViTModule | FlaxDinov2Module
+    module: Module
     scaled: int
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+    method: str
 
     def embed_images(self, params: Params, images: jax.Array) -> jax.Array:
         """Embeds pictures; a pure function of its arguments.
@@ -45,7 +50,8 @@ class InstanceEncoder:
         Returns:
             Unit vectors, float32 [batch, width].
         """
-        fitted = fit_pictures(images, self.module.config.image_size, self.mean, self.deviation, self.scaled)
+        side = self.module.config.image_size
+        fitted = fit_pictures(images, side, self.mean, self.deviation, self.scaled, self.method)
         return unit(self.module.apply({"params": params}, fitted)[0][:, 0])
 
     @cached_property
@@ -66,10 +72,9 @@ def load_instance_encoder(source: str | Path) -> InstanceEncoder:
     """
     folder = find_transformers_folder(str(source))
     file = folder / "config.json"
-    given = read_config(file, "ViTModel", "Dinov2Model")
+    config = _read_config(file)
     preprocessor = read_preprocessor(folder)
-    native, patch = given["image_size"], given["patch_size"]
-    scaled = preprocessor.side or native
+    patch, scaled = config.patch_size, preprocessor.side or config.image_size
     side = preprocessor.crop or scaled
     if side % patch or side > scaled:
         raise InputError(
@@ -78,7 +83,7 @@ def load_instance_encoder(source: str | Path) -> InstanceEncoder:
         )
     params = read_tree(
         find_checkpoint(folder, None),
-        jax.eval_shape(lambda key: _initial_params(_module(given), key), jax.random.key(0)),
+        jax.eval_shape(lambda key: _initial_params(_module(config), key), jax.random.key(0)),
         jnp.dtype(jnp.float32),
         str(folder),
     )
@@ -86,19 +91,36 @@ def load_instance_encoder(source: str | Path) -> InstanceEncoder:
     positions = resize_positions(np.asarray(embeddings["position_embeddings"])[0], side // patch)
     return InstanceEncoder(
         params={**params, "embeddings": {**embeddings, "position_embeddings": jnp.asarray(positions)[None]}},
-        module=_module({**given, "image_size": side}),
+        module=_module(type(config).from_dict({**config.to_dict(), "image_size": side})),
         scaled=scaled,
         mean=preprocessor.mean,
         deviation=preprocessor.deviation,
+        method=preprocessor.method,
     )
 
 
-def _module(config: Mapping[str, Any]) -> FlaxViTModule | FlaxDinov2Module:
-    if "Dinov2Model" in config["architectures"]:
-        return FlaxDinov2Module(Dinov2Config.from_dict(dict(config)))
-    return FlaxViTModule(ViTConfig.from_dict(dict(config)), add_pooling_layer=False)
+def _read_config(file: Path) -> Config:
+    """Reads the config of an encoder.
+
+    Raises:
+        InputError: it is missing, not JSON, or of a model that cannot be run.
+    """
+    given = read_config(file, "ViTModel", "Dinov2Model")
+    if "Dinov2Model" not in given["architectures"]:
+        return ViTConfig.from_dict(given)
+    config = Dinov2Config.from_dict(given)
+    # The weights hold the scales as they were trained; this, with which they began, Flax multiplies them by, twice.
+    config.layerscale_value = 1.0
+    if config.mlp_ratio != int(config.mlp_ratio):
+        raise InputError(f"{file}: mlp_ratio is {config.mlp_ratio}; it must be a whole number")
+    config.mlp_ratio = int(config.mlp_ratio)  # of 4.0 Flax would make a layer whose width is a float
+    return config
 
 
-def _initial_params(module: FlaxViTModule | FlaxDinov2Module, key: jax.Array) -> Params:
+def _module(config: Config) -> Module:
+    return FlaxViTModule(config, add_pooling_layer=False) if isinstance(config, ViTConfig) else FlaxDinov2Module(config)
+
+
+def _initial_params(module: Module, key: jax.Array) -> Params:
     side = module.config.image_size
     return module.init(key, jnp.zeros((1, side, side, 3)))["params"]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
@@ -27,6 +27,9 @@ _SMALL_FILES = ("model_index.json", "*/*config.json", "tokenizer/*", "tokenizer_
 
 
 _TRANSFORMERS_FILES = ("*.json", "merges.txt")
+# Repositories hold weights for other libraries as well, as safetensors too.
+_TRANSFORMERS_WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors")
+_TRANSFORMERS_MSGPACK = "flax_model.msgpack"
 
 
 def full_name(source: str, variant: str | None) -> tuple[str, str | None]:
@@ -68,8 +71,10 @@ def find_folder(source: str, revision: str | None, variant: str | None = None, w
 def find_transformers_folder(source: str) -> Path:
     """Returns the folder of a model in transformers' layout; downloads it when `source` is a hub id.
 
+    Weights come as safetensors, or as Flax's msgpack where the hub has none, and never as pickles.
+
     Raises:
-        InputError: there is no such folder or hub id.
+        InputError: there is no such folder or hub id, or the hub has pickled weights alone.
         UnavailableError: the hub cannot be reached.
     """
     folder = Path(source).expanduser()
@@ -78,9 +83,16 @@ def find_transformers_folder(source: str) -> Path:
     if not is_hub_id(source):
         raise InputError(f"{source}: no such folder, and not a hub id (owner/name)")
     with _hub_errors(source):
-        folder = Path(snapshot_download(source, allow_patterns=[*_TRANSFORMERS_FILES, "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(source, allow_patterns=["flax_model.msgpack"])
+        folder = Path(snapshot_download(source, allow_patterns=[*_TRANSFORMERS_FILES, *_TRANSFORMERS_WEIGHTS]))
+        if not _has_weights(folder):
+            snapshot_download(source, allow_patterns=[_TRANSFORMERS_MSGPACK])
+    if not _has_weights(folder):
+        raise InputError(
+            f"{source}: no model.safetensors or {_TRANSFORMERS_MSGPACK} on the hub, or the network failed before all "
+            "was fetched. Pickled weights (*.bin) can run code when read, and are never loaded or fetched; convert "
+            'them once, where you trust them and have PyTorch, and put the other files beside them: python -c "from '
+            f"transformers import AutoModel as M; M.from_pretrained('{source}').save_pretrained('converted')\""
+        )
     return folder
 
 
@@ -90,8 +102,18 @@ def find_cached_folder(hub_id: str) -> Path | None:
         folder = Path(snapshot_download(hub_id, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    weights = [*folder.glob("*.safetensors"), *folder.glob("flax_model.msgpack")]
-    return folder if weights and (folder / "config.json").is_file() else None
+    small = (folder / name for name in ("config.json", "preprocessor_config.json"))
+    return folder if _has_weights(folder) and all(file.is_file() for file in small) else None
+
+
+def may_fetch(source: str) -> bool:
+    """Whether a base model of that name comes from the hub, and HF_HUB_OFFLINE does not forbid to ask it."""
+    on_hub = source in SHORT_NAMES or is_hub_id(source)
+    return on_hub and not Path(source).expanduser().exists() and not constants.HF_HUB_OFFLINE
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in (*_TRANSFORMERS_WEIGHTS, _TRANSFORMERS_MSGPACK))
 
 
 def is_hub_id(source: str) -> bool:
@@ -207,37 +229,3 @@ def read_config(file: Path, *classes: str) -> dict[str, Any]:
     if classes and not set(named) & set(classes):
         raise InputError(f"{file}: of class {named[0]}, which is not supported; supported: {', '.join(classes)}")
     return config
-
-
-class Preprocessor(NamedTuple):
-    """How pictures go into a model of transformers.
-
-    Attributes:
-        mean, deviation: by which the channels of pictures in [0, 1] are normalised, three numbers each.
-        side: to which pictures are resized, in pixels, or None if the file does not say.
-        crop: side of what is then cut out of the middle, or None for all of it.
-    """
-
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
-    side: int | None
-    crop: int | None
-
-
-def read_preprocessor(folder: Path) -> Preprocessor:
-    """Reads a model's preprocessor_config.json.
-
-    Raises:
-        InputError: it is missing, not JSON, or lacks the normalisation.
-    """
-    file = folder / "preprocessor_config.json"
-    config = read_config(file)
-    missing = [key for key in ("image_mean", "image_std") if len(config.get(key) or ()) != 3]
-    if missing:
-        raise InputError(f"{file}: {missing[0]} is missing, or not three numbers")
-
-    def side(size: Any) -> int | None:
-        return size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
-
-    crop = side(config.get("crop_size")) if config.get("do_center_crop") else None
-    return Preprocessor(tuple(config["image_mean"]), tuple(config["image_std"]), side(config.get("size")), crop)
