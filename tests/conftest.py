@@ -12,6 +12,7 @@ import jax
 import pytest
 from checkpoints import LAYOUTS, save_checkpoint, save_full_size
 from etils.epath.backend import fsspec_backend
+from huggingface_hub import constants
 
 from perfusion_jax import load_base_model
 
@@ -34,6 +35,11 @@ def pytest_configure(config):
         config.add_cleanup(folder.cleanup)
         os.environ[CACHE] = folder.name
         jax.config.update("jax_compilation_cache_dir", folder.name)
+    # Encoders in a developer's cache of the hub would judge by default.
+    hub = tempfile.TemporaryDirectory(prefix="hub")
+    config.add_cleanup(hub.cleanup)
+    os.environ["HF_HOME"], constants.HF_HUB_CACHE = hub.name, str(Path(hub.name) / "hub")
+    os.environ.pop("HF_HUB_CACHE", None)
 
 
 def pytest_collection_modifyitems(items):

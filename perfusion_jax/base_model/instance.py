@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from perfusion_jax.base_model.weights import find_checkpoint, read_tree
 from perfusion_jax.method.surgery import Params
 from perfusion_jax.runtime.errors import InputError
 
-Config = ViTConfig | Dinov2Config
-Module = FlaxViTModule | FlaxDinov2Module
+Config: TypeAlias = ViTConfig | Dinov2Config
+Module: TypeAlias = FlaxViTModule | FlaxDinov2Module
 
 
 @dataclass(frozen=True, eq=False)

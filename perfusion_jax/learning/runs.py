@@ -34,6 +34,7 @@ from perfusion_jax.config import OVERRIDES, PER_CONCEPT, check, member_config
 from perfusion_jax.data.table import Row, read_table
 from perfusion_jax.learning.checkpoints import Checkpoints
 from perfusion_jax.learning.diagnostics import Diagnostics, Profiler
+from perfusion_jax.learning.judges import settle
 from perfusion_jax.learning.loop import Watch, learn_round
 from perfusion_jax.learning.preparation import Prepared, prepare
 from perfusion_jax.learning.progress import Bar
@@ -68,11 +69,12 @@ def train_one(config: ConfigDict, workdir: epath.Path, diagnostics: Diagnostics 
     """
     check(config)
     row = Row(**{name: config[name] for name in PER_CONCEPT}, masks="", captions="", overrides={}, cells={}, where="")
-    member = Member(row, config)
     records = Records(workdir, workdir, report=None)
-    result = records.concept(member)
     with locked(workdir / "lock", "take another --workdir"):
+        config = settle(config, workdir)
         begin(config, workdir)
+        member = Member(row, config)
+        result = records.concept(member)
         with closing(Checkpoints(records.checkpoints, config.keep_checkpoints)) as checkpoints:
             taken = checkpoints.latest()
         if taken >= config.steps and result.exists():
@@ -113,9 +115,10 @@ def train_fleet(
         def take() -> None:
             _check_split(workdir, count)
             stack.enter_context(locked(folder / "lock", "take another --workdir, or another --shard of it"))
-            begin(config, folder)
 
         distributed.from_first(take)
+        config = settle(config, folder)
+        distributed.from_first(lambda: begin(config, folder))
         report = Report(folder / "report.jsonl")
         broken = [row for row in rows if row.problem and not report.is_over(row.name)]
         report.add([report_line(row, "failed", error=row.problem) for row in broken])

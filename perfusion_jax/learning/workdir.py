@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,6 +18,7 @@ from perfusion_jax.formats.concept_file import ConceptCard, save_concept
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.runtime.files import is_local, read_text, storage_errors, write_bytes
 
+CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 
 
@@ -27,7 +29,7 @@ def begin(config: ConfigDict, workdir: epath.Path) -> None:
         InputError: it is another config, or the workdir cannot be used.
         UnavailableError: storage fails.
     """
-    file = workdir / "config.json"
+    file = workdir / CONFIG
     text = to_json(config)
     with storage_errors(workdir, "written"):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -36,6 +38,21 @@ def begin(config: ConfigDict, workdir: epath.Path) -> None:
         check_same(config, before, file)
     if before != text:
         write_bytes(file, text.encode())
+
+
+def saved_config(workdir: epath.Path) -> dict[str, Any]:
+    """Returns the config of the run that has learnt something in a workdir; empty if there is none that can be read.
+
+    Raises:
+        InputError, UnavailableError: storage fails.
+    """
+    if not has_results(workdir):
+        return {}
+    try:
+        before = json.loads(read_text(workdir / CONFIG))
+    except json.JSONDecodeError:  # `begin` refuses it
+        return {}
+    return before if isinstance(before, dict) else {}
 
 
 def has_results(workdir: epath.Path) -> bool:
