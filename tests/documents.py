@@ -33,6 +33,8 @@ def commands(file: Path) -> list[tuple[Path, list[str]]]:
 
 
 def flags_of(program: Path) -> set[str]:
-    """The flags that a program defines."""
+    """The flags that a program defines, and those of the module that benchmarks beside PyTorch share."""
     text = program.read_text()
+    if "from side_by_side import" in text:
+        text += (ROOT / "benchmarks" / "side_by_side.py").read_text()
     return {*_ABSL.findall(text), *_ARGPARSE.findall(text)}

@@ -1,8 +1,8 @@
 """A concept on disk: one safetensors file, of about 100 KB for Stable Diffusion 1 and 2, and 700 KB for XL.
 
 Tensors, all float32: `embedding` (for several text encoders one after the other), `target_input`, `dual`, and per
-cross-attention layer `key_outputs.LAYER` and `value_outputs.LAYER`, where LAYER is the module path of PyTorch diffusers, such as
-`mid_block.attentions.0.transformer_blocks.0.attn2`. What is not an array is string metadata.
+cross-attention layer `key_outputs.LAYER` and `value_outputs.LAYER`, where LAYER is the module path of PyTorch
+diffusers, such as `mid_block.attentions.0.transformer_blocks.0.attn2`. What is not an array is string metadata.
 """
 
 import dataclasses

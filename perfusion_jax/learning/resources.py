@@ -132,7 +132,9 @@ def load_resources(config: ConfigDict) -> Resources:
         return step.lower(*step_shapes(base.model, shapes, slots)).compile()
 
     mesh_whitening = place(whitening, mesh)
-    evaluator = load_evaluator(config) if config.validation_prompts else None
+    # A single concept that is never looked at needs none, which may be a download.
+    looks = config.validation_prompts and (config.validate_every or is_fleet(config))
+    evaluator = load_evaluator(config) if looks else None
     return Resources(
         config=config,
         base=base,
