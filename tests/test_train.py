@@ -282,7 +282,7 @@ def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
         train_one(config, epath.Path(tmp_path / "file" / "run"))
 
 
-@pytest.mark.parametrize("limit", [100, pytest.param(3_000, marks=pytest.mark.slow), 40_000])
+@pytest.mark.parametrize("limit", [100, *(pytest.param(more, marks=pytest.mark.slow) for more in (3_000, 40_000))])
 def test_a_disk_that_takes_no_more_is_an_error_that_names_the_file(config, tmp_path, limit):
     """No file may grow beyond `limit` bytes: config, pictures, log, events or checkpoints fail to be written."""
     program = (

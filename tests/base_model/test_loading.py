@@ -410,7 +410,7 @@ def test_wrong_tensors_are_named(broken, change, message):
     [
         ("unet/config.json", {"_class_name": "SD3Transformer2DModel"}, "of class SD3Transformer2DModel"),
         ("unet/config.json", {"act_fn": "gelu"}, "act_fn = 'gelu' is not supported, only 'silu'"),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"),
+        ("unet/config.json", {"addition_embed_type": "text_image"}, "addition_embed_type = 'text_image'"),
         ("unet/config.json", {"down_block_types": ["AttnDownBlock2D"] * 3}, "AttnDownBlock2D"),
         ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "of class AutoencoderTiny"),
         ("vae/config.json", {"shift_factor": 0.1}, "shift_factor = 0.1"),

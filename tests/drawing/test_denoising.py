@@ -99,9 +99,10 @@ def compare_after(folder, base, sampler, steps, size, rescale=0.0, guidance=6.0)
     assert np.abs(first(ours) - theirs).max() < 1e-3 * np.abs(theirs).max()
 
 
+@pytest.mark.parametrize("steps", [10, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_latents_after_fifty_steps_equal_pytorch(folder, base, sampler):
-    compare_after(folder, base, sampler, 50, 32, rescale=0.7 if sampler == "ddim" else 0.0)
+def test_latents_after_many_steps_equal_pytorch(folder, base, sampler, steps):
+    compare_after(folder, base, sampler, steps, 32, rescale=0.7 if sampler == "ddim" else 0.0)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])

@@ -153,7 +153,9 @@ class TestRuns:
         lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         return [line["step"] for line in lines if "score" in line]
 
-    @pytest.mark.parametrize("there", [False, True], ids=["without one", "with one"])
+    @pytest.mark.parametrize(
+        "there", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["without one", "with one"]
+    )
     def test_a_run_goes_on_as_it_began_though_a_clip_came_into_the_cache_or_left_it(
         self, cached, clip, config, tmp_path, there
     ):

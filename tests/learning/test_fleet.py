@@ -315,7 +315,7 @@ def test_a_member_that_diverges_is_marked_and_the_others_finish(inputs, finished
     assert not (tmp_path / "concepts" / "tom.safetensors").exists()
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_interrupted_in_a_round_the_same_command_ends_at_the_same_concepts(inputs, finished, tmp_path, how):
     config = make_config(inputs, members=4)
     process = start(config, tmp_path / "run")

@@ -27,7 +27,12 @@ SIDE = 64  # latents of 32 x 32: enough tokens for the attention kernel
 @needs_compiler
 @pytest.mark.parametrize(
     ("topology", "shape"),
-    [("v5e:2x4", (4, 2)), ("v5e:16x16", (64, 4)), ("v4:2x2x2", (2, 4)), ("v6e:4x4", (16, 1))],
+    [
+        ("v5e:2x4", (4, 2)),
+        ("v4:2x2x2", (2, 4)),
+        pytest.param("v5e:16x16", (64, 4), marks=pytest.mark.slow),
+        pytest.param("v6e:4x4", (16, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_is_sent_between_concepts(tmp_path, topology, shape):
     model = load_architecture(save_checkpoint(tmp_path, "sd1", small=True), dtype=jnp.dtype(jnp.bfloat16))

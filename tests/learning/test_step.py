@@ -143,7 +143,11 @@ def torch_loss_and_gradients(
 
 
 @pytest.mark.parametrize(
-    "variant", ["perfusion", pytest.param("straight_through", marks=pytest.mark.slow), "textual_inversion"]
+    "variant",
+    [
+        "perfusion",
+        *(pytest.param(other, marks=pytest.mark.slow) for other in ("straight_through", "textual_inversion")),
+    ],
 )
 def test_loss_and_gradients_equal_pytorch(folder, base, variant):
     covariance, whitening = make_metric(base)
