@@ -1,11 +1,11 @@
 """How far C of made-up captions is from C of real ones, and how many captions are enough.
 
-    python benchmarks/captions.py --captions FILE [--base BASE]
+    python benchmarks/captions.py --captions FILE --base BASE
 
 FILE has real captions, one on a line; half of them give the C that others are compared with, the other half tells how
 much two samples of real captions differ. For common words as concepts, and for every token of 300 captions of the other
 half, it compares how much of the token is the concept, s = <i*, e> / <i*, i*>, and how far the gate opens for it (beta
-0.6, tau 0.15). Without BASE, the text encoder is CLIP ViT-L/14's architecture with random weights.
+0.6, tau 0.15).
 """
 
 import argparse
@@ -23,44 +23,9 @@ from perfusion_jax.data.caption_source import make_captions
 from perfusion_jax.data.measuring import CAPTIONS_PER_DIMENSION
 from perfusion_jax.data.text_covariance import accumulate, covariance_of
 from perfusion_jax.formats.covariance_file import load_covariance
-from perfusion_jax.runtime.shipped import CLIP_VOCABULARY
 
 CONCEPTS = ("dog", "cat", "teddy bear", "car", "cup", "robot", "flower", "house", "shoe", "guitar", "bird", "boat")
 BIAS, TEMPERATURE = 0.6, 0.15
-
-
-def save_random_clip(folder: Path) -> Path:
-    """Saves CLIP ViT-L/14's text encoder with random weights, and the smallest UNet and VAE that go with it."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(block_out_channels=(32,), latent_channels=4),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, eos_token_id=49407)
-        ),
-        tokenizer=CLIPTokenizer(CLIP_VOCABULARY / "vocab.json", CLIP_VOCABULARY / "merges.txt", model_max_length=77),
-        unet=UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32,),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("CrossAttnUpBlock2D",),
-            cross_attention_dim=768,
-        ),
-        scheduler=DDIMScheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    # Norms as they start make each encoding sum up to zero, and C singular.
-    with torch.no_grad():
-        for parameter in pipeline.text_encoder.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.1 * torch.randn_like(parameter)
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 def measure(base: BaseModel, captions: Sequence[str], folder: Path, name: str) -> np.ndarray:
@@ -96,14 +61,14 @@ def gate(similarity: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--captions", type=Path, required=True)
-    parser.add_argument("--base", default="")
+    parser.add_argument("--base", required=True)
     parser.add_argument("--most", type=int, default=20_000, help="real captions that are read")
     parser.add_argument("--counts", type=int, nargs="*", default=(), help="numbers of captions that are compared")
     parser.add_argument("--other", type=Path, help="a file of C that is compared, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        base = load_base_model(options.base or save_random_clip(folder / "random"))
+        base = load_base_model(options.base)
         usual = CAPTIONS_PER_DIMENSION * base.model.context_width
         real = options.captions.read_text().splitlines()
         random.Random(0).shuffle(real)

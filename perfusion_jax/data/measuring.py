@@ -16,8 +16,8 @@ from perfusion_jax.runtime.files import cache_folder, storage_errors, write_arra
 
 SAVE_EVERY = 2.0  # seconds
 # For each dimension of C. A caption has about ten tokens, so there are a hundred encodings for each dimension, and the
-# root of C is right to about 1/sqrt(100). Ten times as many captions move a concept less than another seed does
-# (docs/training.md, "The metric").
+# root of C is right to about 1/sqrt(100). Ten times as many are no nearer to real captions (docs/training.md, "The
+# metric").
 CAPTIONS_PER_DIMENSION = 10
 
 
