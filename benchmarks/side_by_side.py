@@ -17,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perfusion_jax.pod.chips import CHIPS
 
+# The first round compiles; the second may again, for arrays that came out of a step.
+WARM_UP = 2
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -26,7 +29,7 @@ class Setup:
         device: `cpu` or `cuda`.
         dtype: `float32` or `bfloat16`, of both.
         compiles: whether PyTorch's modules go through `torch.compile`.
-        rounds: that are timed, after one that is not.
+        rounds: that are timed, after WARM_UP that are not.
     """
 
     device: str
@@ -88,7 +91,7 @@ def add_flags(parser: argparse.ArgumentParser, rounds: int = 7) -> None:
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on cuda"
     )
     parser.add_argument("--no_compile", action="store_true", help="leave PyTorch's modules as they are, on cuda")
-    parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds, after one that is not counted")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds, after two that are not")
 
 
 def setup(options: argparse.Namespace) -> Setup:
@@ -123,12 +126,12 @@ def compare(where: Setup, name: str, ours: Callable[[], Any], theirs: Callable[[
         flops: of the work, for the share of the chip's peak; 0 leaves it out.
     """
     seconds: Mapping[str, list[float]] = {"ours": [], "theirs": []}
-    for number in range(where.rounds + 1):
+    for number in range(-WARM_UP, where.rounds):
         for side, work in (("theirs", theirs), ("ours", ours)):
             start = time.perf_counter()
             work()
             where.wait()
-            if number:
+            if number >= 0:
                 seconds[side].append(time.perf_counter() - start)
     ratio = statistics.median(one / other for one, other in zip(*seconds.values(), strict=True))
     medians = {side: statistics.median(times) for side, times in seconds.items()}
