@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from perfusion_jax import InputError
 from perfusion_jax.data.text_covariance import BATCH, accumulate, covariance_of, partial_file, resume
 from perfusion_jax.formats.covariance_file import load_covariance, load_whitening
+from perfusion_jax.method import edit
+from perfusion_jax.method.covariance import MAX_CONDITION, checked, whitening_of
+from perfusion_jax.method.edit import Edit, Gate
 from perfusion_jax.runtime.command_line import BAD_INPUT
 from perfusion_jax.runtime.errors import UnavailableError
 
@@ -239,3 +243,20 @@ class TestCommand:
             resumed = resume(out, captions, sd1_base)
             assert (resumed is not None) == (left is same)
         np.testing.assert_array_equal(resumed.total, same.total)
+
+
+def test_the_metric_bears_the_largest_condition_number_that_is_taken():
+    """Similarities in float32, through C^-1/2, against float64."""
+    rng = np.random.default_rng(0)
+    width = 256
+    directions, _ = np.linalg.qr(rng.standard_normal((width, width)))
+    variances = np.geomspace(1, 1.01 / MAX_CONDITION, width)
+    matrix = checked((directions * variances) @ directions.T)
+    encodings = rng.standard_normal((100, width)) @ (directions * np.sqrt(variances)).T
+    target = encodings[0]
+    dual = np.linalg.solve(matrix, target)
+    exact = encodings @ dual / (target @ dual)
+    given = jnp.asarray(target, jnp.float32)
+    concept = Edit(given[None], edit.dual(whitening_of(matrix), given)[None], Gate(0.6, 0.15))
+    ours = edit.similarity(concept, jnp.asarray(encodings, jnp.float32))[:, 0]
+    assert np.abs(ours - exact).max() < 1e-4

@@ -24,7 +24,7 @@ from perfusion_jax.base_model.layout import Layout, find_layout
 from perfusion_jax.base_model.schedule import NoiseSchedule
 from perfusion_jax.base_model.source import full_name
 from perfusion_jax.base_model.text import Encoding, TextEncoder
-from perfusion_jax.base_model.unet import Added, Context, keys_values
+from perfusion_jax.base_model.unet import SIZES, Added, Context, keys_values
 from perfusion_jax.base_model.vae import LatentDistribution, LatentScale
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.method.surgery import Params, cross_attention_layers
@@ -69,8 +69,7 @@ _VAE_FIXED: dict[str, Any] = {
     "use_quant_conv": True,
 }
 _UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
-# The sizes that a UNet reads (`unet.Added`), and how the embedding of timesteps is added to.
-SIZES = 6
+# How the embedding of timesteps is added to.
 _ADDITIONS = (None, "text_time")
 _TEXT_CLASSES = {
     "CLIPTextModel": FlaxCLIPTextModule,

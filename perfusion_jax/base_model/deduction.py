@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from perfusion_jax.base_model.original_layout import is_open_clip, is_original_vae
 from perfusion_jax.base_model.tensor_headers import Part
+from perfusion_jax.base_model.unet import SIZES
 from perfusion_jax.runtime.errors import InputError
 
 Config = dict[str, Any]
@@ -24,8 +25,6 @@ _SCALING_FACTOR = 0.18215
 _SCALING_FACTOR_OF_XL = 0.13025
 _HEADS = 8
 _HEAD_CHANNELS = 64
-# Sizes that the UNet of XL reads beside a prompt's vector: of the picture, the crop, and the target, two numbers each.
-_SIZES = 6
 
 
 class Prediction(NamedTuple):
@@ -162,7 +161,7 @@ def deduce_unet(part: Part, pooling: Config | None) -> Config:
         added = part.shape("label_emb.0.0.weight", 2)[1]
         config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (added - pooling["projection_dim"]) // _SIZES,
+            "addition_time_embed_dim": (added - pooling["projection_dim"]) // SIZES,
             "projection_class_embeddings_input_dim": added,
         }
     return config

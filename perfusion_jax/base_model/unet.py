@@ -41,6 +41,10 @@ class KeyValue(NamedTuple):
 KeysValues = dict[str, KeyValue]
 
 
+SIZES = 6
+"""Numbers that a UNet reads of each picture's size (`Added.sizes`)."""
+
+
 class Added(NamedTuple):
     """What some UNets add to the embedding of the timestep (SDXL, arXiv 2307.01952, section 2.2).
 

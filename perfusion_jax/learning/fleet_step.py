@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from perfusion_jax.base_model import Architecture
+from perfusion_jax.base_model import SIZES, Architecture
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.learning import step as training
 from perfusion_jax.learning.step import Batch, Learning, Settings
@@ -127,7 +127,7 @@ def member_shapes(
         mean=array(pictures, 2, latents, latents, model.latent_channels),
         std=array(pictures, 2, latents, latents, model.latent_channels),
         masks=array(pictures, 2, latents, latents),
-        sizes=array(pictures, 6),
+        sizes=array(pictures, SIZES),
         prompt_ids=array(pictures, prompts, model.tokenizer.length, dtype=jnp.int32),
         num_pictures=one,
     )

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Float64
 
-# C is summed up in float32, so smaller eigenvalues are rounding. The edit itself would bear more: with C^-1/2 applied
-# twice in float32, a similarity is wrong by 1e-5 at this condition number, and by 1e-4 at 1e10.
+# C is summed up in float32, so smaller eigenvalues are rounding. The edit itself bears it: with C^-1/2 applied twice in
+# float32, similarities are still right to 1e-4 at this condition number.
 MAX_CONDITION = 1e7
 
 

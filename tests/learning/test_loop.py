@@ -1,12 +1,14 @@
 """What a run does each time it validates its concept."""
 
 import numpy as np
+import pytest
 from checkpoints import save_clip
 from etils import epath
 from fleet_runs import CONFIG, write_inputs
 
 from configs.dog import get_config
 from perfusion_jax.learning.metrics import Evaluator
+from perfusion_jax.learning.resources import load_resources
 from perfusion_jax.learning.runs import train_one
 
 
@@ -26,3 +28,15 @@ def test_a_run_embeds_the_own_pictures_of_its_concept_once(tmp_path, monkeypatch
     monkeypatch.setattr(Evaluator, "embed_instances", embed)
     train_one(config, epath.Path(tmp_path / "run"))
     assert sorted(counts) == [2, 2, 3]  # what was drawn at each of two validations, and the three own pictures
+
+
+@pytest.mark.parametrize(("every", "loaded"), [(0, 0), (1, 1)])
+def test_a_run_that_is_never_looked_at_loads_no_evaluator(tmp_path, monkeypatch, every, loaded):
+    write_inputs(tmp_path)
+    config = get_config(str(tmp_path / "base"))
+    config.update(CONFIG, pictures=str(tmp_path / "rex"), covariance=str(tmp_path / "covariance.npz"))
+    config.update(validate_every=every, validation_prompts=("a {} on the beach",))
+    calls = []
+    monkeypatch.setattr("perfusion_jax.learning.resources.load_evaluator", calls.append)
+    load_resources(config)
+    assert len(calls) == loaded
