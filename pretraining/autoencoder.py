@@ -119,9 +119,8 @@ def train_step(
 @torch.no_grad()
 def reconstruct(autoencoder: AutoencoderKL, pictures: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
     """Encode and decode float pictures [count, 3, PIXELS, PIXELS] without noise; the same type and shape."""
-    return torch.cat(
-        [autoencoder.decode(autoencoder.encode(some).latent_dist.mean).sample for some in pictures.split(batch_size)]
-    ).clamp(-1, 1)
+    latents = encode(autoencoder, pictures, batch_size)
+    return torch.cat([autoencoder.decode(some).sample for some in latents.split(batch_size)]).clamp(-1, 1)
 
 
 def psnr(pictures: torch.Tensor, reconstructions: torch.Tensor, masks: torch.Tensor | None = None) -> np.ndarray:
@@ -139,28 +138,84 @@ def psnr(pictures: torch.Tensor, reconstructions: torch.Tensor, masks: torch.Ten
 
 
 @torch.no_grad()
-def whiten(autoencoder: AutoencoderKL, pictures: torch.Tensor, batch_size: int = 64) -> None:
-    """Turn latents so that over `pictures` they have mean zero and the unit covariance; the decoder undoes it.
+def fold(autoencoder: AutoencoderKL, matrix: torch.Tensor, mean: torch.Tensor) -> None:
+    """Turn latents z into `matrix (z - mean)`; the decoder undoes it, so pictures stay what they are.
 
-    Folded into the two quant convolutions, so the model's layout stays what it is.
+    Folded into the two quant convolutions: the model's layout stays what it is.
+
+    Args:
+        matrix: float64 [channels, channels], invertible.
+        mean: float64 [channels].
+    """
+    channels = len(mean)
+    encode, decode = autoencoder.quant_conv, autoencoder.post_quant_conv
+    weight, bias = encode.weight[:channels].double().flatten(1), encode.bias[:channels].double()
+    encode.weight[:channels] = (matrix @ weight).reshape(encode.weight[:channels].shape).to(encode.weight.dtype)
+    encode.bias[:channels] = (matrix @ (bias - mean)).to(encode.bias.dtype)
+    # Log-variances are of the old axes and say nothing of the new ones: none but the mean is used from here on.
+    weight = decode.weight.double().flatten(1)
+    decode.bias += (weight @ mean).to(decode.bias.dtype)
+    decode.weight.copy_((weight @ torch.linalg.inv(matrix)).reshape(decode.weight.shape))
+
+
+@torch.no_grad()
+def encode(autoencoder: AutoencoderKL, pictures: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """Latents float [count, channels, grid, grid] of pictures as of `reconstruct`."""
+    return torch.cat([autoencoder.encode(some).latent_dist.mean for some in pictures.split(batch_size)])
+
+
+@torch.no_grad()
+def whiten(autoencoder: AutoencoderKL, pictures: torch.Tensor) -> None:
+    """Turn latents so that over `pictures` they have mean zero and the unit covariance.
 
     Args:
         pictures: float [count, 3, PIXELS, PIXELS] in [-1, 1].
     """
-    latents = torch.cat([autoencoder.encode(some).latent_dist.mean for some in pictures.split(batch_size)])
+    latents = encode(autoencoder, pictures)
     flat = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).double()
-    mean = flat.mean(0)
     values, vectors = torch.linalg.eigh(torch.cov(flat.T))
-    # The symmetric root leaves each channel as near as can be to what it was.
-    root = (vectors * values.sqrt()) @ vectors.T
-    inverse = (vectors / values.sqrt()) @ vectors.T
-    channels = len(mean)
-    encode, decode = autoencoder.quant_conv, autoencoder.post_quant_conv
-    weight = encode.weight[:channels].double().flatten(1)
-    bias = encode.bias[:channels].double()
-    encode.weight[:channels] = (inverse @ weight).reshape(encode.weight[:channels].shape).to(encode.weight.dtype)
-    encode.bias[:channels] = (inverse @ (bias - mean)).to(encode.bias.dtype)
-    # Log-variances are of the old axes and say nothing of the new ones: none but the mean is used from here on.
-    weight = decode.weight.double().flatten(1)
-    decode.bias += (weight @ mean).to(decode.bias.dtype)
-    decode.weight.copy_((weight @ root).reshape(decode.weight.shape))
+    fold(autoencoder, (vectors / values.sqrt()) @ vectors.T, flat.mean(0))
+
+
+@torch.no_grad()
+def impact(autoencoder: AutoencoderKL, pictures: torch.Tensor, step: float = 0.1) -> torch.Tensor:
+    """How much the decoded picture changes along each axis of the latents, and how alike two axes change it.
+
+    Args:
+        pictures: float [count, 3, PIXELS, PIXELS] in [-1, 1].
+        step: how far latents are moved.
+
+    Returns:
+        float64 [channels, channels], the mean over cells of J^T J, J the derivative of the picture by a cell's latent.
+    """
+    latents = encode(autoencoder, pictures)
+    channels, side = latents.shape[1], latents.shape[-1]
+    # Cells so far apart that the changes they make hardly overlap.
+    cells = torch.zeros(side, side, dtype=latents.dtype, device=latents.device)
+    cells[2::5, 2::5] = step
+    product = torch.zeros(channels, channels, dtype=torch.float64, device=latents.device)
+    for some in latents.split(64):
+        before = autoencoder.decode(some).sample
+        moved = [some + cells * axis[None, :, None, None] for axis in torch.eye(channels).to(latents)]
+        changes = torch.stack([(autoencoder.decode(each).sample - before).flatten() for each in moved]) / step
+        product += (changes @ changes.T).double()
+    return product.cpu() / (len(latents) * (cells > 0).sum().cpu())
+
+
+@torch.no_grad()
+def scale_by_impact(autoencoder: AutoencoderKL, pictures: torch.Tensor, least: float = 0.1) -> None:
+    """Turn and shrink white latents, so that a step of a given length changes the picture as much along any axis.
+
+    White latents give every axis the same weight, in the noise and in the loss. A few of them hold the colour of a
+    cell, and nearly all of what one sees; the others hold details within the cell, which nothing can foretell until the
+    colours around are known, and they make up most of the loss. Scaled, they are what they are in pixels: small, and
+    the last thing that is told from the noise.
+
+    Args:
+        pictures: float [count, 3, PIXELS, PIXELS] in [-1, 1].
+        least: scale of axes that change nearly nothing; the largest is 1.
+    """
+    values, vectors = torch.linalg.eigh(impact(autoencoder, pictures))
+    scales = (values.clamp(min=0) / values[-1]).sqrt().clamp(min=least)
+    order = scales.argsort(descending=True)
+    fold(autoencoder, (scales[:, None] * vectors.T)[order], torch.zeros_like(scales))

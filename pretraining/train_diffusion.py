@@ -31,6 +31,7 @@ MINUTES = flags.DEFINE_float("minutes", 0, "Stop after so long; 0: never.")
 SAVE_EVERY = flags.DEFINE_integer("save_every", 100, "Steps between checkpoints.")
 LOOK_EVERY = flags.DEFINE_integer("look_every", 1_000, "Steps between sheets of pictures.")
 AUTOENCODER = flags.DEFINE_string("autoencoder", "autoencoder/model", "Folder of the autoencoder under the cache.")
+COMPILE = flags.DEFINE_bool("compile", False, "Compile the UNet's steps; takes minutes, and a C++ compiler on a CPU.")
 LIGHTEN = flags.DEFINE_string(
     "lighten", "", "If set: only write the latest checkpoint's averaged weights, in half precision, to this file."
 )
@@ -119,6 +120,8 @@ def run(folder: pathlib.Path, settings: training.Settings) -> None:
     trainer = training.make_trainer(
         text_tokenizer, autoencoder.config.latent_channels, model.grid_of(autoencoder), device, settings
     )
+    if COMPILE.value:
+        trainer.model.unet.compile()
     path = open_trainer(folder, trainer, DECAY_SAMPLES.value)
     schedule = model.build_scheduler().alphas_cumprod
 

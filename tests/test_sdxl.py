@@ -1,6 +1,7 @@
 """Models in the layout of SDXL from end to end: two text encoders, a vector for the whole prompt, and picture sizes."""
 
 import dataclasses
+import inspect
 import json
 import shutil
 
@@ -214,6 +215,28 @@ def test_a_second_tokeniser_of_other_words_is_refused(xl_folder, tmp_path):
     file.write_text(json.dumps(words))
     with pytest.raises(InputError, match=r"tokenizer_2: its words are not those of"):
         load_architecture(copy)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [
+        (diffusers.EulerAncestralDiscreteScheduler, 1),  # SDXL Turbo's
+        (diffusers.EulerDiscreteScheduler, 4),  # SD Turbo's, and Lightning's
+    ],
+)
+def test_models_of_few_steps_draw_as_published(xl_folder, tmp_path, scheduler, steps):
+    """Their schedulers say that timesteps trail; their users turn guidance off."""
+    copy = changed(xl_folder, tmp_path, "model_index.json", scheduler=["diffusers", scheduler.__name__])
+    options = {name: value for name, value in PUBLISHED.items() if name in inspect.signature(scheduler).parameters}
+    scheduler(**options | {"timestep_spacing": "trailing"}).save_pretrained(copy / "scheduler")
+    base = load_base_model(copy)
+    noise = np.asarray(noise_for(base.model, [3], 32, 32)).transpose(0, 3, 1, 2).copy()
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(copy)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": steps, "guidance_scale": 0.0, "height": 32, "width": 32}
+    theirs = pipeline("a dog", latents=torch.from_numpy(noise), output_type="np", **options).images
+    ours = generate(base, ["a dog"], [3], steps=steps, guidance=0.0, height=32, width=32)
+    assert np.abs(ours - np.round(255 * theirs)).max() <= 1
 
 
 def test_latents_with_means_and_deviations_of_their_own_equal_pytorch(xl_folder, tmp_path):

@@ -90,6 +90,43 @@ def test_whitening_changes_the_latents_and_not_the_pictures():
     torch.testing.assert_close(before, after, rtol=0, atol=1e-4)
 
 
+def test_scaled_latents_change_the_picture_as_much_along_any_axis():
+    torch.manual_seed(0)
+    small = autoencoder.build_autoencoder(SMALL).eval().double()
+    pictures = torch.rand(32, 3, 64, 64, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        before = small(pictures).sample
+        autoencoder.whiten(small, pictures)
+        autoencoder.scale_by_impact(small, pictures, least=1e-6)
+        latents = small.encode(pictures).latent_dist.mean
+        after = small(pictures).sample
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-4)
+    # But along the axis that changes least: there a step of the scaling's own length left where the decoder is linear.
+    gram = autoencoder.impact(small, pictures, step=1e-3)[:7, :7]
+    torch.testing.assert_close(gram, gram[0, 0] * torch.eye(7).double(), rtol=0, atol=0.05 * float(gram[0, 0]))
+    # The derivative by a single cell, as an independent measure of what a step along each axis does.
+    lengths = torch.zeros(7)
+    for axis in range(7):
+        cell = torch.zeros(8, 16, 16, dtype=torch.float64)
+        cell[axis, 8, 8] = 1e-4
+        with torch.no_grad():
+            ahead, behind = (small.decode(latents + sign * cell).sample for sign in (1, -1))
+        lengths[axis] = ((ahead - behind) / 2e-4).square().sum((1, 2, 3)).mean()
+    assert lengths.max() < 1.5 * lengths.min()
+
+
+def test_the_smallest_scale_holds():
+    torch.manual_seed(0)
+    small = autoencoder.build_autoencoder(SMALL).eval()
+    pictures = torch.rand(64, 3, 64, 64) * 2 - 1
+    autoencoder.whiten(small, pictures)
+    autoencoder.scale_by_impact(small, pictures, least=0.5)
+    deviations = autoencoder.encode(small, pictures).std((0, 2, 3))
+    assert deviations[0] == pytest.approx(1, abs=0.05)
+    assert deviations.min() == pytest.approx(0.5, abs=0.05)
+    assert (deviations.diff() < 0.02).all()
+
+
 def test_psnr_is_that_of_eight_bit_pixels_and_of_the_mask_alone():
     pictures = torch.zeros(2, 3, 8, 8)
     wrong = pictures + torch.tensor([0, 10 / 127.5])[:, None, None, None]
