@@ -41,6 +41,7 @@ TEST = [
     "einops",
     "opt_einsum",
     "hypothesis>=6.150",
+    "peft>=0.21",  # diffusers reads LoRA files by it
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     # For launch/: its Dockerfile, its Kubernetes manifest and its shell scripts are checked.
@@ -80,7 +81,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"perfusion-{command} = perfusion_jax.{command}:run"
-            for command in ("train", "sample", "covariance", "compile")
+            for command in ("train", "sample", "export", "covariance", "compile")
         ]
     },
     extras_require={

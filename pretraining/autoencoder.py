@@ -203,7 +203,7 @@ def impact(autoencoder: AutoencoderKL, pictures: torch.Tensor, step: float = 0.1
 
 
 @torch.no_grad()
-def scale_by_impact(autoencoder: AutoencoderKL, pictures: torch.Tensor, least: float = 0.1) -> None:
+def scale_by_impact(autoencoder: AutoencoderKL, pictures: torch.Tensor, least: float = 0.1) -> torch.Tensor:
     """Turn and shrink white latents, so that a step of a given length changes the picture as much along any axis.
 
     White latents give every axis the same weight, in the noise and in the loss. A few of them hold the colour of a
@@ -214,8 +214,12 @@ def scale_by_impact(autoencoder: AutoencoderKL, pictures: torch.Tensor, least: f
     Args:
         pictures: float [count, 3, PIXELS, PIXELS] in [-1, 1].
         least: scale of axes that change nearly nothing; the largest is 1.
+
+    Returns:
+        float64 [channels, channels]: new latents are this matrix times the old; its rows are orthogonal.
     """
     values, vectors = torch.linalg.eigh(impact(autoencoder, pictures))
     scales = (values.clamp(min=0) / values[-1]).sqrt().clamp(min=least)
-    order = scales.argsort(descending=True)
-    fold(autoencoder, (scales[:, None] * vectors.T)[order], torch.zeros_like(scales))
+    matrix = (scales[:, None] * vectors.T)[scales.argsort(descending=True)]
+    fold(autoencoder, matrix, torch.zeros_like(scales))
+    return matrix

@@ -41,9 +41,8 @@ class Settings:
     object_weight: float = 2.0
     # Min-SNR (arXiv 2303.09556) alone gives steps of much noise, in which a picture this small can follow nothing but
     # its caption, a hundredth of the weight of others: captions then taught the places and not the things. Hence the
-    # floor. Its cap is higher than the paper's 5: details have a tenth of the deviation of colours (see
-    # `autoencoder.scale_by_impact`), so they are told from the noise where colours have a hundred times its variance.
-    signal_to_noise_cap: float = 40.0
+    # floor.
+    signal_to_noise_cap: float = 5.0
     signal_to_noise_floor: float = 0.5
     guidance_scale: float = 4.0
 

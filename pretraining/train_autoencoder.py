@@ -1,6 +1,6 @@
 """Train the autoencoder: `python -m pretraining.train_autoencoder --layout=4x8`.
 
-Resumes when it is given again. When it is through, the latents are whitened and scaled, and the model's folder is
+Resumes when it is given again. When it is through, the latents are whitened, and the model's folder is
 written beside the checkpoint, with a sheet of pictures and their reconstructions: scenes of the world, and drawings of
 vendors that it never saw.
 """
@@ -26,7 +26,6 @@ RUN = flags.DEFINE_string("run", "", "Folder of this run under the cache; by the
 SEED = 1_000
 SAVE_EVERY = 200
 WHITENING_SCENES = 4_096
-IMPACT_SCENES = 256
 
 
 @torch.no_grad()
@@ -38,7 +37,7 @@ def held_out_scenes(world: World, count: int, seed: int) -> tuple[torch.Tensor, 
 
 
 def run(folder: pathlib.Path, settings: autoencoders.Settings, samples: int) -> None:
-    """Trains, logging and saving on the way; whitens, scales and writes the model at the end."""
+    """Trains, logging and saving on the way; whitens and writes the model at the end."""
     device = training_tools.device()
     torch.manual_seed(SEED)
     world = World(things.atlas(), places.bank(), device)
@@ -87,7 +86,6 @@ def run(folder: pathlib.Path, settings: autoencoders.Settings, samples: int) -> 
             training_tools.append_metrics(folder / "metrics.jsonl", metrics)
             losses, watch = [], training_tools.Stopwatch()
     autoencoders.whiten(average, world.scenes(9_003, 0, WHITENING_SCENES)[0])
-    autoencoders.scale_by_impact(average, world.scenes(9_004, 0, IMPACT_SCENES)[0])
     average.cpu().save_pretrained(folder / "model")
 
 

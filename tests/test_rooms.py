@@ -13,7 +13,7 @@ FLOORS = (
     {"formats", "data"},
     {"drawing", "config"},
     {"learning"},
-    {"train", "sample", "covariance", "compile"},
+    {"train", "sample", "export", "covariance", "compile"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What the package offers as a whole.

@@ -290,6 +290,16 @@ def read_architecture(layout: Layout, dtype: jnp.dtype) -> Architecture:
     )
 
 
+def read_tokenizer(layout: Layout, encoder: TextEncoder) -> text.PromptTokenizer:
+    """Reads the tokeniser that stands beside a text encoder.
+
+    Raises:
+        InputError: as `text.load_tokenizer`.
+    """
+    vocabulary = layout.vocabulary(encoder.tokenizer)
+    return text.load_tokenizer(vocabulary.folder, encoder.module.config, vocabulary.padding)
+
+
 def network_dtype(name: str = "auto") -> jnp.dtype:
     """The dtype for a network: `float32`, `bfloat16`, or with `auto` float32 on a CPU and bfloat16 elsewhere."""
     if name == "auto":

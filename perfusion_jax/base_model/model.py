@@ -11,7 +11,7 @@ import numpy as np
 
 from perfusion_jax.base_model import text
 from perfusion_jax.base_model.architecture import Architecture, read_architecture
-from perfusion_jax.base_model.layout import find_layout
+from perfusion_jax.base_model.layout import Layout, find_layout
 from perfusion_jax.base_model.source import full_name
 from perfusion_jax.base_model.weights import read_tree
 from perfusion_jax.method.concept import Concept
@@ -32,13 +32,18 @@ class BaseModel:
         model: the architecture, all of it but the weights; static in compiled functions.
         params: weights by component: `unet`, `vae`, `text_encoder`, ... Pass them, or an edited tree, as an argument to
             what is compiled, rather than closing over them.
-        covariance: the file of C that came with the checkpoint, if one did.
+        layout: where its configs and its tokeniser are.
     """
 
     name: str
     model: Architecture
     params: dict[str, Params]
-    covariance: Path | None = None
+    layout: Layout
+
+    @property
+    def covariance(self) -> Path | None:
+        """The file of C that came with the checkpoint, if one did."""
+        return self.layout.covariance
 
     def super_category_embedding(self, super_category: str) -> jax.Array:
         """Returns the word embedding of a super-category, the mean over its tokens, float32 [token_width].
@@ -148,4 +153,4 @@ def load_base_model(
     params: dict[str, Params] = {}
     for component, shapes in model.shapes.items():
         params[component] = read_tree(layout.checkpoint(component), shapes, dtype, layout.weights_name(component))
-    return BaseModel(name, model, params, layout.covariance)
+    return BaseModel(name, model, params, layout)

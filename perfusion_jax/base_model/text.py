@@ -4,6 +4,7 @@ A placeholder `<name>` stands for concept j of a list and has the token id `voca
 tokeniser's vocabulary nor the embedding table grows.
 """
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -92,6 +93,25 @@ class PromptTokenizer:
         lengths = np.array([len(row) + 2 for row in words])
         ids = np.asarray(rows, np.int32).reshape(len(rows), self.length)
         return ids, np.arange(self.length) < lengths[:, None]
+
+    def with_words(self, words: Sequence[str]) -> "PromptTokenizer":
+        """Returns a tokeniser whose vocabulary has some words more, each a token of its own, behind all others.
+
+        Raises:
+            InputError: it has one of them already.
+        """
+        self._check_placeholders(words)
+        grown = copy.deepcopy(self._tokenizer)
+        grown.add_tokens(list(words))
+        return PromptTokenizer(grown, max(self.vocabulary_size, len(grown)), self.length)
+
+    def id_of(self, word: str) -> int:
+        """Returns the token id of a word of the vocabulary."""
+        return self._tokenizer.convert_tokens_to_ids(word)
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokeniser as transformers reads it."""
+        self._tokenizer.save_pretrained(folder)
 
     def words(self, phrase: str) -> list[int]:
         """Returns the token ids of a super-category, without start, end and padding.
@@ -196,6 +216,8 @@ class PromptTokenizer:
         ids: list[int] = []
         start = 0
         for match in PLACEHOLDER.finditer(prompt):
+            if match[0] not in placeholders and match[0] in self._tokenizer.get_vocab():
+                continue  # a word of the model's own: an export put it there
             if match[0] not in placeholders:
                 names = ", ".join(placeholders) or "none"
                 raise InputError(f"the prompt {prompt!r} names {match[0]}, but the concepts given are: {names}")
@@ -255,6 +277,11 @@ class TextEncoder:
     penultimate: bool = False
     end: int = 0
     padding: int | None = None
+
+    @property
+    def tokenizer(self) -> str:
+        """What the tokeniser beside it is called, such as `tokenizer_2`."""
+        return self.component.replace("text_encoder", "tokenizer")
 
     @property
     def width(self) -> int:

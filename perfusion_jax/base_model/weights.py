@@ -55,6 +55,22 @@ def to_flax_layout(tensor: np.ndarray, path: FlaxPath, rank: int) -> np.ndarray:
     return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
 
 
+def torch_tensors(params: Mapping[str, Any], dtype: jnp.dtype) -> dict[str, np.ndarray]:
+    """Returns a component's weights as PyTorch's diffusers and transformers name them and lay them out.
+
+    Args:
+        params: as of `read_tree`.
+        dtype: of every tensor in the result.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in flatten_dict(params).items():
+        tensor = np.asarray(leaf).astype(dtype)
+        if path[-1] == "kernel":
+            tensor = tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
+        tensors[_vae_attention_name(torch_name(path))] = np.ascontiguousarray(tensor)
+    return tensors
+
+
 class Checkpoint(Protocol):
     """The tensors of one component's weights."""
 

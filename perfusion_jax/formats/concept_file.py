@@ -10,15 +10,16 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from perfusion_jax.base_model import BaseModel
+from perfusion_jax.formats.tensor_file import read_header, tensor_bytes
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import storage_errors, to_path, write_bytes
@@ -79,26 +80,9 @@ def save_concept(file: str | Path, concept: Concept, card: ConceptCard) -> None:
         for layer, output in getattr(concept, kind).items():
             tensors[f"{kind}.{_dotted(layer)}"] = output
     metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in dataclasses.asdict(card).items()}}
-    data = save({name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}, metadata)
-    write_bytes(file, _with_sorted_metadata(data))
-
-
-def _with_sorted_metadata(data: bytes) -> bytes:
-    """Makes equal concepts equal files: `save` writes metadata in an order of chance."""
-    header = _header(data)
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors are aligned
-    return len(text).to_bytes(8, "little") + text + data[8 + _header_size(data) :]
-
-
-def _header_size(data: bytes) -> int:
-    return int.from_bytes(data[:8], "little")
-
-
-def _header(data: bytes) -> dict[str, Any]:
-    """Of a safetensors file: JSON after its length in 8 bytes."""
-    return json.loads(data[8 : 8 + _header_size(data)])
+    write_bytes(
+        file, tensor_bytes({name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}, metadata)
+    )
 
 
 def read_card(file: str | Path) -> ConceptCard:
@@ -134,7 +118,7 @@ def _read(file: epath.Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
             raise InputError(f"{file}: no such concept file") from error
     try:
         tensors = load(data)
-        metadata = _header(data).get("__metadata__", {})  # `load` has checked it
+        metadata = read_header(data).get("__metadata__", {})  # `load` has checked it
     except SafetensorError as error:
         raise InputError(f"{file}: not a complete safetensors file ({error})") from error
     except KeyError as error:  # NumPy has no such numbers

@@ -55,6 +55,18 @@ class Edit(NamedTuple):
     gates: Gate
 
 
+class Factors(NamedTuple):
+    """A change of a kernel of low rank: W' = W + down^T up.
+
+    Attributes:
+        down: float32 [num_concepts, context_width].
+        up: float32 [num_concepts, out_width].
+    """
+
+    down: Float32[Array, "concepts context"]
+    up: Float32[Array, "concepts out"]
+
+
 class EditedInput(NamedTuple):
     """A prompt's encodings, split into what every edited projection reads.
 
@@ -181,23 +193,34 @@ def project(
     return (dense + _dot(edited.activations, target_outputs.astype(jnp.float32))).astype(dtype)
 
 
-def bake(
+def baked_change(
     kernel: Float[Array, "context out"], edit: Edit, target_outputs: Float[Array, "concepts out"]
-) -> Float[Array, "context out"]:
-    """Folds the ungated edit into a plain kernel: the similarity stands for the gate (ROME, arXiv 2202.05262, eq. 2).
+) -> Factors:
+    """Returns what the ungated edit adds to a plain kernel, where the similarity stands for the gate.
 
-    For one concept, W' = W + g (o* - W i*) (C^-1 i*)^T / <i*, i*>.
+    For one concept, W' = W + g (o* - W i*) (C^-1 i*)^T / <i*, i*> (ROME, arXiv 2202.05262, eq. 2). Several share the
+    span of their target inputs as `edited_input` does.
 
     Args:
         kernel: W as Flax stores it, [context_width, out_width].
         edit: the concepts; of their gates only the strength is used.
         target_outputs: o*, float32 [num_concepts, out_width].
+    """
+    edit = _exact(edit)
+    change = target_outputs.astype(jnp.float32) - _dot(edit.target_inputs, kernel.astype(jnp.float32))
+    return Factors(dual_basis(edit) * jnp.reshape(edit.gates.strength, (-1, 1)), change)
+
+
+def bake(
+    kernel: Float[Array, "context out"], edit: Edit, target_outputs: Float[Array, "concepts out"]
+) -> Float[Array, "context out"]:
+    """Folds the ungated edit into a plain kernel.
+
+    Args:
+        kernel, edit, target_outputs: as for `baked_change`.
 
     Returns:
         [context_width, out_width], the kernel's dtype.
     """
-    edit = _exact(edit)
-    exact = kernel.astype(jnp.float32)
-    change = target_outputs.astype(jnp.float32) - _dot(edit.target_inputs, exact)
-    scaled = dual_basis(edit) * jnp.reshape(edit.gates.strength, (-1, 1))
-    return (exact + _dot(scaled.T, change)).astype(kernel.dtype)
+    factors = baked_change(kernel, edit, target_outputs)
+    return (kernel.astype(jnp.float32) + _dot(factors.down.T, factors.up)).astype(kernel.dtype)

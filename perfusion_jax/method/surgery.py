@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32
 
 from perfusion_jax.method import concept as concept_lib
 from perfusion_jax.method.concept import Concept
-from perfusion_jax.method.edit import Edit, Gate
+from perfusion_jax.method.edit import Edit, Factors, Gate, baked_change
 from perfusion_jax.method.edit import bake as bake_kernel
 
 Params = dict[str, Any]
@@ -108,6 +108,26 @@ def bake(
         stacked,
         lambda weights, target_outputs: {**weights, "kernel": bake_kernel(weights["kernel"], edit, target_outputs)},
     )
+
+
+def baked_changes(
+    unet_params: Params, concepts: Concept | Sequence[Concept], strength: Float[Array, "*concepts"] | float = 1.0
+) -> dict[str, Factors]:
+    """Returns what `bake` adds to each kernel, as factors: by path, such as `mid_block/.../attn2/to_k/kernel`.
+
+    Args:
+        unet_params, concepts, strength: as for `bake`, at least one concept.
+
+    Raises:
+        ValueError: as for `insert`.
+    """
+    _refuse_edited(unet_params)
+    stacked, edit = _stack(unet_params, concepts, Gate(bias=0.0, temperature=1.0, strength=strength))
+    return {
+        f"{layer}/{projection}/kernel": baked_change(weights[projection]["kernel"], edit, outputs[layer])
+        for layer, weights in cross_attention_layers(unet_params).items()
+        for projection, outputs in (("to_k", stacked.key_outputs), ("to_v", stacked.value_outputs))
+    }
 
 
 def _change_projections(

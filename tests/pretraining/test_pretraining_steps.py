@@ -20,6 +20,7 @@ from pretraining import (  # noqa: E402
     diffusion,
     model,
     places,
+    rescale_latents,
     scenes,
     stream,
     tokenizer,
@@ -113,6 +114,24 @@ def test_scaled_latents_change_the_picture_as_much_along_any_axis():
             ahead, behind = (small.decode(latents + sign * cell).sample for sign in (1, -1))
         lengths[axis] = ((ahead - behind) / 2e-4).square().sum((1, 2, 3)).mean()
     assert lengths.max() < 1.5 * lengths.min()
+
+
+def test_a_turned_model_is_the_same_along_other_axes():
+    torch.manual_seed(0)
+    unet = model.build_unet(8, 16).eval()
+    axes = torch.linalg.qr(torch.randn(8, 8))[0]
+    latents, text = torch.randn(2, 8, 16, 16), torch.randn(2, 5, model.CONTEXT_WIDTH)
+
+    def along(axes, maps):
+        return torch.einsum("ji,bihw->bjhw", axes, maps)
+
+    with torch.no_grad():
+        before = unet(latents, 500, text).sample
+        weights = {f"unet.{name}": value for name, value in unet.state_dict().items()}
+        turned = rescale_latents.turned(weights, axes)
+        unet.load_state_dict({name.removeprefix("unet."): value for name, value in turned.items()})
+        after = unet(along(axes, latents), 500, text).sample
+    torch.testing.assert_close(after, along(axes, before), rtol=0, atol=1e-4)
 
 
 def test_the_smallest_scale_holds():

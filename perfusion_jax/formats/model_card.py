@@ -1,0 +1,178 @@
+"""The README.md of an export: the model card that the hub shows, and which words to write in which tool."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perfusion_jax.base_model import BaseModel
+from perfusion_jax.base_model.source import is_hub_id
+from perfusion_jax.formats.concept_file import ConceptCard
+from perfusion_jax.formats.lora import CLIP_NAMES
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card is made of.
+
+    Attributes:
+        base: the model that the concepts were trained on.
+        concepts: their cards.
+        strengths: theirs.
+        weights: the file with the edit, or empty.
+        words: the files of the words, in the order of the concepts, or none.
+    """
+
+    base: BaseModel
+    concepts: Sequence[ConceptCard]
+    strengths: Sequence[float]
+    weights: str
+    words: Sequence[str]
+
+    def text(self, kind: str) -> str:
+        """The whole card of a kind of export, such as `lora`."""
+        how = {
+            "lora": self._lora,
+            "lora-peft": self._peft,
+            "bundle": self._bundle,
+            "embedding": self._embedding,
+            "pipeline": self._pipeline,
+        }
+        names = " and ".join(concept.name for concept in self.concepts)
+        gate = "" if kind == "embedding" else _GATE
+        return f"{self._front_matter(kind)}\n# {names}\n\n{self._table()}{gate}\n## How to draw it\n\n{how[kind]()}"
+
+    def _front_matter(self, kind: str) -> str:
+        """YAML, in which JSON's strings are strings, whatever they hold."""
+        licences = {concept.licence for concept in self.concepts} - {""}
+        licence = licences.pop() if len(licences) == 1 else "unknown"
+        tags = ["text-to-image", "diffusers", "perfusion"]
+        tags += ["lora", "template:sd-lora"] if kind.startswith("lora") else []
+        lines = [
+            f"license: {json.dumps(licence)}",
+            "library_name: diffusers",
+            *([f"base_model: {json.dumps(self.base.name)}"] if is_hub_id(self.base.name) else []),
+            f"instance_prompt: {json.dumps(self._prompt())}",
+            "widget:",
+            f"- text: {json.dumps(self._prompt())}",
+            "tags:",
+            *(f"- {tag}" for tag in tags),
+        ]
+        return "\n".join(["---", *lines, "---", ""])
+
+    def _table(self) -> str:
+        rows = "\n".join(
+            f"| {concept.name} | {concept.super_category} | {concept.step} | {strength:g} "
+            f"| {concept.licence or 'not said'} |"
+            for concept, strength in zip(self.concepts, self.strengths, strict=True)
+        )
+        return f"""\
+Learnt by [Perfusion](https://arxiv.org/abs/2305.01644) with `perfusion_jax` on `{self.base.name}`. It is of use with
+that base model, or a fine-tune that is near it, alone.
+
+| concept | is a | steps | strength | licence of its pictures |
+| --- | --- | --- | --- | --- |
+{rows}
+"""
+
+    def _lora(self) -> str:
+        words = " and ".join(f"`{file}`" for file in self.words)
+        return f"""\
+Both are needed, the LoRA and the word.
+
+**A1111, Forge, SD.Next**: `{self.weights}` goes into `models/Lora`, {words} into `embeddings`. Write
+`{self._prompt("{}_word")} <lora:{_stem(self.weights)}:1>`.
+
+**ComfyUI**: `{self.weights}` goes into `models/loras`, {words} into `models/embeddings`. A node *Load LoRA* stands
+between checkpoint and sampler. Write `{self._prompt("embedding:{}_word")}`.
+
+**kohya's sd-scripts**: `--network_module networks.lora --network_weights {self.weights}
+--textual_inversion_embeddings {" ".join(self.words)}`. Write `{self._prompt("{}_word")}`.
+
+**OneTrainer**: `{self.weights}` as the LoRA, {words} as additional embeddings.
+
+{self._diffusers()}"""
+
+    def _peft(self) -> str:
+        return self._diffusers()
+
+    def _bundle(self) -> str:
+        return f"""\
+**A1111, SD.Next**: `{self.weights}` goes into `models/Lora`. Write
+`{self._prompt("{}_word")} <lora:{_stem(self.weights)}:1>`.
+
+Other tools pass the words over, or refuse the file: export `lora` for them.
+"""
+
+    def _embedding(self) -> str:
+        return f"""\
+These are the words alone, without the edit that goes with them: the concept's kind and colours, and not much more.
+
+**A1111, Forge, SD.Next**: into `embeddings`. Write `{self._prompt("{}_word")}`.
+
+**ComfyUI**: into `models/embeddings`. Write `{self._prompt("embedding:{}_word")}`.
+
+{self._diffusers()}"""
+
+    def _pipeline(self) -> str:
+        return f"""\
+This is a whole model with the concept in it: what the base model's licence says holds for it, too.
+
+**diffusers**:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(".")
+picture = pipe({json.dumps(self._prompt())}).images[0]
+```
+
+**perfusion_jax**: `--base` with this folder, and no `--concept`.
+"""
+
+    def _diffusers(self) -> str:
+        loading = [f'pipe.load_lora_weights(".", weight_name="{self.weights}")'] if self.weights else []
+        lines = [
+            "from diffusers import DiffusionPipeline",
+            *(["from safetensors.torch import load_file"] if len(self.base.model.text_encoders) > 1 else []),
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({json.dumps(self.base.name)})",
+            *loading,
+            *self._loading_words(),
+            f"picture = pipe({json.dumps(self._prompt())}).images[0]",
+        ]
+        return "\n".join(["**diffusers**:", "", "```python", *lines, "```", ""])
+
+    def _loading_words(self) -> list[str]:
+        encoders = self.base.model.text_encoders
+        named = list(zip(self.words, (concept.placeholder for concept in self.concepts), strict=True))
+        if len(encoders) == 1:
+            return [f'pipe.load_textual_inversion("{file}", token="{word}")' for file, word in named]
+        lines = []
+        for file, word in named:
+            lines.append(f'words = load_file("{file}")')
+            for key, encoder in zip(CLIP_NAMES, encoders, strict=True):
+                parts = f"text_encoder=pipe.{encoder.component}, tokenizer=pipe.{encoder.tokenizer}"
+                lines.append(f'pipe.load_textual_inversion(words["{key}"], token="{word}", {parts})')
+        # Older configs say 2, by which transformers takes the vector of a prompt where the id is largest: the word's.
+        lines.append("# The vector for a whole prompt is read at its end, and not at the new word.")
+        lines += [
+            f"pipe.{encoder.component}.text_model.eos_token_id = pipe.{encoder.tokenizer}.eos_token_id"
+            for encoder in encoders
+        ]
+        return lines
+
+    def _prompt(self, form: str = "<{}>") -> str:
+        """A prompt with all concepts, each called as `form` says."""
+        things = " and ".join(f"a {form.format(concept.name)}" for concept in self.concepts)
+        return f"a photo of {things} on the beach"
+
+
+_GATE = """
+The rank-one edit is baked into plain weights, which have no gate: words near the concept's own are changed more than
+where `perfusion_jax` draws it, and so are negative prompts. Where pictures follow the concept too much, give it less
+weight.
+"""
+
+
+def _stem(file: str) -> str:
+    return file.removesuffix(".safetensors")

@@ -1,0 +1,232 @@
+"""What other tools read of concepts: drawn by diffusers, and by the names that the others look up."""
+
+import dataclasses
+import json
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+
+from perfusion_jax import InputError, bake, generate, load_base_model
+from perfusion_jax.drawing.denoising import noise_for
+from perfusion_jax.formats.concept_file import ConceptCard, TrainedConcept
+from perfusion_jax.formats.exporting import export
+from perfusion_jax.formats.lora import balanced, embedding_bytes, lora_bytes
+from perfusion_jax.method.edit import Factors
+from perfusion_jax.method.surgery import baked_changes, cross_attention_layers
+
+pytestmark = [
+    # diffusers asks PyTorch's tensors for NumPy arrays in the way of NumPy 1.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+]
+PROMPTS = ["a photo of a <rex> on the beach", "a dog in the snow"]
+SEEDS = [3, 4]
+STEPS = 5
+
+
+def learnt(base, name="rex", word="dog", seed=0):
+    """A concept that has gone some way from its super-category."""
+    width = base.model.context_width
+    factor = np.random.default_rng(7).standard_normal((width, width)) / width**0.5
+    whitening = jnp.asarray(factor @ factor.T + np.eye(width), jnp.float32)
+    concept = base.new_concept(word, whitening)
+    keys = iter(jax.random.split(jax.random.key(seed), 100))
+
+    def moved(leaf):
+        return leaf + 0.3 * jnp.abs(leaf).mean() * jax.random.normal(next(keys), leaf.shape)
+
+    concept = dataclasses.replace(
+        concept,
+        embedding=moved(concept.embedding),
+        value_outputs={layer: moved(output) for layer, output in sorted(concept.value_outputs.items())},
+    )
+    concept = concept.with_target_input(moved(concept.target_input), whitening)
+    card = ConceptCard(name, word, base.name, base.fingerprint, 0.6, 0.15, 6.0, 100, licence="cc0-1.0")
+    return TrainedConcept(concept, card)
+
+
+@pytest.fixture(scope="module")
+def rex(base):
+    return learnt(base)
+
+
+def drawn_baked(base, concepts, prompts=PROMPTS, strengths=()):
+    """Ours: the edit baked, and of the concepts the words alone."""
+    strength = jnp.asarray(strengths or [1.0] * len(concepts))
+    unet = bake(base.params["unet"], [concept for concept, _ in concepts], strength)
+    baked = dataclasses.replace(base, params={**base.params, "unet": unet})
+    return generate(baked, prompts, SEEDS, concepts, strength=0.0, sampler="ddim", steps=STEPS, height=32, width=32)
+
+
+def drawn_by(pipeline, base, prompts=PROMPTS):
+    pipeline.set_progress_bar_config(disable=True)
+    config = {**pipeline.scheduler.config, "clip_sample": False}
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(config)
+    noise = np.asarray(noise_for(base.model, SEEDS, 32, 32)).transpose(0, 3, 1, 2).copy()
+    return (
+        255
+        * pipeline(
+            prompts,
+            latents=torch.from_numpy(noise),
+            num_inference_steps=STEPS,
+            guidance_scale=6.0,
+            height=32,
+            width=32,
+            output_type="np",
+        ).images
+    )
+
+
+def open_base(folder):
+    return diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+
+
+def add_words(pipeline, base, out, names=("rex",)):
+    """As the model card says."""
+    for name in names:
+        file = out / f"{name}_word.safetensors"
+        if len(base.model.text_encoders) == 1:
+            pipeline.load_textual_inversion(str(file), token=f"<{name}>")
+            continue
+        words = load_torch(file)
+        for key, number in (("clip_l", ""), ("clip_g", "_2")):
+            encoder, tokenizer = getattr(pipeline, f"text_encoder{number}"), getattr(pipeline, f"tokenizer{number}")
+            pipeline.load_textual_inversion(words[key], token=f"<{name}>", text_encoder=encoder, tokenizer=tokenizer)
+            encoder.text_model.eos_token_id = tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora-peft"])
+def test_diffusers_draws_a_lora_as_we_draw_the_baked_edit(folder, base, rex, tmp_path, kind):
+    export(base, [rex], kind, tmp_path, dtype="float32")
+    pipeline = open_base(folder)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="rex_lora.safetensors")
+    add_words(pipeline, base, tmp_path)
+    ours, theirs = drawn_baked(base, [rex]), drawn_by(pipeline, base)
+    assert np.abs(ours - theirs).max() <= 2
+    plain = generate(base, PROMPTS, SEEDS, [rex], strength=0.0, sampler="ddim", steps=STEPS, height=32, width=32)
+    assert np.abs(plain - 1.0 * ours).mean() > 1  # the edit is to be seen
+
+
+def test_diffusers_draws_a_pipeline_as_we_draw_the_baked_edit(base, rex, tmp_path):
+    export(base, [rex], "pipeline", tmp_path, dtype="float32")
+    theirs = drawn_by(diffusers.DiffusionPipeline.from_pretrained(tmp_path), base)
+    assert np.abs(drawn_baked(base, [rex]) - theirs).max() <= 2
+    again = load_base_model(tmp_path)
+    ours = generate(again, PROMPTS, SEEDS, sampler="ddim", steps=STEPS, height=32, width=32)
+    assert np.abs(ours - theirs).max() <= 2
+
+
+def test_several_concepts_are_baked_together(sd1_folder, sd1_base, tmp_path):
+    both = [learnt(sd1_base), learnt(sd1_base, "tom", "cat", seed=1)]
+    prompts = ["a <rex> and a <tom> on the beach", "a photo of a <tom>"]
+    export(sd1_base, both, "lora", tmp_path, strengths=[1.0, 0.6], dtype="float32")
+    pipeline = open_base(sd1_folder)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="rex_tom_lora.safetensors")
+    add_words(pipeline, sd1_base, tmp_path, ("rex", "tom"))
+    ours = drawn_baked(sd1_base, both, prompts, [1.0, 0.6])
+    assert np.abs(ours - drawn_by(pipeline, sd1_base, prompts)).max() <= 2
+
+
+def test_factors_are_what_baking_adds(base, rex):
+    baked = cross_attention_layers(bake(base.params["unet"], rex.concept, 0.7))
+    plain = cross_attention_layers(base.params["unet"])
+    changes = baked_changes(base.params["unet"], rex.concept, 0.7)
+    assert len(changes) == 2 * len(plain)
+    for path, factors in changes.items():
+        layer, projection, _ = path.rsplit("/", 2)
+        expected = np.float64(baked[layer][projection]["kernel"]) - np.float64(plain[layer][projection]["kernel"])
+        down, up = balanced(factors)
+        np.testing.assert_allclose((up @ down).T, expected, atol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(down, axis=1), np.linalg.norm(up, axis=0), rtol=1e-5)
+
+
+def test_balanced_factors_of_no_strength_are_zero():
+    down, up = balanced(Factors(jnp.zeros((1, 4)), jnp.ones((1, 3))))
+    assert np.isfinite(up).all()
+    assert not (up @ down).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_numbers_are_of_the_dtype_asked_for_and_equal_concepts_are_equal_files(sd1_base, tmp_path, dtype):
+    rex = learnt(sd1_base)
+    export(sd1_base, [rex], "lora", tmp_path, dtype=dtype)
+    tensors = load_torch(tmp_path / "rex_lora.safetensors")
+    assert {str(t.dtype) for name, t in tensors.items() if "alpha" not in name} == {f"torch.{dtype}"}
+    assert (tmp_path / "rex_lora.safetensors").read_bytes() == lora_bytes(sd1_base, [rex], dtype=dtype)
+    exact = load_lora(lora_bytes(sd1_base, [rex], dtype="float32"), tmp_path)
+    for name, tensor in exact.items():
+        np.testing.assert_allclose(tensors[name].float(), tensor, rtol=1e-2, atol=1e-6)
+
+
+def load_lora(data, folder):
+    (folder / "exact.safetensors").write_bytes(data)
+    return load_file(folder / "exact.safetensors")
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(sd1_base):
+    rex = learnt(sd1_base)
+    large = rex._replace(concept=dataclasses.replace(rex.concept, embedding=rex.concept.embedding * 1e9))
+    with pytest.raises(InputError, match="emb_params has numbers that float16 cannot hold: ask for bfloat16"):
+        embedding_bytes(sd1_base.model, large)
+
+
+def test_what_a_folder_holds_is_not_mixed_up(sd1_base, tmp_path):
+    rex = learnt(sd1_base)
+    export(sd1_base, [rex], "lora", tmp_path)
+    export(sd1_base, [rex], "lora", tmp_path)  # anew
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds notes\.txt, which is no part of this export: name a new folder"):
+        export(sd1_base, [rex], "lora", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "onnx"}, "'onnx' is not a kind of export: lora, "),
+        ({"concepts": []}, "no concept to export"),
+        ({"strengths": [1.0, 2.0]}, "2 strengths for 1 concepts"),
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(sd1_base, tmp_path, arguments, message):
+    given = {"concepts": [learnt(sd1_base)], "kind": "lora", "out": tmp_path / "out", **arguments}
+    with pytest.raises(InputError, match=message):
+        export(sd1_base, **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_concepts_of_one_name_are_refused(sd1_base, tmp_path):
+    with pytest.raises(InputError, match="two concepts are called rex"):
+        export(sd1_base, [learnt(sd1_base), learnt(sd1_base, seed=1)], "lora", tmp_path)
+
+
+def test_a_bucket_is_written_to(sd1_base, bucket):
+    files = export(sd1_base, [learnt(sd1_base)], "lora", f"{bucket}/exports/rex")
+    assert [file.name for file in files] == ["rex_lora.safetensors", "rex_word.safetensors", "README.md"]
+    assert files[-1].read_text().startswith("---\nlicense: ")
+
+
+def test_the_card_can_be_read_by_the_hub(sd1_base, tmp_path):
+    from huggingface_hub import ModelCard
+
+    export(sd1_base, [learnt(sd1_base)], "lora", tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "cc0-1.0"
+    assert card.data.instance_prompt == "a photo of a <rex> on the beach"
+    assert {"lora", "text-to-image", "template:sd-lora"} <= set(card.data.tags)
+    assert "<lora:rex_lora:1>" in card.text
+
+
+def test_metadata_are_strings_that_tools_show(sd1_base, tmp_path):
+    data = lora_bytes(sd1_base, [learnt(sd1_base)])
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert metadata["modelspec.trigger_phrase"] == "rex_word"
+    assert json.loads(metadata["ss_tag_frequency"]) == {"rex": {"rex_word": 100}}

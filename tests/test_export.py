@@ -1,0 +1,51 @@
+"""The command that exports."""
+
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+from safetensors import safe_open
+
+from perfusion_jax.formats.concept_file import ConceptCard, save_concept
+
+
+@pytest.fixture(scope="module")
+def concept_file(small_base, tmp_path_factory):
+    concept = small_base.new_concept("dog", jnp.eye(small_base.model.context_width))
+    card = ConceptCard("rex", "dog", "small", small_base.fingerprint, 0.6, 0.15, 6.0, 1)
+    file = tmp_path_factory.mktemp("concept") / "rex.safetensors"
+    save_concept(file, concept, card)
+    return file
+
+
+def run_export(*arguments):
+    command = [sys.executable, "-m", "perfusion_jax.export", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_lora_and_what_is_wrong_with_it(small_folder, concept_file, tmp_path):
+    out = tmp_path / "out"
+    given = (f"--base={small_folder}", f"--concept={concept_file}")
+    done = run_export(*given, "--to=lora", f"--out={out}", "--dtype=float32", "--strength=0.5")
+    assert done.returncode == 0, done.stderr
+    assert [line.rpartition("/")[2] for line in done.stdout.splitlines()] == [
+        "rex_lora.safetensors",
+        "rex_word.safetensors",
+        "README.md",
+    ]
+    assert "| rex | dog | 1 | 0.5 | not said |" in (out / "README.md").read_text()
+    with safe_open(out / "rex_lora.safetensors", "numpy") as opened:
+        assert all(key.startswith("lora_unet_") for key in opened.keys())
+    (out / "else.txt").write_text("")
+    for arguments, message in (
+        ((*given, "--to=lora", f"--out={out}"), "error: {out}: holds else.txt, which is no part of this export"),
+        ((*given, "--to=lora", f"--out={out}2", "--strength=strong"), "error: --strength=strong: not numbers"),
+        ((f"--concept={concept_file}", "--to=lora", f"--out={out}2"), "which emoji is not: load that one"),
+        ((*given, f"--out={out}2"), "--to"),
+    ):
+        failed = run_export(*arguments)
+        assert failed.returncode == 2, failed.stderr
+        assert message.format(out=out) in failed.stderr
+        assert "Traceback" not in failed.stderr
+        assert not (tmp_path / "out2").exists()
