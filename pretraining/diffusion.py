@@ -247,6 +247,17 @@ def lightened(state: dict[str, Any]) -> dict[str, Any]:
     return {"average": average, **{name: state[name] for name in ("step", "samples", "decay_start")}}
 
 
+def turned(weights: dict[str, torch.Tensor], axes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The UNet's weights among others, for latents whose axes are the rows of `axes` (orthonormal)."""
+    entry, end = weights["unet.conv_in.weight"], weights["unet.conv_out.weight"]
+    return {
+        **weights,
+        "unet.conv_in.weight": torch.einsum("oihw,ji->ojhw", entry, axes).contiguous(),
+        "unet.conv_out.weight": torch.einsum("ji,iohw->johw", axes, end).contiguous(),
+        "unet.conv_out.bias": axes @ weights["unet.conv_out.bias"],
+    }
+
+
 def make_trainer(
     text_tokenizer: CLIPTokenizer, latent_channels: int, grid: int, device: torch.device, settings: Settings
 ) -> Trainer:

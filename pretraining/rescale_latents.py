@@ -10,24 +10,13 @@ from absl import app, flags
 from diffusers import AutoencoderKL
 
 from pretraining import autoencoder as autoencoders
-from pretraining import places, things, training_tools, vendors
+from pretraining import diffusion, places, things, training_tools, vendors
 from pretraining.scenes import World
 
 AUTOENCODER = flags.DEFINE_string("autoencoder", "autoencoder", "Folder of the autoencoder's run under the cache.")
 RUN = flags.DEFINE_string("run", "diffusion", "Folder of the diffusion model's run under the cache.")
 
 SCENES = 256
-
-
-def turned(weights: dict[str, torch.Tensor], axes: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The UNet's weights among others, for latents whose axes are the rows of `axes` (orthonormal)."""
-    entry, end = weights["unet.conv_in.weight"], weights["unet.conv_out.weight"]
-    return {
-        **weights,
-        "unet.conv_in.weight": torch.einsum("oihw,ji->ojhw", entry, axes).contiguous(),
-        "unet.conv_out.weight": torch.einsum("ji,iohw->johw", axes, end).contiguous(),
-        "unet.conv_out.bias": axes @ weights["unet.conv_out.bias"],
-    }
 
 
 def main(_: list[str]) -> None:
@@ -42,7 +31,7 @@ def main(_: list[str]) -> None:
     matrix = autoencoders.scale_by_impact(autoencoder, World(things.atlas(), places.bank()).scenes(9_004, 0, SCENES)[0])
     axes = torch.nn.functional.normalize(matrix, dim=1).float()
     scaled = {
-        **{name: turned(state[name], axes) for name in ("model", "average")},
+        **{name: diffusion.turned(state[name], axes) for name in ("model", "average")},
         **{name: state[name] for name in ("step", "samples", "decay_start")},
     }
     training_tools.save_checkpoint(path.with_name("white.pt"), state)

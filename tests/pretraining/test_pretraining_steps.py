@@ -20,7 +20,6 @@ from pretraining import (  # noqa: E402
     diffusion,
     model,
     places,
-    rescale_latents,
     scenes,
     stream,
     tokenizer,
@@ -128,7 +127,7 @@ def test_a_turned_model_is_the_same_along_other_axes():
     with torch.no_grad():
         before = unet(latents, 500, text).sample
         weights = {f"unet.{name}": value for name, value in unet.state_dict().items()}
-        turned = rescale_latents.turned(weights, axes)
+        turned = diffusion.turned(weights, axes)
         unet.load_state_dict({name.removeprefix("unet."): value for name, value in turned.items()})
         after = unet(along(axes, latents), 500, text).sample
     torch.testing.assert_close(after, along(axes, before), rtol=0, atol=1e-4)
