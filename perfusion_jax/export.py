@@ -3,9 +3,9 @@
     python -m perfusion_jax.export --concept runs/dog/concepts/dog.safetensors --to lora --out exports/dog
 
 KIND is `lora` (a LoRA and an embedding: diffusers, A1111, Forge, SD.Next, ComfyUI, kohya, OneTrainer), `lora-peft`
-(diffusers alone), `bundle` (both in one file: A1111, SD.Next), `embedding` (the word alone) or `pipeline` (a whole
-model in the diffusers layout). Several concepts are baked together. The README.md beside the files says which words to
-write in which tool.
+(diffusers alone), `bundle` (both in one file: A1111, SD.Next), `embedding` (the word alone), `pipeline` (a whole model
+in the diffusers layout) or `orbax` (the UNet's parameter tree for JAX, baked or --gated). Several concepts are baked
+together. The README.md beside the files says which words to write in which tool.
 """
 
 from absl import flags
@@ -28,13 +28,13 @@ def main() -> None:
         raise InputError(f"--strength={','.join(given.strength)}: not numbers") from error
     base = load_base_model(given.base, revision=given.revision, variant=given.variant)
     concepts = [load_concept(file, base) for file in given.concept]
-    for file in export(base, concepts, given.to, given.out, strengths, given.dtype):
+    for file in export(base, concepts, given.to, given.out, strengths, given.dtype, given.gated):
         print(file)
 
 
 def run() -> None:
     """The command."""
-    kinds = ["lora", "lora-peft", "bundle", "embedding", "pipeline"]
+    kinds = ["lora", "lora-peft", "bundle", "embedding", "pipeline", "orbax"]
     flags.DEFINE_multi_string("concept", None, "concept file; may be given several times", required=True)
     flags.DEFINE_enum("to", None, kinds, "what to write", required=True)
     flags.DEFINE_string("out", None, "the folder to write", required=True)
@@ -42,6 +42,7 @@ def run() -> None:
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
     flags.DEFINE_string("variant", None, "weight files to take, such as fp16")
     flags.DEFINE_list("strength", [], "strength of the concept, one or one per concept; 1 if left out")
+    flags.DEFINE_bool("gated", False, "of orbax: keep the gated edit beside the frozen kernels, instead of baking it")
     flags.DEFINE_enum("dtype", "float16", ["float32", "bfloat16", "float16"], "of the numbers that are written")
     command_line.run(main)
 

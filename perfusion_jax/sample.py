@@ -57,6 +57,7 @@ def main() -> None:
 def run() -> None:
     """The command."""
     flags.DEFINE_multi_string("concept", [], "concept file, or NAME=FILE to call it <NAME>; may be given several times")
+    flags.DEFINE_string("tree", None, "folder of an exported Orbax tree: draw with its kernels and its concepts")
     flags.DEFINE_string("prompt", None, "what to draw; concepts by <name>")
     flags.DEFINE_string("prompts", None, "file of prompts, one on a line, in place of --prompt")
     flags.DEFINE_string(

@@ -24,6 +24,7 @@ from perfusion_jax.drawing.prompts import without_syntax
 from perfusion_jax.drawing.samplers import settle
 from perfusion_jax.formats.concept_file import TrainedConcept, load_concept, read_card
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
+from perfusion_jax.formats.tree_folder import load_tree
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import is_local, storage_errors, to_path
 
@@ -50,6 +51,7 @@ class Recipe(NamedTuple):
         sweep: a control and its values, if one is swept: the grid then has a column for each value.
         versions: of the libraries.
         format: of this record.
+        tree: an exported tree (`formats.tree_folder`), whose kernels and concepts are drawn with, or None.
     """
 
     base: dict[str, str | None]
@@ -62,6 +64,7 @@ class Recipe(NamedTuple):
     sweep: tuple[str, list[float]] | None
     versions: dict[str, str]
     format: str = FORMAT
+    tree: str | None = None
 
 
 def numbers(name: str, given: Sequence[str]) -> list[float] | None:
@@ -181,6 +184,7 @@ def recipe_of_flags(arguments: flags.FlagValues) -> Recipe:
         init_image=arguments.init_image,
         sweep=parse_sweep(arguments.sweep),
         versions={library: version(library) for library in LIBRARIES},
+        tree=arguments.tree,
     )
 
 
@@ -197,7 +201,8 @@ def recipe_of_picture(file: str | os.PathLike[str], base_given: bool, base: str)
         UnavailableError: storage fails.
     """
     record = load_recipe(file)
-    known = record.get("format") == FORMAT and record.keys() == set(Recipe._fields)
+    # Pictures of before trees say nothing of them.
+    known = record.get("format") == FORMAT and record.keys() | {"tree"} == set(Recipe._fields)
     if not known or not isinstance(record["options"], dict) or record["options"].keys() != set(OPTIONS):
         raise InputError(f"{file}: it was drawn by another version of perfusion_jax: {json.dumps(record)}")
     recipe = Recipe(**record)
@@ -233,7 +238,7 @@ def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[
     Raises:
         InputError: it cannot be drawn.
     """
-    concepts = load_concepts(recipe, base)
+    base, concepts = load_concepts(recipe, base)
     options = dict(recipe.options)
     _, steps = settle(base.model.schedule, options["sampler"], options["steps"])
     if recipe.init_image:
@@ -256,8 +261,11 @@ def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[
     return drawn
 
 
-def load_concepts(recipe: Recipe, base: BaseModel) -> list[TrainedConcept]:
-    """Loads the concepts of a recipe, under the names it gives them.
+def load_concepts(recipe: Recipe, base: BaseModel) -> tuple[BaseModel, list[TrainedConcept]]:
+    """Loads the concepts of a recipe, under the names it gives them, and those of its tree.
+
+    Returns:
+        The base model, with the tree's kernels if there is a tree; and the concepts.
 
     Raises:
         InputError: one cannot be loaded, or two have one name.
@@ -266,11 +274,14 @@ def load_concepts(recipe: Recipe, base: BaseModel) -> list[TrainedConcept]:
     for entry in recipe.concepts:
         concept, card = load_concept(entry["file"], base)
         concepts.append(TrainedConcept(concept, dataclasses.replace(card, name=entry["name"])))
+    if recipe.tree:
+        base, learnt = load_tree(recipe.tree, base)
+        concepts += learnt
     names = [card.name for _, card in concepts]
     twice = max(names, key=names.count, default="")
     if names.count(twice) > 1:
         raise InputError(f"two concepts are called {twice}: give one another name, as in --concept other_{twice}=FILE")
-    return concepts
+    return base, concepts
 
 
 def init_pixels(recipe: Recipe, base: BaseModel) -> np.ndarray:

@@ -9,6 +9,8 @@ from perfusion_jax.base_model.source import is_hub_id
 from perfusion_jax.formats.concept_file import ConceptCard
 from perfusion_jax.formats.lora import CLIP_NAMES
 
+WORD_FILE = "_word.safetensors"
+
 
 @dataclass(frozen=True)
 class Card:
@@ -18,15 +20,25 @@ class Card:
         base: the model that the concepts were trained on.
         concepts: their cards.
         strengths: theirs.
-        weights: the file with the edit, or empty.
-        words: the files of the words, in the order of the concepts, or none.
+        files: with the edit, then with the words in the order of the concepts, as far as there are any.
+        gated: whether the edit keeps its gate.
     """
 
     base: BaseModel
     concepts: Sequence[ConceptCard]
     strengths: Sequence[float]
-    weights: str
-    words: Sequence[str]
+    files: Sequence[str]
+    gated: bool = False
+
+    @property
+    def weights(self) -> str:
+        """The file with the edit, or empty."""
+        return next((file for file in self.files if not file.endswith(WORD_FILE)), "")
+
+    @property
+    def words(self) -> list[str]:
+        """The files of the words, or none."""
+        return [file for file in self.files if file.endswith(WORD_FILE)]
 
     def text(self, kind: str) -> str:
         """The whole card of a kind of export, such as `lora`."""
@@ -36,9 +48,10 @@ class Card:
             "bundle": self._bundle,
             "embedding": self._embedding,
             "pipeline": self._pipeline,
+            "orbax": self._orbax,
         }
         names = " and ".join(concept.name for concept in self.concepts)
-        gate = "" if kind == "embedding" else _GATE
+        gate = "" if kind == "embedding" or self.gated else _GATE
         return f"{self._front_matter(kind)}\n# {names}\n\n{self._table()}{gate}\n## How to draw it\n\n{how[kind]()}"
 
     def _front_matter(self, kind: str) -> str:
@@ -127,6 +140,21 @@ picture = pipe({json.dumps(self._prompt())}).images[0]
 ```
 
 **perfusion_jax**: `--base` with this folder, and no `--concept`.
+"""
+
+    def _orbax(self) -> str:
+        return f"""\
+`tree` is an Orbax checkpoint: `unet`, the parameters of diffusers' `FlaxUNet2DConditionModel`, and `words`, the word
+embeddings of the concepts, a row for each.
+
+```python
+import orbax.checkpoint as ocp
+
+with ocp.StandardCheckpointer() as checkpointer:
+    tree = checkpointer.restore("/path/to/this/folder/tree")
+```
+
+**perfusion_jax**: `--tree` with this folder, and the prompt `{self._prompt()}`.
 """
 
     def _diffusers(self) -> str:

@@ -4,17 +4,16 @@ import dataclasses
 import json
 
 import diffusers
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from exported import PROMPTS, SEEDS, STEPS, drawn_baked, learnt
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
 from perfusion_jax import InputError, bake, generate, load_base_model
 from perfusion_jax.drawing.denoising import noise_for
-from perfusion_jax.formats.concept_file import ConceptCard, TrainedConcept
 from perfusion_jax.formats.exporting import export
 from perfusion_jax.formats.lora import balanced, embedding_bytes, lora_bytes
 from perfusion_jax.method.edit import Factors
@@ -25,43 +24,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
 ]
-PROMPTS = ["a photo of a <rex> on the beach", "a dog in the snow"]
-SEEDS = [3, 4]
-STEPS = 5
-
-
-def learnt(base, name="rex", word="dog", seed=0):
-    """A concept that has gone some way from its super-category."""
-    width = base.model.context_width
-    factor = np.random.default_rng(7).standard_normal((width, width)) / width**0.5
-    whitening = jnp.asarray(factor @ factor.T + np.eye(width), jnp.float32)
-    concept = base.new_concept(word, whitening)
-    keys = iter(jax.random.split(jax.random.key(seed), 100))
-
-    def moved(leaf):
-        return leaf + 0.3 * jnp.abs(leaf).mean() * jax.random.normal(next(keys), leaf.shape)
-
-    concept = dataclasses.replace(
-        concept,
-        embedding=moved(concept.embedding),
-        value_outputs={layer: moved(output) for layer, output in sorted(concept.value_outputs.items())},
-    )
-    concept = concept.with_target_input(moved(concept.target_input), whitening)
-    card = ConceptCard(name, word, base.name, base.fingerprint, 0.6, 0.15, 6.0, 100, licence="cc0-1.0")
-    return TrainedConcept(concept, card)
 
 
 @pytest.fixture(scope="module")
 def rex(base):
     return learnt(base)
-
-
-def drawn_baked(base, concepts, prompts=PROMPTS, strengths=()):
-    """Ours: the edit baked, and of the concepts the words alone."""
-    strength = jnp.asarray(strengths or [1.0] * len(concepts))
-    unet = bake(base.params["unet"], [concept for concept, _ in concepts], strength)
-    baked = dataclasses.replace(base, params={**base.params, "unet": unet})
-    return generate(baked, prompts, SEEDS, concepts, strength=0.0, sampler="ddim", steps=STEPS, height=32, width=32)
 
 
 def drawn_by(pipeline, base, prompts=PROMPTS):
