@@ -8,10 +8,13 @@ in the diffusers layout) or `orbax` (the UNet's parameter tree for JAX, baked or
 together. The README.md beside the files says which words to write in which tool.
 """
 
+from pathlib import Path
+
 from absl import flags
 
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import is_local
 
 
 def main() -> None:
@@ -20,16 +23,28 @@ def main() -> None:
     from perfusion_jax.base_model import load_base_model
     from perfusion_jax.formats.concept_file import load_concept
     from perfusion_jax.formats.exporting import export
+    from perfusion_jax.formats.hub import push
 
     given = flags.FLAGS
     try:
         strengths = [float(strength) for strength in given.strength]
     except ValueError as error:
         raise InputError(f"--strength={','.join(given.strength)}: not numbers") from error
+    if given.push_to_hub and not is_local(given.out):
+        raise InputError(f"--out={given.out}: what is pushed to the hub is read from a folder on this machine")
     base = load_base_model(given.base, revision=given.revision, variant=given.variant)
     concepts = [load_concept(file, base) for file in given.concept]
-    for file in export(base, concepts, given.to, given.out, strengths, given.dtype, given.gated):
-        print(file)
+    written = export(base, concepts, given.to, given.out, strengths, given.dtype, given.gated)
+    print(*written, sep="\n")
+    if given.push_to_hub:
+        out = Path(given.out)
+        files = [str(Path(file).relative_to(out)) for file in written]
+        # A tree is a folder of files.
+        print(
+            push(
+                out, [f"{name}/*" if (out / name).is_dir() else name for name in files], given.push_to_hub, given.public
+            )
+        )
 
 
 def run() -> None:
@@ -38,6 +53,8 @@ def run() -> None:
     flags.DEFINE_multi_string("concept", None, "concept file; may be given several times", required=True)
     flags.DEFINE_enum("to", None, kinds, "what to write", required=True)
     flags.DEFINE_string("out", None, "the folder to write", required=True)
+    flags.DEFINE_string("push_to_hub", None, "also upload it to this repository of the Hugging Face hub, owner/name")
+    flags.DEFINE_bool("public", False, "anybody may see what is uploaded; otherwise you alone")
     flags.DEFINE_string("base", "emoji", "base model: emoji, sd15, sd21, sdxl, a folder, a file or a hub id")
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
     flags.DEFINE_string("variant", None, "weight files to take, such as fp16")

@@ -1,5 +1,6 @@
-"""A Hugging Face hub for tests: serves folders over HTTP on 127.0.0.1, as much of one as a download needs."""
+"""A Hugging Face hub for tests: serves folders over HTTP on 127.0.0.1, and takes commits of small files."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -21,11 +22,17 @@ class FakeHub:
         url: what HF_ENDPOINT should be.
         fetched: files that were downloaded, in order.
         gated: repositories whose licence has not been accepted.
+        private: of repositories that were made here, whether they are private.
+        uploaded: what was committed to each repository, by file.
+        refuses: a status with which every request to write is answered; 0: none.
     """
 
     def __init__(self, repositories: dict[str, Path]):
         self.gated: set[str] = set()
         self.fetched: list[str] = []
+        self.private: dict[str, bool] = {}
+        self.uploaded: dict[str, dict[str, bytes]] = {}
+        self.refuses = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(repositories))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -35,7 +42,7 @@ class FakeHub:
         self._server.server_close()
 
     def _handler(self, repositories: dict[str, Path]) -> type[BaseHTTPRequestHandler]:
-        fetched, gated = self.fetched, self.gated
+        fetched, gated, hub = self.fetched, self.gated, self
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *args):
@@ -47,9 +54,43 @@ class FakeHub:
             def do_GET(self):
                 self.answer(send_body=True)
 
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                parts = self.path.split("?")[0].strip("/").split("/")
+                name = "/".join(parts[2:4])
+                if hub.refuses:
+                    self.refuse("Refused", status=hub.refuses)
+                elif parts == ["api", "repos", "create"]:
+                    wanted = json.loads(body)
+                    name = f"{wanted['organization']}/{wanted['name']}"
+                    if name in hub.private:
+                        self.send_json({"error": "it is there", "url": f"{hub.url}/{name}"}, status=409)
+                        return
+                    hub.private[name] = wanted["private"]
+                    self.send_json({"url": f"{hub.url}/{name}"})
+                elif parts == ["api", "validate-yaml"]:
+                    self.send_json({"errors": [], "warnings": []})
+                elif parts[4:5] == ["preupload"]:
+                    files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+                    self.send_json({"files": [{**file, "shouldIgnore": False} for file in files]})
+                else:
+                    lines = [json.loads(line) for line in body.splitlines()]
+                    files = [line["value"] for line in lines if line["key"] == "file"]
+                    held = hub.uploaded.setdefault(name, {})
+                    held |= {file["path"]: base64.b64decode(file["content"]) for file in files}
+                    self.send_json({"commitUrl": f"{hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+
+            def send_json(self, content, status: int = 200) -> None:
+                headers = {"Content-Type": "application/json"}
+                self.send(json.dumps(content).encode(), headers, send_body=True, status=status)
+
             def answer(self, send_body: bool) -> None:
                 parts = self.path.split("?")[0].strip("/").split("/")
                 is_api = parts[:2] == ["api", "models"]
+                made = "/".join(parts[2:4])
+                if is_api and made in hub.private:
+                    self.send_json({"id": made, "sha": COMMIT, "private": hub.private[made], "siblings": []})
+                    return
                 name, rest = "/".join(parts[2:4] if is_api else parts[:2]), parts[4:] if is_api else parts[2:]
                 folder = repositories.get(name)
                 if folder is None:
@@ -76,8 +117,8 @@ class FakeHub:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
-            def send(self, body: bytes, headers: dict[str, str], send_body: bool) -> None:
-                self.send_response(200)
+            def send(self, body: bytes, headers: dict[str, str], send_body: bool, status: int = 200) -> None:
+                self.send_response(status)
                 for key, value in {**headers, "Content-Length": str(len(body))}.items():
                     self.send_header(key, value)
                 self.end_headers()
