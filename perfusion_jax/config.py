@@ -90,6 +90,9 @@ _MESH = Rule(
     "empty, or two numbers of devices: along concept and data; one of them may be -1",
 )
 
+EXPORTS = ("lora", "lora-peft", "bundle", "embedding")
+"""Kinds of exports that a run can write; those of whole models are for the export command."""
+
 KEYS: dict[str, Key] = {
     # The concept.
     "name": Key("concept", _NAME, "prompts call it <name>; the file is NAME.safetensors"),
@@ -228,6 +231,12 @@ KEYS: dict[str, Key] = {
     "sampling_bias": Key(0.6, _ANY_NUMBER, "beta of the gate when drawing: local lock 0.6 to 0.75 (paper)"),
     "sampling_temperature": Key(0.15, _number(0, above=True), "tau of the gate when drawing (paper)"),
     # Keeping.
+    "exports": Key(
+        (),
+        Rule(tuple, lambda value: set(value) <= set(EXPORTS), f"any of {', '.join(map(repr, EXPORTS))}"),
+        "what else is written of a concept when it is finished, for other tools: exports/NAME/KIND in the workdir",
+        may_change=True,
+    ),
     "log_every": Key(10, _whole(1), "steps between lines of metrics.jsonl", may_change=True),
     "checkpoint_every": Key(50, _whole(1), "steps between checkpoints", may_change=True),
     "keep_checkpoints": Key(3, _whole(1), "how many of the newest are kept", may_change=True),

@@ -19,6 +19,8 @@ from pretraining.codes import Coder
 
 SEED = 2_000
 CODE_WIDTH = 128
+POSITION = ("step", "samples", "decay_start", "average_start")
+"""What a checkpoint says of where training stands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +221,8 @@ class Trainer:
     step: int = 0
     samples: int = 0
     decay_start: int | None = None
+    average_start: int = 0
+    """Step from which weights are averaged: those before were for other latents."""
 
     def save(self, path: Path) -> None:
         """Writes everything to one checkpoint."""
@@ -229,6 +233,7 @@ class Trainer:
             "step": self.step,
             "samples": self.samples,
             "decay_start": self.decay_start,
+            "average_start": self.average_start,
         }
         training_tools.save_checkpoint(path, state)
 
@@ -238,13 +243,14 @@ class Trainer:
         self.model.load_state_dict(state.get("model", state["average"]))
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.samples, self.decay_start = state["step"], state["samples"], state["decay_start"]
+        for name in POSITION:
+            setattr(self, name, state[name])
 
 
 def lightened(state: dict[str, Any]) -> dict[str, Any]:
     """A tenth of a checkpoint, to be sent or kept: the averaged weights in half precision."""
     average = {name: value.half() if value.is_floating_point() else value for name, value in state["average"].items()}
-    return {"average": average, **{name: state[name] for name in ("step", "samples", "decay_start")}}
+    return {"average": average, **{name: state[name] for name in POSITION}}
 
 
 def turned(weights: dict[str, torch.Tensor], axes: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -32,7 +32,8 @@ def main(_: list[str]) -> None:
     axes = torch.nn.functional.normalize(matrix, dim=1).float()
     scaled = {
         **{name: diffusion.turned(state[name], axes) for name in ("model", "average")},
-        **{name: state[name] for name in ("step", "samples", "decay_start")},
+        **{name: state[name] for name in diffusion.POSITION},
+        "average_start": state["step"],
     }
     training_tools.save_checkpoint(path.with_name("white.pt"), state)
     (folder / "model").rename(folder / "white")

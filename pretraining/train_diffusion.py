@@ -155,7 +155,8 @@ def run(folder: pathlib.Path, settings: training.Settings) -> None:
         losses.append(training.train_step(trainer.model, trainer.optimizer, factor, batch))
         trainer.step += 1
         trainer.samples += settings.batch_size
-        decay = min(settings.average_decay, (trainer.step + 1) / (trainer.step + 10))
+        averaged = trainer.step - trainer.average_start
+        decay = min(settings.average_decay, (averaged + 1) / (averaged + 10))
         training_tools.average_weights(trainer.average, trainer.model, decay)
         late = MINUTES.value > 0 and time.monotonic() - began > 60 * MINUTES.value
         if trainer.step % SAVE_EVERY.value == 0 or late:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from perfusion_jax import InputError
-from perfusion_jax.config import KEYS, check, check_same, make_config, to_json
+from perfusion_jax.config import EXPORTS, KEYS, check, check_same, make_config, to_json
+from perfusion_jax.formats.exporting import KINDS
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.runtime import shipped
 
@@ -127,3 +128,7 @@ def test_a_fleet_does_not_change_its_steps():
 
 def test_the_step_has_the_same_defaults_as_the_keys():
     assert Settings.of(make_config("emoji")) == Settings()
+
+
+def test_a_run_exports_kinds_that_there_are():
+    assert set(EXPORTS) < set(KINDS)

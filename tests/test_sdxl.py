@@ -24,6 +24,7 @@ from perfusion_jax.data.text_covariance import accumulate, covariance_of
 from perfusion_jax.drawing.denoising import Concepts, prompt_context
 from perfusion_jax.drawing.generation import drawing, noise_for
 from perfusion_jax.formats.concept_file import load_concept
+from perfusion_jax.formats.lora import lora_bytes
 from perfusion_jax.learning.runs import train_fleet, train_one
 from perfusion_jax.method.concept import stack
 from perfusion_jax.method.edit import Gate
@@ -156,11 +157,17 @@ class TestLearning:
         tensors = load_file(file)
         assert tensors["embedding"].shape == (48 + 64,)
         assert tensors["target_input"].shape == (width,)
-        train_fleet(self.config(inputs, xl_folder, concepts=str(inputs / "table.csv")), epath.Path(tmp_path / "fleet"))
+        config = self.config(inputs, xl_folder, concepts=str(inputs / "table.csv"), exports=("lora", "bundle"))
+        train_fleet(config, epath.Path(tmp_path / "fleet"))
         together = load_file(tmp_path / "fleet/concepts/rex.safetensors")
         for name, tensor in tensors.items():
             np.testing.assert_allclose(together[name], tensor, atol=2e-5 * max(1, np.abs(tensor).max()), err_msg=name)
         concepts = [load_concept(tmp_path / f"fleet/concepts/{name}.safetensors", xl_base) for name in ("rex", "tom")]
+        for concept in concepts:
+            folder = tmp_path / "fleet/exports" / concept.card.name
+            exported = (folder / f"lora/{concept.card.name}_lora.safetensors").read_bytes()
+            assert exported == lora_bytes(xl_base, [concept])
+            assert (folder / "bundle/README.md").is_file()
         options = {"steps": 2, "height": 32, "width": 32, "attention": True}
         for lock in ("local", "global"):
             (drawn,) = drawing(xl_base, ["a <rex> and a <tom>"], [0], concepts, lock=lock, **options)

@@ -123,6 +123,11 @@ def _read(file: epath.Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
         raise InputError(f"{file}: not a complete safetensors file ({error})") from error
     except KeyError as error:  # NumPy has no such numbers
         raise InputError(f"{file}: its numbers are {error.args[0]}; a concept's are float32") from error
+    if any("lora" in name for name in tensors):
+        raise InputError(
+            f"{file}: a LoRA, and not a concept: it has no target input and no gate, and cannot be made into one; give "
+            "the concept file that it was exported from"
+        )
     if metadata.get("format") != FORMAT:
         raise InputError(
             f"{file}: not a concept of perfusion_jax: its format is {metadata.get('format')!r}, not {FORMAT!r}"

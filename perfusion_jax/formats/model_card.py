@@ -8,6 +8,7 @@ from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.source import is_hub_id
 from perfusion_jax.formats.concept_file import ConceptCard
 from perfusion_jax.formats.lora import CLIP_NAMES
+from perfusion_jax.runtime import shipped
 
 WORD_FILE = "_word.safetensors"
 
@@ -56,8 +57,8 @@ class Card:
 
     def _front_matter(self, kind: str) -> str:
         """YAML, in which JSON's strings are strings, whatever they hold."""
-        licences = {concept.licence for concept in self.concepts} - {""}
-        licence = licences.pop() if len(licences) == 1 else "unknown"
+        licences = {concept.licence for concept in self.concepts}
+        licence = (licences.pop() if len(licences) == 1 else "") or "unknown"
         tags = ["text-to-image", "diffusers", "perfusion"]
         tags += ["lora", "template:sd-lora"] if kind.startswith("lora") else []
         lines = [
@@ -133,9 +134,10 @@ This is a whole model with the concept in it: what the base model's licence says
 **diffusers**:
 
 ```python
+import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained(".")
+pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)
 picture = pipe({json.dumps(self._prompt())}).images[0]
 ```
 
@@ -159,11 +161,23 @@ with ocp.StandardCheckpointer() as checkpointer:
 
     def _diffusers(self) -> str:
         loading = [f'pipe.load_lora_weights(".", weight_name="{self.weights}")'] if self.weights else []
+        name, path = self.base.name, self.base.layout.path
+        xl = len(self.base.model.text_encoders) > 1
+        # Left to itself, the newest diffusers mixes the dtypes of files in half precision.
+        dtype = "torch_dtype=torch.float32"
+        opened = f"DiffusionPipeline.from_pretrained({json.dumps(name)}, {dtype})"
+        if path.is_file():
+            kind = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+            opened = f"{kind}.from_single_file({json.dumps(name)}, {dtype})"
+        elif path == shipped.MODEL:
+            opened = f"DiffusionPipeline.from_pretrained(shipped.MODEL, {dtype})"
         lines = [
-            "from diffusers import DiffusionPipeline",
-            *(["from safetensors.torch import load_file"] if len(self.base.model.text_encoders) > 1 else []),
+            "import torch",
+            f"from diffusers import {opened.partition('.')[0]}",
+            *(["from perfusion_jax.runtime import shipped"] if path == shipped.MODEL else []),
+            *(["from safetensors.torch import load_file"] if xl else []),
             "",
-            f"pipe = DiffusionPipeline.from_pretrained({json.dumps(self.base.name)})",
+            f"pipe = {opened}",
             *loading,
             *self._loading_words(),
             f"picture = pipe({json.dumps(self._prompt())}).images[0]",

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from perfusion_jax.formats.concept_file import TrainedConcept, save_concept
+from perfusion_jax.formats.exporting import export
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.learning.best import Best, keep_better, nothing_scored
 from perfusion_jax.learning.checkpoints import Checkpoints
@@ -29,7 +31,7 @@ from perfusion_jax.learning.resources import Resources
 from perfusion_jax.learning.rounds import Member, Round
 from perfusion_jax.learning.scoring import Validation
 from perfusion_jax.learning.step import Learning
-from perfusion_jax.learning.workdir import Log, write_concept
+from perfusion_jax.learning.workdir import Log, make_card
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.pod import distributed
 from perfusion_jax.pod.chips import chips_of
@@ -372,8 +374,11 @@ class Loop:
         if best is not None and (best_step := int(np.asarray(best.steps)[slot])):
             concept, step = read_members(best.concept, [slot])[slot], best_step
             scores = Scores(*np.asarray(best.scores)[slot].tolist())
-        file = self.records.concept(member)
-        write_concept(file, member.config, self.resources.base, jax.tree.map(jnp.asarray, concept), step)
+        concept, card = jax.tree.map(jnp.asarray, concept), make_card(member.config, self.resources.base, step)
+        save_concept(self.records.concept(member), concept, card)
+        for kind in self._config.exports:
+            folder = self.records.export(member, kind)
+            export(self.resources.drawing_base, [TrainedConcept(concept, card)], kind, folder)
         if not self.records.alone and not self._config.validate_every and member.config.validation_prompts:
             sheet, scores = self._draw(slot, concept)
             write_picture(self.records.sheet(member), sheet)

@@ -48,6 +48,10 @@ class Records:
         """The file of a concept."""
         return self.workdir / "concepts" / f"{member.name}.safetensors"
 
+    def export(self, member: Member, kind: str) -> epath.Path:
+        """The folder of a concept's export."""
+        return self.workdir / "exports" / member.name / kind
+
     def sheet(self, member: Member, step: int | None = None) -> epath.Path:
         """The file of a concept's pictures, after a step or when it is finished."""
         folder = self.workdir / "samples"

@@ -14,8 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.config import check_same, to_json
-from perfusion_jax.formats.concept_file import ConceptCard, save_concept
-from perfusion_jax.method.concept import Concept
+from perfusion_jax.formats.concept_file import ConceptCard
 from perfusion_jax.runtime.files import is_local, read_text, storage_errors, write_bytes
 
 CONFIG = "config.json"
@@ -156,19 +155,3 @@ def make_card(config: ConfigDict, base: BaseModel, step: int) -> ConceptCard:
         step=step,
         licence=config.licence,
     )
-
-
-def write_concept(file: epath.Path, config: ConfigDict, base: BaseModel, concept: Concept, step: int) -> None:
-    """Writes a learnt concept, all at once or not at all.
-
-    Args:
-        file: where.
-        config: the run's.
-        base: the model it was learnt on.
-        concept: what was learnt.
-        step: optimiser steps it took.
-
-    Raises:
-        InputError, UnavailableError: it cannot be written.
-    """
-    save_concept(file, concept, make_card(config, base, step))

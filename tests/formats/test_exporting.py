@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import diffusers
 import jax.numpy as jnp
@@ -188,6 +189,26 @@ def test_the_card_can_be_read_by_the_hub(sd1_base, tmp_path):
     assert card.data.instance_prompt == "a photo of a <rex> on the beach"
     assert {"lora", "text-to-image", "template:sd-lora"} <= set(card.data.tags)
     assert "<lora:rex_lora:1>" in card.text
+
+
+def test_of_several_licences_the_card_claims_none(sd1_base, tmp_path):
+    rex, tom = learnt(sd1_base), learnt(sd1_base, "tom", "cat", seed=1)
+    tom = tom._replace(card=dataclasses.replace(tom.card, licence=""))
+    export(sd1_base, [rex, tom], "lora", tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert 'license: "unknown"' in card
+    assert "| rex | dog | 100 | 1 | cc0-1.0 |\n| tom | cat | 100 | 1 | not said |" in card
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora-peft", "embedding", "pipeline"])
+def test_the_python_of_the_card_runs(base, rex, tmp_path, monkeypatch, kind):
+    """As somebody would copy it, in the folder of the export."""
+    export(base, [rex], kind, tmp_path, dtype="float32")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+    drawn = {}
+    exec(code.replace("pipe(", "pipe(num_inference_steps=2, prompt="), drawn)
+    assert drawn["picture"].size == (32, 32)
 
 
 def test_metadata_are_strings_that_tools_show(sd1_base, tmp_path):
