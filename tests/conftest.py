@@ -56,9 +56,16 @@ def bucket(monkeypatch) -> str:
     return "gs://bucket"
 
 
-@pytest.fixture(scope="session", params=sorted(LAYOUTS))
+# The other two and the embedded model have all that is in the layout of Stable Diffusion 2, if not together.
+QUICK = ("sd1", "sdxl")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(LAYOUTS)],
+)
 def folder(request, tmp_path_factory) -> Path:
-    """A small checkpoint; tests that use it run for the SD-1-like and the SD-2-like layout."""
+    """A small checkpoint; tests that use it run for each layout."""
     return save_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 

@@ -204,6 +204,7 @@ def tells_that_another_is_lost(output):
     return "most likely indicates that another task died" in output or "cannot go on with the other 1" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_one_process_dies_the_other_ends_and_the_same_command_goes_on(config, finished, tmp_path, victim):
     workdir = tmp_path / "run"

@@ -140,6 +140,7 @@ def test_a_finished_run_says_so(finished, config, capsys):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_run_of_one_concept_uses_all_devices_of_its_host(config, tmp_path):
     flag = "--xla_force_host_platform_device_count=8"
     telling = (
@@ -221,6 +222,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_concept(finished, config, t
     assert [line["step"] for line in steps if "loss" in line] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_with_an_error_and_keeps_what_was_saved(config, tmp_path, monkeypatch):
     workdir = epath.Path(tmp_path / "run")
     step = training.train_step

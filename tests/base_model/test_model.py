@@ -154,6 +154,7 @@ def test_missing_keys_and_values_are_named(sd1_base):
         sd1_base.model.denoise(sd1_base.params["unet"], jnp.zeros((1, 16, 16, 4)), jnp.array([5]), fed)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32(sd1_folder, sd1_base):
     half = load_base_model(sd1_folder, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}

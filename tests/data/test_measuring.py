@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -37,7 +39,7 @@ def test_other_captions_and_other_encoders_are_measured_apart(small_base, cache,
     encoder = weights["text_encoder"]["text_model"]
     norm = {name: 2 * leaf for name, leaf in encoder["final_layer_norm"].items()}
     weights["text_encoder"] = {"text_model": {**encoder, "final_layer_norm": norm}}
-    other = type(small_base)("other", small_base.model, weights)
+    other = dataclasses.replace(small_base, params=weights)
     scaled = measuring.find_or_measure(other, "")
     width = small_base.model.context_width
     np.testing.assert_allclose(load_covariance(scaled, width), 4 * load_covariance(made_up, width), rtol=1e-4)

@@ -69,7 +69,7 @@ def add_words(pipeline, base, out, names=("rex",)):
             encoder.text_model.eos_token_id = tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("kind", ["lora", "lora-peft"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("lora-peft", marks=pytest.mark.slow)])
 def test_diffusers_draws_a_lora_as_we_draw_the_baked_edit(folder, base, rex, tmp_path, kind):
     export(base, [rex], kind, tmp_path, dtype="float32")
     pipeline = open_base(folder)
@@ -200,7 +200,10 @@ def test_of_several_licences_the_card_claims_none(sd1_base, tmp_path):
     assert "| rex | dog | 100 | 1 | cc0-1.0 |\n| tom | cat | 100 | 1 | not said |" in card
 
 
-@pytest.mark.parametrize("kind", ["lora", "lora-peft", "embedding", "pipeline"])
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("lora-peft", "embedding", "pipeline")]
+
+
+@pytest.mark.parametrize("kind", ["lora", *SLOW_KINDS])
 def test_the_python_of_the_card_runs(base, rex, tmp_path, monkeypatch, kind):
     """As somebody would copy it, in the folder of the export."""
     export(base, [rex], kind, tmp_path, dtype="float32")

@@ -38,6 +38,7 @@ def test_steps_that_cannot_be_traced_are_named(text):
         parse_profile(text)
 
 
+@pytest.mark.slow
 def test_the_operation_that_gave_the_first_nan_is_named(small_base, monkeypatch):
     _, whitening = make_metric(small_base)
     concept, examples = make_concept(small_base, whitening), make_examples(small_base)

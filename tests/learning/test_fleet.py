@@ -459,7 +459,8 @@ def test_a_line_that_has_changed_in_an_interrupted_round_is_learnt_as_it_is_now(
         assert_same(finished, tmp_path, name)
 
 
-@pytest.mark.parametrize("mesh", [pytest.param((1, 2), marks=pytest.mark.slow), (2, 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 1)])
 def test_an_interrupted_fleet_goes_on_on_another_mesh(inputs, finished, tmp_path, mesh):
     """Where weights are whole on both devices, these share the drawing of a concept's three pictures and one more."""
     telling = """

@@ -171,6 +171,7 @@ def test_a_concept_that_does_not_fit_is_an_error():
         memory_lib.most_that_fit(lambda members: 2 * 10**9, 10**9, 99, "buy more")
 
 
+@pytest.mark.slow
 def test_the_compilers_report_grows_with_the_members(small_base):
     mesh = mesh_lib.make_mesh((1, 1))
     shapes = fleet_step.member_shapes(small_base.model, SETTINGS, PICTURES, 2, 16)

@@ -98,6 +98,7 @@ def test_a_step_that_the_compiler_refuses_is_an_error(sd1_folder, monkeypatch, s
         forecast.describe(fleet.get_config(str(sd1_folder)), "v5e:2x4")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_sixteen_concepts_cost_what_one_with_sixteen_samples_costs(tmp_path):
     """With arrays too large for vector memory, as in full size: of smaller ones now these stay there, now those."""

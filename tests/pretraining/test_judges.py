@@ -75,6 +75,7 @@ def test_targets_name_what_a_scene_shows_and_not_what_is_worn(world):
     assert plan.worn.any()
 
 
+@pytest.mark.slow
 def test_the_evaluator_takes_a_step_and_is_measured(world, tmp_path):
     torch.manual_seed(0)
     text_tokenizer = tokenizer.save_tokenizer(tmp_path)
