@@ -76,16 +76,6 @@ def write_tree(
     write_bytes(folder / RECORD, json.dumps(record, indent=2).encode())
 
 
-def is_tree(folder: str | Path) -> bool:
-    """Whether a folder is an exported tree.
-
-    Raises:
-        InputError, UnavailableError: storage fails.
-    """
-    with storage_errors(folder, "read"):
-        return (to_path(folder) / RECORD).exists()
-
-
 def load_tree(folder: str | Path, base: BaseModel) -> tuple[BaseModel, list[TrainedConcept]]:
     """Reads a tree.
 
