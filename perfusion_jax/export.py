@@ -37,14 +37,8 @@ def main() -> None:
     written = export(base, concepts, given.to, given.out, strengths, given.dtype, given.gated)
     print(*written, sep="\n")
     if given.push_to_hub:
-        out = Path(given.out)
-        files = [str(Path(file).relative_to(out)) for file in written]
-        # A tree is a folder of files.
-        print(
-            push(
-                out, [f"{name}/*" if (out / name).is_dir() else name for name in files], given.push_to_hub, given.public
-            )
-        )
+        files = [f"{entry.name}/*" if entry.is_dir() else entry.name for entry in written]
+        print(push(Path(given.out), files, given.push_to_hub, given.public))
 
 
 def run() -> None:

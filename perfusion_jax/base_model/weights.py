@@ -60,11 +60,12 @@ def torch_tensors(params: Mapping[str, Any], dtype: jnp.dtype) -> dict[str, np.n
 
     Args:
         params: as of `read_tree`.
-        dtype: of every tensor in the result.
+        dtype: of every tensor in the result; what does not fit into it becomes infinite.
     """
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten_dict(params).items():
-        tensor = np.asarray(leaf).astype(dtype)
+        with np.errstate(over="ignore"):  # the caller checks
+            tensor = np.asarray(leaf).astype(dtype)
         if path[-1] == "kernel":
             tensor = tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
         tensors[_vae_attention_name(torch_name(path))] = np.ascontiguousarray(tensor)

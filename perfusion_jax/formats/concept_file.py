@@ -8,9 +8,10 @@ diffusers, such as `mid_block.attentions.0.transformer_blocks.0.attn2`. What is 
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -135,9 +136,18 @@ def _read(file: epath.Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
     return _card(file, metadata), tensors
 
 
-def _card(file: epath.Path, metadata: dict[str, str]) -> ConceptCard:
+def card_from(file: epath.Path, written: Mapping[str, Any]) -> ConceptCard:
+    """A card from what a file says.
+
+    Args:
+        file: for messages.
+        written: by the names of a card's fields, what `json.loads` gave.
+
+    Raises:
+        InputError: something is missing, or is not what it must be.
+    """
     try:
-        fields = {field.name: json.loads(metadata[field.name]) for field in dataclasses.fields(ConceptCard)}
+        fields = {field.name: written[field.name] for field in dataclasses.fields(ConceptCard)}
         for key in ("name", "super_category", "base_model", "licence"):
             if not isinstance(fields[key], str):
                 raise TypeError(f"{key} is {fields[key]!r}")
@@ -148,6 +158,15 @@ def _card(file: epath.Path, metadata: dict[str, str]) -> ConceptCard:
         raise InputError(f"{file}: the metadata {error} is missing") from error
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{file}: its metadata cannot be read ({error})") from error
+
+
+def _card(file: epath.Path, metadata: Mapping[str, str]) -> ConceptCard:
+    names = [field.name for field in dataclasses.fields(ConceptCard)]
+    try:
+        written = {name: json.loads(metadata[name]) for name in names if name in metadata}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: its metadata cannot be read ({error})") from error
+    return card_from(file, written)
 
 
 def _concept(file: epath.Path, tensors: dict[str, np.ndarray], base: BaseModel) -> Concept:

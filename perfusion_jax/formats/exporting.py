@@ -1,22 +1,24 @@
 """Concepts in the formats of other tools."""
 
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from etils import epath
 
 from perfusion_jax.base_model import BaseModel
-from perfusion_jax.formats.concept_file import ConceptCard, TrainedConcept
-from perfusion_jax.formats.lora import DTYPES, bundle_bytes, embedding_bytes, lora_bytes, word_name
+from perfusion_jax.formats.concept_file import TrainedConcept
+from perfusion_jax.formats.lora import bundle_bytes, embedding_bytes, lora_bytes, word_name
 from perfusion_jax.formats.model_card import Card
-from perfusion_jax.formats.pipeline_folder import write_pipeline
+from perfusion_jax.formats.pipeline_folder import pipeline_entries, write_pipeline
+from perfusion_jax.formats.tensor_file import check_dtype
 from perfusion_jax.formats.tree_folder import RECORD, TREE, write_tree
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import check_writable, entries, to_path, write_bytes
 
 CARD = "README.md"
+Contents = tuple[list[str], Callable[[epath.Path], None]]
+"""What an export's folder is to hold: names of files and folders, and what writes them into it."""
 
 
 @dataclass(frozen=True)
@@ -30,48 +32,58 @@ class Export:
     gated: bool
 
     @property
-    def cards(self) -> list[ConceptCard]:
-        """What is known of the concepts."""
-        return [card for _, card in self.concepts]
-
-    @property
     def stem(self) -> str:
         """How a file with all concepts is called."""
-        return "_".join(card.name for card in self.cards)
+        return "_".join(card.name for _, card in self.concepts)
 
-    def lora(self, peft: bool = False) -> dict[str, bytes]:
+    def lora(self, peft: bool = False) -> Contents:
         """A LoRA and the words."""
         data = lora_bytes(self.base, self.concepts, self.strengths, peft, self.dtype)
-        return {f"{self.stem}_lora.safetensors": data, **self.words()}
+        return _files({f"{self.stem}_lora.safetensors": data, **self._words()})
 
-    def bundle(self) -> dict[str, bytes]:
+    def bundle(self) -> Contents:
         """Both in one file."""
         data = bundle_bytes(self.base, self.concepts, self.strengths, self.dtype)
-        return {f"{self.stem}_bundle.safetensors": data}
+        return _files({f"{self.stem}_bundle.safetensors": data})
 
-    def words(self) -> dict[str, bytes]:
+    def words(self) -> Contents:
         """The words alone."""
+        return _files(self._words())
+
+    def pipeline(self) -> Contents:
+        """A whole model."""
+        return pipeline_entries(self.base), lambda folder: write_pipeline(
+            folder, self.base, self.concepts, self.strengths, self.dtype
+        )
+
+    def orbax(self) -> Contents:
+        """The UNet's parameter tree, and the words."""
+        return [TREE, RECORD], lambda folder: write_tree(
+            folder, self.base, self.concepts, self.strengths, not self.gated, self.dtype
+        )
+
+    def _words(self) -> dict[str, bytes]:
         return {
             f"{word_name(concept.card)}.safetensors": embedding_bytes(self.base.model, concept, self.dtype)
             for concept in self.concepts
         }
 
-    def pipeline(self) -> dict[str, bytes]:
-        """A whole model; it is made on this machine, wherever it goes."""
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            write_pipeline(folder, self.base, self.concepts, self.strengths, self.dtype)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+def _files(data: Mapping[str, bytes]) -> Contents:
+    def write(folder: epath.Path) -> None:
+        for name, content in data.items():
+            write_bytes(folder / name, content)
+
+    return list(data), write
 
 
-_KINDS: dict[str, Callable[[Export], dict[str, bytes]]] = {
+_KINDS: dict[str, Callable[[Export], Contents]] = {
     "lora": Export.lora,
     "lora-peft": lambda export: export.lora(peft=True),
     "bundle": Export.bundle,
     "embedding": Export.words,
     "pipeline": Export.pipeline,
-    "orbax": lambda export: {},  # Orbax itself writes what it has
+    "orbax": Export.orbax,
 }
 KINDS = tuple(_KINDS)
 
@@ -98,7 +110,7 @@ def export(
         gated: of `orbax`: whether the tree keeps the gated edit beside the frozen kernels; otherwise it is baked.
 
     Returns:
-        What was written.
+        What was written: files, and folders of them.
 
     Raises:
         InputError: one of these is impossible, or the folder holds something else.
@@ -111,33 +123,33 @@ def export(
     names = [card.name for _, card in concepts]
     if len(set(names)) < len(names):
         raise InputError(f"two concepts are called {max(names, key=names.count)}: call one of them otherwise")
+    for _, card in concepts:
+        if not base.has_fingerprint(card.fingerprint):
+            raise InputError(
+                f"{card.name}: trained on the base model {card.base_model}, which {base.name} is not: load that one"
+            )
     strengths = list(strengths) or [1.0] * len(concepts)
     if len(strengths) != len(concepts):
         raise InputError(f"{len(strengths)} strengths for {len(concepts)} concepts: give one for each")
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if gated and kind != "orbax":
         raise InputError(f"{kind} has no gate: leave it out, or export orbax")
     if gated and set(strengths) != {1.0}:
         raise InputError("the strength of a gated edit is told when it is drawn: leave it out")
 
-    folder, made = to_path(out), Export(base, concepts, strengths, dtype, gated)
-    files = _KINDS[kind](made)
-    by_orbax = [TREE, RECORD] if kind == "orbax" else []
-    _check_folder(folder, {CARD, *by_orbax, *files})
+    folder = to_path(out)
+    names, write = _KINDS[kind](Export(base, concepts, strengths, dtype, gated))
+    _check_folder(folder, {CARD, *names})
     check_writable(folder)
-    if by_orbax:
-        write_tree(folder, base, concepts, strengths, not gated, dtype)
+    write(folder)
     # The card comes last: where it is, all else is.
-    tensors = [name for name in files if "/" not in name and name.endswith(".safetensors")]
-    card = Card(base, made.cards, strengths, tensors, gated).text(kind)
-    for name, data in {**files, CARD: card.encode()}.items():
-        write_bytes(folder / name, data)
-    return [folder / name for name in (*by_orbax, *files, CARD)]
+    tensors = [name for name in names if name.endswith(".safetensors")]
+    text = Card(base, [card for _, card in concepts], strengths, tensors, gated).text(kind)
+    write_bytes(folder / CARD, text.encode())
+    return [folder / name for name in (*names, CARD)]
 
 
 def _check_folder(folder: epath.Path, names: set[str]) -> None:
-    ours = {name.split("/")[0] for name in names}
-    others = [entry.name for entry in entries(folder) or () if entry.name not in ours]
+    others = [entry.name for entry in entries(folder) or () if entry.name not in names]
     if others:
         raise InputError(f"{folder}: holds {others[0]}, which is no part of this export: name a new folder")

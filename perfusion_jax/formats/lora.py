@@ -5,7 +5,7 @@ ComfyUI, kohya and OneTrainer; `peft` by diffusers alone (others pass it over wi
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +13,10 @@ import numpy as np
 from perfusion_jax.base_model import Architecture, BaseModel
 from perfusion_jax.base_model.weights import torch_name
 from perfusion_jax.formats.concept_file import ConceptCard, TrainedConcept
-from perfusion_jax.formats.tensor_file import tensor_bytes
+from perfusion_jax.formats.tensor_file import converted, tensor_bytes
 from perfusion_jax.method.edit import Factors
 from perfusion_jax.method.surgery import baked_changes
-from perfusion_jax.runtime.errors import InputError
 
-DTYPES = ("float32", "bfloat16", "float16")
 WORD = "emb_params"
 """What an embedding file of a single text encoder calls the embedding."""
 CLIP_NAMES = ("clip_l", "clip_g")
@@ -50,13 +48,13 @@ def lora_bytes(
         concepts: at least one.
         strengths: of each; 1 if left out.
         peft: whether names are those of PEFT instead of kohya's.
-        dtype: one of DTYPES.
+        dtype: one of `tensor_file.DTYPES`.
 
     Raises:
         InputError: a number does not fit into the dtype.
     """
     tensors = _change_tensors(base, concepts, strengths, peft)
-    return tensor_bytes(_converted(tensors, dtype), {"format": "pt"} if peft else _metadata(base.model, concepts))
+    return tensor_bytes(converted(tensors, dtype), {"format": "pt"} if peft else _metadata(base.model, concepts))
 
 
 def bundle_bytes(
@@ -74,7 +72,7 @@ def bundle_bytes(
     for concept in concepts:
         for encoder, embedding in zip(CLIP_NAMES, _embeddings(base.model, concept), strict=False):
             tensors[f"bundle_emb.{word_name(concept.card)}.{encoder}"] = embedding
-    return tensor_bytes(_converted(tensors, dtype), _metadata(base.model, concepts))
+    return tensor_bytes(converted(tensors, dtype), _metadata(base.model, concepts))
 
 
 def embedding_bytes(model: Architecture, concept: TrainedConcept, dtype: str = "float16") -> bytes:
@@ -83,7 +81,7 @@ def embedding_bytes(model: Architecture, concept: TrainedConcept, dtype: str = "
     Args:
         model: that the concept was trained on.
         concept: the concept.
-        dtype: one of DTYPES.
+        dtype: one of `tensor_file.DTYPES`.
 
     Raises:
         InputError: a number does not fit into the dtype.
@@ -91,7 +89,7 @@ def embedding_bytes(model: Architecture, concept: TrainedConcept, dtype: str = "
     parts = _embeddings(model, concept)
     names = (WORD,) if len(parts) == 1 else CLIP_NAMES
     metadata = _specification(model, [concept.card], "textual-inversion")
-    return tensor_bytes(_converted(dict(zip(names, parts, strict=True)), dtype), metadata)
+    return tensor_bytes(converted(dict(zip(names, parts, strict=True)), dtype), metadata)
 
 
 def word_name(card: ConceptCard) -> str:
@@ -136,17 +134,6 @@ def _embeddings(model: Architecture, concept: TrainedConcept) -> list[np.ndarray
     return np.split(np.asarray(concept.concept.embedding)[None], np.cumsum(widths)[:-1], axis=1)
 
 
-def _converted(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    with np.errstate(over="ignore"):
-        converted = {name: tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
-    overflown = [name for name, tensor in converted.items() if not np.isfinite(tensor.astype(np.float32)).all()]
-    if overflown:
-        raise InputError(f"{overflown[0]} has numbers that {dtype} cannot hold: ask for bfloat16 or float32")
-    return converted
-
-
 def _metadata(model: Architecture, concepts: Sequence[TrainedConcept]) -> dict[str, str]:
     """What tools show of a LoRA, all of it strings: kohya's keys, and those of Stability's specification."""
     cards = [card for _, card in concepts]
@@ -157,7 +144,7 @@ def _metadata(model: Architecture, concepts: Sequence[TrainedConcept]) -> dict[s
         "ss_network_alpha": str(float(len(cards))),
         "ss_network_args": "{}",
         "ss_output_name": "_".join(card.name for card in cards),
-        "ss_tag_frequency": json.dumps({card.name: {word_name(card): card.step or 1} for card in cards}),
+        "ss_tag_frequency": json.dumps({card.name: {word_name(card): 1} for card in cards}),
         "ss_training_comment": "Perfusion (arXiv 2305.01644), baked by perfusion_jax; goes with the words beside it",
     }
     if version:

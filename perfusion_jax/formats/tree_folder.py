@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from perfusion_jax.base_model import BaseModel
-from perfusion_jax.formats.concept_file import ConceptCard, TrainedConcept
+from perfusion_jax.formats.concept_file import TrainedConcept, card_from
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.method.edit import Gate
 from perfusion_jax.method.surgery import EDIT, TARGET_OUTPUTS, Params, bake, cross_attention_layers, insert, remove
@@ -31,6 +31,7 @@ from perfusion_jax.runtime.files import storage_errors, to_path, write_bytes
 FORMAT = "perfusion_jax tree 1"
 RECORD = "perfusion_jax.json"
 TREE = "tree"
+_RECORD_KEYS = {"baked": bool, "base_model": str, "concepts": list}
 
 
 def write_tree(
@@ -54,6 +55,7 @@ def write_tree(
         dtype: of the kernels; what belongs to the edit stays float32.
 
     Raises:
+        InputError: a number does not fit into the dtype.
         InputError, UnavailableError: it cannot be written.
     """
     learnt, cards = [concept for concept, _ in concepts], [card for _, card in concepts]
@@ -65,6 +67,10 @@ def write_tree(
         edit = unet[EDIT]
         unet = {**unet, EDIT: {**edit._asdict(), "gates": edit.gates._asdict()}}
     tree = {"unet": unet, "words": jnp.stack([jnp.asarray(concept.embedding, jnp.float32) for concept in learnt])}
+    for path, leaf in jax.tree.leaves_with_path(unet):
+        if not jnp.isfinite(leaf).all():  # where it lies: it may be on many devices
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise InputError(f"{name} has numbers that {dtype} cannot hold: ask for bfloat16 or float32")
     with storage_errors(folder, "written"), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / TREE, tree, force=True)
     record = {
@@ -93,7 +99,7 @@ def load_tree(folder: str | Path, base: BaseModel) -> tuple[BaseModel, list[Trai
     """
     path = to_path(folder)
     record = _read_record(path)
-    cards = [ConceptCard(**{**card, "fingerprint": tuple(card["fingerprint"])}) for card in record["concepts"]]
+    cards = [card_from(path / RECORD, card) for card in record["concepts"]]
     if not all(base.has_fingerprint(card.fingerprint) for card in cards):
         raise InputError(f"{folder}: a tree of {record['base_model']}, which {base.name} is not: load that one")
     with storage_errors(path, "read"), ocp.StandardCheckpointer() as checkpointer:
@@ -116,6 +122,9 @@ def _read_record(folder: epath.Path) -> dict[str, Any]:
             raise InputError(f"{file}: not JSON ({error})") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise InputError(f"{file}: not of the format {FORMAT!r}")
+    for key, kind in _RECORD_KEYS.items():
+        if not isinstance(record.get(key), kind):
+            raise InputError(f"{file}: {key} is missing, or not what it must be: export the tree anew")
     return record
 
 

@@ -5,6 +5,7 @@ import fcntl
 import io
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,7 @@ _LASTING_NUMBERS = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
 _NOT_OF_STORAGE = (AttributeError, TypeError, AssertionError, MemoryError)
 # What reaches a bucket raises errors of its own kinds.
 _BACKENDS = ("aiohttp.", "fsspec.", "gcsfs.", "google.auth.")
+_COPIED_AT_ONCE = 16 * 2**20
 # Some network file systems have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -165,6 +167,24 @@ def check_writable(folder: Path | epath.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+
+@contextmanager
+def writing(file: epath.Path) -> Iterator[Path]:
+    """Gives a local path to write a large file to; it is whole, at `file`, when the context ends without an error.
+
+    Raises:
+        InputError, UnavailableError: it cannot be written.
+    """
+    if is_local(file):
+        with replacing(Path(file)) as temporary:
+            yield temporary
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / file.name
+        yield temporary
+        with storage_errors(file, "written"), temporary.open("rb") as source, file.open("wb") as target:
+            shutil.copyfileobj(source, target, _COPIED_AT_ONCE)
 
 
 @contextmanager

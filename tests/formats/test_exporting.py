@@ -5,10 +5,13 @@ import json
 import re
 
 import diffusers
+import fsspec
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from etils import epath
 from exported import PROMPTS, SEEDS, STEPS, drawn_baked, learnt
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
@@ -180,6 +183,41 @@ def test_a_bucket_is_written_to(sd1_base, bucket):
     assert files[-1].read_text().startswith("---\nlicense: ")
 
 
+def test_a_pipeline_goes_to_a_bucket_as_to_a_folder(sd1_base, bucket, tmp_path):
+    rex = learnt(sd1_base)
+    export(sd1_base, [rex], "pipeline", tmp_path)
+    export(sd1_base, [rex], "pipeline", f"{bucket}/exports/rex")
+    local = {str(path.relative_to(tmp_path)): path for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"} <= local.keys()
+    for name, path in local.items():
+        assert (epath.Path(f"{bucket}/exports/rex") / name).read_bytes() == path.read_bytes()
+
+
+def test_a_bucket_that_cannot_be_written_is_one_line(sd1_base, bucket, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("Forbidden: https://storage.googleapis.com/bucket")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "_open", refuse)
+    for kind in ("lora", "pipeline"):
+        with pytest.raises(InputError, match=r"gs://bucket/exports/.*: cannot be written \(Forbidden"):
+            export(sd1_base, [learnt(sd1_base)], kind, f"{bucket}/exports")
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "orbax"])
+def test_a_model_that_float16_cannot_hold_is_refused(sd1_base, tmp_path, kind):
+    unet = sd1_base.params["unet"]
+    large = {**unet, "conv_in": jax.tree.map(lambda leaf: leaf * 1e9, unet["conv_in"])}
+    base = dataclasses.replace(sd1_base, params={**sd1_base.params, "unet": large})
+    with pytest.raises(InputError, match=r"conv_in.* has numbers that float16 cannot hold: ask for bfloat16"):
+        export(base, [learnt(sd1_base)], kind, tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_concept_of_another_base_is_refused(sd1_base, small_base, tmp_path):
+    with pytest.raises(InputError, match=r"rex: trained on the base model .*, which .* is not: load that one"):
+        export(sd1_base, [learnt(small_base)], "lora", tmp_path)
+
+
 def test_the_card_can_be_read_by_the_hub(sd1_base, tmp_path):
     from huggingface_hub import ModelCard
 
@@ -220,4 +258,4 @@ def test_metadata_are_strings_that_tools_show(sd1_base, tmp_path):
     assert all(isinstance(value, str) for value in metadata.values())
     assert metadata["ss_network_module"] == "networks.lora"
     assert metadata["modelspec.trigger_phrase"] == "rex_word"
-    assert json.loads(metadata["ss_tag_frequency"]) == {"rex": {"rex_word": 100}}
+    assert json.loads(metadata["ss_tag_frequency"]) == {"rex": {"rex_word": 1}}

@@ -111,6 +111,14 @@ def test_trees_that_cannot_be_read_are_one_line(small_base, sd1_base, both, tmp_
     (tmp_path / "perfusion_jax.json").write_text(json.dumps({**record, "format": "other"}))
     with pytest.raises(InputError, match="not of the format 'perfusion_jax tree 1'"):
         load_tree(tmp_path, small_base)
+    for key, changed in (
+        ("concepts", {"concepts": None}),
+        ("baked", {"baked": "yes"}),
+        ("the metadata 'super_category' is missing", {"concepts": [{"name": "rex"}]}),
+    ):
+        (tmp_path / "perfusion_jax.json").write_text(json.dumps({**record, **changed}))
+        with pytest.raises(InputError, match=rf"perfusion_jax\.json: .*{key}"):
+            load_tree(tmp_path, small_base)
     (tmp_path / "perfusion_jax.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
         load_tree(tmp_path, small_base)
