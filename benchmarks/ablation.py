@@ -6,25 +6,21 @@ prints image and text similarity by the embedded evaluator. Finished runs are ke
 
 import contextlib
 import io
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from unseen import draw_and_score
+from unseen import draw_and_score, example_concept
 
 from perfusion_jax import load_base_model
 from perfusion_jax.base_model.clip import load_clip
-from perfusion_jax.config import make_config
 from perfusion_jax.drawing.grids import grid
-from perfusion_jax.formats.concept_file import load_concept
 from perfusion_jax.formats.picture_file import write_picture
-from perfusion_jax.learning.runs import train_one
 from perfusion_jax.runtime import shipped
 
 OUT = flags.DEFINE_string("out", "ablation", "Folder of the runs and pictures.")
@@ -40,6 +36,7 @@ VARIANTS = {
 
 
 def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes
     out = epath.Path(OUT.value)
     base, clip = load_base_model("emoji"), load_clip(shipped.EVALUATOR)
     print("| variant | image similarity | text similarity | prompt precision |\n| --- | --- | --- | --- |")
@@ -47,15 +44,11 @@ def main(_: list[str]) -> None:
         folder = out / variant.replace(" ", "_")
         scores, rows = [], []
         for name in CONCEPTS.value:
-            facts = json.loads((shipped.EXAMPLES / name / "concept.json").read_text())
-            config = make_config()
-            config.update(name=name, super_category=facts["super_category"], pictures=f"emoji:{name}", **changes)
-            # The last step of every variant, not the best one by the measure that is reported.
-            config.validate_every = 0
             with contextlib.redirect_stdout(io.StringIO()):
-                file = train_one(config, folder / name)
-            trained = load_concept(file, base)
-            drawn, own, scored = draw_and_score(base, clip, trained, SEEDS.value, strength=float(config.edit))
+                # The last step of every variant, not the best one by the measure that is reported.
+                trained = example_concept(base, name, folder / name, validate_every=0, **changes)
+            strength = float(changes.get("edit", True))
+            drawn, own, scored = draw_and_score(base, clip, trained, SEEDS.value, strength=strength)
             scores.append(scored)
             rows.append(np.concatenate([own[:1], drawn[:: SEEDS.value]]))
         write_picture(folder.with_suffix(".png"), grid(rows))

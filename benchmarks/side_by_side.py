@@ -70,13 +70,14 @@ class Setup:
             torch.cuda.synchronize()
 
     def describe(self) -> str:
-        cpu = f"{_processor()}, {os.cpu_count()} cores"
+        cpu = f"{processor()}, {os.cpu_count()} cores"
         where = torch.cuda.get_device_name() if self.device == "cuda" else cpu
         how = f"{self.dtype}, PyTorch {'compiled' if self.compiles else 'as it is'}"
         return f"PyTorch {torch.__version__}, JAX {jax.__version__}; {where}; {how}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     try:
         with open("/proc/cpuinfo") as stream:
             return next(line.partition(":")[2].strip() for line in stream if line.startswith("model name"))

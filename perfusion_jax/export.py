@@ -22,7 +22,7 @@ def main() -> None:
     # Imported when the flags are right: JAX and diffusers take seconds.
     from perfusion_jax.base_model import load_base_model
     from perfusion_jax.formats.concept_file import load_concept
-    from perfusion_jax.formats.exporting import export
+    from perfusion_jax.formats.exporting import WHOLE_MODELS, export, fitted_strengths
     from perfusion_jax.formats.hub import push
 
     given = flags.FLAGS
@@ -30,10 +30,15 @@ def main() -> None:
         strengths = [float(strength) for strength in given.strength]
     except ValueError as error:
         raise InputError(f"--strength={','.join(given.strength)}: not numbers") from error
+    if strengths and given.fit_scale:
+        raise InputError("--strength and --fit_scale: give one of them")
     if given.push_to_hub and not is_local(given.out):
         raise InputError(f"--out={given.out}: what is pushed to the hub is read from a folder on this machine")
-    base = load_base_model(given.base, revision=given.revision, variant=given.variant)
+    needs_all = given.fit_scale or given.to in WHOLE_MODELS
+    base = load_base_model(given.base, revision=given.revision, variant=given.variant, edited_only=not needs_all)
     concepts = [load_concept(file, base) for file in given.concept]
+    if given.fit_scale:
+        strengths = fitted_strengths(base, concepts)
     written = export(base, concepts, given.to, given.out, strengths, given.dtype, given.gated)
     print(*written, sep="\n")
     if given.push_to_hub:
@@ -53,6 +58,7 @@ def run() -> None:
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
     flags.DEFINE_string("variant", None, "weight files to take, such as fp16")
     flags.DEFINE_list("strength", [], "strength of the concept, one or one per concept; 1 if left out")
+    flags.DEFINE_bool("fit_scale", False, "choose the strengths at which the baked edit is nearest to the gated one")
     flags.DEFINE_bool("gated", False, "of orbax: keep the gated edit beside the frozen kernels, instead of baking it")
     flags.DEFINE_enum("dtype", "float16", ["float32", "bfloat16", "float16"], "of the numbers that are written")
     command_line.run(main)

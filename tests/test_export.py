@@ -36,10 +36,15 @@ def test_a_lora_and_what_is_wrong_with_it(small_folder, concept_file, tmp_path):
     ]
     assert "| rex | dog | 1 | 0.5 | not said |" in (out / "README.md").read_text()
     assert all(key.startswith("lora_unet_") for key in load_file(out / "rex_lora.safetensors"))
+    fitted = run_export(*given, "--to=lora", f"--out={tmp_path / 'fitted'}", "--fit_scale")
+    assert fitted.returncode == 0, fitted.stderr
+    # It has learnt nothing, and baking it adds nothing.
+    assert "| rex | dog | 1 | 1 | not said |" in (tmp_path / "fitted" / "README.md").read_text()
     (out / "else.txt").write_text("")
     for arguments, message in (
         ((*given, "--to=lora", f"--out={out}"), "error: {out}: holds else.txt, which is no part of this export"),
         ((*given, "--to=lora", f"--out={out}2", "--strength=strong"), "error: --strength=strong: not numbers"),
+        ((*given, "--to=lora", f"--out={out}2", "--strength=1", "--fit_scale"), "error: --strength and --fit_scale"),
         ((*given, f"--out={out}2"), "--to"),
     ):
         failed = run_export(*arguments)

@@ -15,7 +15,7 @@ from perfusion_jax.base_model.layout import Layout, find_layout
 from perfusion_jax.base_model.source import full_name
 from perfusion_jax.base_model.weights import read_tree
 from perfusion_jax.method.concept import Concept
-from perfusion_jax.method.surgery import Params, cross_attention_layers
+from perfusion_jax.method.surgery import Params, cross_attention_layers, is_edited
 from perfusion_jax.runtime.errors import InputError
 
 # Rounding the weights to bfloat16 moves a fingerprint by 0.01 at most. That of another model differs by about 1,
@@ -133,6 +133,7 @@ def load_base_model(
     dtype: jnp.dtype = jnp.float32,
     revision: str | None = None,
     variant: str | None = None,
+    edited_only: bool = False,
 ) -> BaseModel:
     """Loads a frozen text-to-image model. PyTorch is not needed, and no pickle is ever read.
 
@@ -142,6 +143,8 @@ def load_base_model(
         dtype: float32 or bfloat16, of the weights and of the computation.
         revision: branch, tag or commit of a hub id.
         variant: `fp16` for the weight files of that variant.
+        edited_only: whether to leave out all weights but those that an edit changes; so it is loaded at once, and
+            concepts can be read, and exported as a LoRA.
 
     Raises:
         InputError: it cannot be found, read, or run; the message names the file.
@@ -151,6 +154,12 @@ def load_base_model(
     layout = find_layout(name, revision, variant)
     model = read_architecture(layout, dtype)
     params: dict[str, Params] = {}
-    for component, shapes in model.shapes.items():
-        params[component] = read_tree(layout.checkpoint(component), shapes, dtype, layout.weights_name(component))
+    for component in ("unet",) if edited_only else model.shapes:
+        params[component] = read_tree(
+            layout.checkpoint(component),
+            model.shapes[component],
+            dtype,
+            layout.weights_name(component),
+            is_edited if edited_only else lambda path: True,
+        )
     return BaseModel(name, model, params, layout)

@@ -8,7 +8,7 @@ kernels [out, in] -> [in, out]).
 import json
 import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -211,7 +211,13 @@ def _why_unreadable(folder: Path, variant: str | None) -> str:
     )
 
 
-def read_tree(checkpoint: Checkpoint, expected: Mapping[str, Any], dtype: jnp.dtype, component: str) -> dict[str, Any]:
+def read_tree(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, Any],
+    dtype: jnp.dtype,
+    component: str,
+    wanted: Callable[[FlaxPath], bool] = lambda path: True,
+) -> dict[str, Any]:
     """Reads a checkpoint into a parameter tree.
 
     Tensors are read, converted and put on the default device one at a time.
@@ -221,6 +227,7 @@ def read_tree(checkpoint: Checkpoint, expected: Mapping[str, Any], dtype: jnp.dt
         expected: tree of `jax.ShapeDtypeStruct`, the module's parameters.
         dtype: dtype of every parameter in the result.
         component: what to call it in errors, such as `unet`.
+        wanted: which parameters to read; the others are looked for, and left out of the result.
 
     Raises:
         InputError: tensors are missing, unexpected, of another shape, or not finite; all of them are named.
@@ -236,6 +243,8 @@ def read_tree(checkpoint: Checkpoint, expected: Mapping[str, Any], dtype: jnp.dt
 
     leaves: dict[FlaxPath, jax.Array] = {}
     for path, name in names.items():
+        if not wanted(path):
+            continue
         tensor = checkpoint.read(name, path, len(flat[path].shape))
         if tensor.shape != flat[path].shape:
             problems.append(f"{name} has shape {tensor.shape}, its config asks for {flat[path].shape}")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax.numpy as jnp
 from etils import epath
 
 from perfusion_jax.base_model import BaseModel
@@ -13,10 +14,24 @@ from perfusion_jax.formats.model_card import Card
 from perfusion_jax.formats.pipeline_folder import pipeline_entries, write_pipeline
 from perfusion_jax.formats.tensor_file import check_dtype
 from perfusion_jax.formats.tree_folder import RECORD, TREE, write_tree
+from perfusion_jax.method import surgery
+from perfusion_jax.method.edit import Gate
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import check_writable, entries, to_path, write_bytes
 
 CARD = "README.md"
+FIT_TEMPLATES = (
+    "a {}",
+    "a photo of a {}",
+    "a drawing of a {}",
+    "a {} on a table",
+    "a {} on the beach",
+    "a {} in the snow",
+    "a {} at night",
+    "a {} and a tree",
+    "a red {}",
+)
+"""What prompts are like, for `fitted_strengths`."""
 Contents = tuple[list[str], Callable[[epath.Path], None]]
 """What an export's folder is to hold: names of files and folders, and what writes them into it."""
 
@@ -86,6 +101,32 @@ _KINDS: dict[str, Callable[[Export], Contents]] = {
     "orbax": Export.orbax,
 }
 KINDS = tuple(_KINDS)
+WHOLE_MODELS = ("pipeline", "orbax")
+"""The kinds that hold all of the base model, or of its UNet: for others it may be loaded with `edited_only`."""
+
+
+def fitted_strengths(base: BaseModel, concepts: Sequence[TrainedConcept]) -> list[float]:
+    """The strengths at which the baked edit of concepts is nearest to the gated one, over prompts that name them.
+
+    Args:
+        base: the model that they were trained on.
+        concepts: at least one.
+
+    Raises:
+        InputError: a name cannot stand in a prompt.
+    """
+    words = [card.placeholder for _, card in concepts]
+    prompts = [template.format(word) for template in FIT_TEMPLATES for word in words]
+    ids = base.model.tokenizer(prompts, words)
+    embeddings = jnp.stack([concept.embedding for concept, _ in concepts])
+    encodings = base.model.encode(base.params, ids, embeddings).tokens
+    fitted = surgery.fitted_strengths(
+        base.params["unet"],
+        [concept for concept, _ in concepts],
+        [Gate(card.bias, card.temperature) for _, card in concepts],
+        encodings.reshape(-1, encodings.shape[-1]),
+    )
+    return [round(float(strength), 3) for strength in fitted]
 
 
 def export(

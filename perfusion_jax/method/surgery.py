@@ -16,11 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from perfusion_jax.method import concept as concept_lib
 from perfusion_jax.method.concept import Concept
-from perfusion_jax.method.edit import Edit, Factors, Gate, baked_change
+from perfusion_jax.method.edit import Edit, Factors, Gate, baked_change, edited_input, project
 from perfusion_jax.method.edit import bake as bake_kernel
 
 Params = dict[str, Any]
@@ -48,6 +49,11 @@ def cross_attention_layers(unet_params: Mapping[str, Any]) -> dict[str, Any]:
     if not layers:
         raise ValueError("this parameter tree has no cross-attention: no subtree of it is called 'attn2'")
     return layers
+
+
+def is_edited(path: Sequence[str]) -> bool:
+    """Whether an edit changes what stands at a path of the tree, such as `(..., "attn2", "to_k", "kernel")`."""
+    return "attn2" in path and path[-1] == "kernel" and path[-2] in ("to_k", "to_v")
 
 
 def insert(unet_params: Params, concepts: Concept | Sequence[Concept], gates: Gate | Sequence[Gate]) -> Params:
@@ -128,6 +134,45 @@ def baked_changes(
         for layer, weights in cross_attention_layers(unet_params).items()
         for projection, outputs in (("to_k", stacked.key_outputs), ("to_v", stacked.value_outputs))
     }
+
+
+def fitted_strengths(
+    unet_params: Params,
+    concepts: Concept | Sequence[Concept],
+    gates: Gate | Sequence[Gate],
+    encodings: Float[Array, "tokens context"],
+) -> Float32[Array, " concepts"]:
+    """Returns the strengths at which the baked edit is nearest to the gated one, by least squares.
+
+    What the gated edit at strength 1 adds to each projection of each encoding is approached by a sum of what baking
+    each concept adds; every projection counts alike, in units of what the frozen weights give.
+
+    Args:
+        unet_params, concepts, gates: as for `insert`, at least one concept.
+        encodings: text encodings of prompts that name the concepts, one below the other.
+
+    Raises:
+        ValueError: as for `insert`.
+    """
+    _refuse_edited(unet_params)
+    stacked, edit = _stack(unet_params, concepts, gates)
+    edit = edit._replace(gates=edit.gates._replace(strength=jnp.ones_like(edit.gates.strength)))
+    encodings = encodings.astype(jnp.float32)
+    edited = edited_input(edit, encodings)
+    count = len(stacked.target_input)
+    normal, right = np.zeros((count, count)), np.zeros(count)
+    for layer, weights in cross_attention_layers(unet_params).items():
+        for projection, outputs in (("to_k", stacked.key_outputs), ("to_v", stacked.value_outputs)):
+            kernel = weights[projection]["kernel"].astype(jnp.float32)
+            frozen = encodings @ kernel
+            gated = np.float64(project(kernel, edited, outputs[layer]) - frozen)
+            down, up = (np.asarray(factor, np.float64) for factor in baked_change(kernel, edit, outputs[layer]))
+            baked = (np.float64(encodings) @ down.T)[:, :, None] * up
+            unit = np.square(np.float64(frozen)).mean()
+            normal += np.einsum("ejo,eko->jk", baked, baked) / unit
+            right += np.einsum("ejo,eo->j", baked, gated) / unit
+    # From 1, which stays where baking adds nothing.
+    return jnp.asarray(1 + np.linalg.lstsq(normal, right - normal.sum(axis=1))[0], jnp.float32)
 
 
 def _change_projections(

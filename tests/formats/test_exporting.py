@@ -18,7 +18,7 @@ from safetensors.torch import load_file as load_torch
 
 from perfusion_jax import InputError, bake, generate, load_base_model
 from perfusion_jax.drawing.denoising import noise_for
-from perfusion_jax.formats.exporting import export
+from perfusion_jax.formats.exporting import export, fitted_strengths
 from perfusion_jax.formats.lora import balanced, embedding_bytes, lora_bytes
 from perfusion_jax.method.edit import Factors
 from perfusion_jax.method.surgery import baked_changes, cross_attention_layers
@@ -91,6 +91,25 @@ def test_diffusers_draws_a_pipeline_as_we_draw_the_baked_edit(base, rex, tmp_pat
     again = load_base_model(tmp_path)
     ours = generate(again, PROMPTS, SEEDS, sampler="ddim", steps=STEPS, height=32, width=32)
     assert np.abs(ours - theirs).max() <= 2
+
+
+def test_what_an_edit_changes_is_enough_to_export_from(folder, base, rex, tmp_path):
+    part = load_base_model(folder, edited_only=True)
+    assert part.fingerprint == base.fingerprint
+    assert part.params.keys() == {"unet"}
+    for kind in ("lora", "bundle"):
+        files = export(part, [rex], kind, tmp_path / kind)
+        whole = export(base, [rex], kind, tmp_path / f"whole-{kind}")
+        assert [file.read_bytes() for file in files] == [file.read_bytes() for file in whole]
+
+
+def test_strengths_are_fitted_by_prompts_that_name_the_concepts(sd1_base):
+    rex = learnt(sd1_base)
+    unmoved = rex._replace(concept=sd1_base.new_concept("dog", jnp.eye(sd1_base.model.context_width)))
+    assert fitted_strengths(sd1_base, [unmoved]) == [1]
+    fitted = fitted_strengths(sd1_base, [rex, learnt(sd1_base, "tom", "cat", seed=1)])
+    assert len(fitted) == 2
+    assert 1 not in fitted
 
 
 def test_several_concepts_are_baked_together(sd1_folder, sd1_base, tmp_path):

@@ -11,7 +11,7 @@ from perfusion_jax.base_model import Context
 from perfusion_jax.base_model.text import mean_at
 from perfusion_jax.method.concept import stack
 from perfusion_jax.method.covariance import whitening_of
-from perfusion_jax.method.surgery import cross_attention_layers
+from perfusion_jax.method.surgery import cross_attention_layers, fitted_strengths
 
 LAYER = "mid_block/attentions_0/transformer_blocks_0/attn2"
 GATE = Gate(bias=0.6, temperature=0.15)
@@ -269,3 +269,28 @@ def test_another_target_input_brings_its_dual(concepts, whitening):
 def test_super_category_encodings_of_another_shape_are_refused(sd1_base, encodings):
     with pytest.raises(ValueError, match="encode the same ids"):
         keys_values(sd1_base.params["unet"], encodings, encodings[:, :5])
+
+
+def test_fitted_strengths_are_those_of_least_squares(sd1_base, concepts, encodings):
+    """Against float64 and one large system of equations."""
+    unet = sd1_base.params["unet"]
+    fitted = fitted_strengths(unet, concepts, GATE, encodings[0])
+    tokens = np.float64(encodings[0])
+    rows, wanted = [], []
+    for layer, weights in cross_attention_layers(unet).items():
+        for projection, kind in (("to_k", "key_outputs"), ("to_v", "value_outputs")):
+            kernel = np.float64(weights[projection]["kernel"])
+            outputs = np.float64([getattr(concept, kind)[layer] for concept in concepts])
+            inputs = np.float64([concept.target_input for concept in concepts])
+            duals = np.float64([concept.dual for concept in concepts])
+            coordinates = np.linalg.solve(inputs @ duals.T, duals @ tokens.T).T
+            similarity = tokens @ duals.T / np.sum(inputs * duals, axis=1)
+            gates = 1 / (1 + np.exp(-(similarity - GATE.bias) / GATE.temperature))
+            unit = np.sqrt(np.square(tokens @ kernel).mean())
+            gated = gates @ outputs - coordinates @ inputs @ kernel
+            baked = coordinates[:, :, None] * (outputs - inputs @ kernel)
+            rows.append(np.moveaxis(baked, 1, 2).reshape(-1, len(concepts)) / unit)
+            wanted.append(gated.reshape(-1) / unit)
+    expected = np.linalg.lstsq(np.concatenate(rows), np.concatenate(wanted))[0]
+    assert np.abs(expected - 1).max() > 0.05  # it is not the strength that one would take anyway
+    np.testing.assert_allclose(fitted, expected, rtol=1e-4)

@@ -1,0 +1,103 @@
+"""What baking loses, on the embedded model: pictures of the gated edit beside those of plain weights.
+
+    python benchmarks/baking.py --out baking
+
+Learns example concepts with the defaults, draws each by 20 prompts with the gated edit, with the edit baked at strength
+1, at the strength of `--fit_scale` and at some others, from the same noise; prints similarities by the embedded
+evaluator, and how far pictures are from those of the gated edit. Finished runs are kept in --out and not done again.
+"""
+
+import contextlib
+import dataclasses
+import io
+
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from etils import epath
+from unseen import example_concept, own_pictures
+
+from perfusion_jax import bake, generate, load_base_model
+from perfusion_jax.base_model import BaseModel
+from perfusion_jax.base_model.clip import load_clip
+from perfusion_jax.drawing.grids import grid
+from perfusion_jax.formats.concept_file import TrainedConcept
+from perfusion_jax.formats.exporting import fitted_strengths
+from perfusion_jax.formats.picture_file import write_picture
+from perfusion_jax.learning.metrics import Evaluator, Scores, score_pictures
+from perfusion_jax.runtime import shipped
+
+OUT = flags.DEFINE_string("out", "baking", "Folder of the runs and pictures.")
+CONCEPTS = flags.DEFINE_list("concepts", [], "Examples to learn; all, at most eight, if left out.")
+
+MOST = 8
+STRENGTHS = (0.6, 0.8, 1.0, 1.2)
+PROMPTS = (
+    "a photo of a {} on the beach",
+    "a photo of a {} in the snow",
+    "a photo of a {} at night",
+    "a photo of a {} in the desert",
+    "a photo of a {} in the forest",
+    "a photo of a {} in the city",
+    "a photo of a {} under water",
+    "a photo of a {} on the grass",
+    "a photo of a {} in the mountains",
+    "a photo of a {} on a table",
+    "a {}",
+    "a {} on the beach at night",
+    "a pencil sketch of a {}",
+    "a black and white photo of a {}",
+    "a black and white photo of a {} in the city",
+    "a photo of a {} wearing a hat",
+    "a photo of a {} next to a tree",
+    "a photo of a {} and a car in the snow",
+    "a photo of a {} and a cat on the grass",
+    "a photo of an apple and a {} on a table",
+)
+
+
+def draw(base: BaseModel, trained: TrainedConcept, strength: float | None) -> np.ndarray:
+    """Pictures of all prompts: by the gated edit, or baked at a strength. uint8 [prompts, height, width, 3]."""
+    prompts = [prompt.format(trained.card.placeholder) for prompt in PROMPTS]
+    if strength is None:
+        return generate(base, prompts, range(len(prompts)), [trained], batch_size=len(prompts))
+    unet = bake(base.params["unet"], trained.concept, jnp.float32(strength))
+    plain = dataclasses.replace(base, params={**base.params, "unet": unet})
+    # Of the concept the word alone: its edit is in the weights.
+    return generate(plain, prompts, range(len(prompts)), [trained], strength=0.0, batch_size=len(prompts))
+
+
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes
+    out = epath.Path(OUT.value)
+    names = CONCEPTS.value or sorted(folder.name for folder in shipped.EXAMPLES.iterdir() if folder.is_dir())[:MOST]
+    base, evaluator = load_base_model("emoji"), Evaluator(load_clip(shipped.EVALUATOR))
+    rows: dict[str, list[Scores]] = {}
+    distances: dict[str, list[float]] = {}
+    fitted, sheet = [], []
+    for name in names:
+        with contextlib.redirect_stdout(io.StringIO()):
+            trained = example_concept(base, name, out / name)
+        (fit,) = fitted_strengths(base, [trained])
+        fitted.append(fit)
+        variants = {"gated": None, **{f"baked, {s:g}": s for s in STRENGTHS}, "baked, `--fit_scale`": fit}
+        drawn = {variant: draw(base, trained, strength) for variant, strength in variants.items()}
+        own = evaluator.embed_instances(own_pictures(name))
+        plain = [prompt.format(trained.card.super_category) for prompt in PROMPTS]
+        for variant, pictures in drawn.items():
+            rows.setdefault(variant, []).append(score_pictures(evaluator, pictures, plain, own))
+            apart = np.abs(np.float32(pictures) - np.float32(drawn["gated"])).mean()
+            distances.setdefault(variant, []).append(float(apart))
+        sheet += [drawn[variant][::2] for variant in ("gated", "baked, 1", "baked, `--fit_scale`")]
+        print(f"{name}: --fit_scale gives {fit:g}", flush=True)
+    write_picture(out / "baking.png", grid(sheet))
+    print("| edit | image similarity | text similarity | prompt precision | pixels from gated, of 255 |")
+    print("| --- | --- | --- | --- | --- |")
+    for variant, scores in rows.items():
+        means = " | ".join(f"{mean:.3f}" for mean in np.mean(scores, axis=0))
+        print(f"| {variant} | {means} | {np.mean(distances[variant]):.1f} |")
+    print(f"fitted strengths: {min(fitted):g} to {max(fitted):g}, mean {np.mean(fitted):.2f}")
+
+
+if __name__ == "__main__":
+    app.run(main)
