@@ -8,16 +8,14 @@ evaluator, and how far pictures are from those of the gated edit. Finished runs 
 """
 
 import contextlib
-import dataclasses
 import io
 
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from etils import epath
 from unseen import example_concept, own_pictures
 
-from perfusion_jax import bake, generate, load_base_model
+from perfusion_jax import generate, load_base_model
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.clip import load_clip
 from perfusion_jax.drawing.grids import grid
@@ -61,8 +59,7 @@ def draw(base: BaseModel, trained: TrainedConcept, strength: float | None) -> np
     prompts = [prompt.format(trained.card.placeholder) for prompt in PROMPTS]
     if strength is None:
         return generate(base, prompts, range(len(prompts)), [trained], batch_size=len(prompts))
-    unet = bake(base.params["unet"], trained.concept, jnp.float32(strength))
-    plain = dataclasses.replace(base, params={**base.params, "unet": unet})
+    plain = base.baked([trained.concept], [strength])
     # Of the concept the word alone: its edit is in the weights.
     return generate(plain, prompts, range(len(prompts)), [trained], strength=0.0, batch_size=len(prompts))
 

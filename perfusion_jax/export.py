@@ -8,6 +8,7 @@ in the diffusers layout) or `orbax` (the UNet's parameter tree for JAX, baked or
 together. The README.md beside the files says which words to write in which tool.
 """
 
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -21,6 +22,7 @@ def main() -> None:
     """Writes --concept as --to says."""
     # Imported when the flags are right: JAX and diffusers take seconds.
     from perfusion_jax.base_model import load_base_model
+    from perfusion_jax.drawing.examples import draw_examples
     from perfusion_jax.formats.concept_file import load_concept
     from perfusion_jax.formats.exporting import WHOLE_MODELS, export, fitted_strengths
     from perfusion_jax.formats.hub import push
@@ -34,12 +36,14 @@ def main() -> None:
         raise InputError("--strength and --fit_scale: give one of them")
     if given.push_to_hub and not is_local(given.out):
         raise InputError(f"--out={given.out}: what is pushed to the hub is read from a folder on this machine")
-    needs_all = given.fit_scale or given.to in WHOLE_MODELS
+    needs_all = given.fit_scale or given.examples > 0 or given.to in WHOLE_MODELS
     base = load_base_model(given.base, revision=given.revision, variant=given.variant, edited_only=not needs_all)
     concepts = [load_concept(file, base) for file in given.concept]
     if given.fit_scale:
         strengths = fitted_strengths(base, concepts)
-    written = export(base, concepts, given.to, given.out, strengths, given.dtype, given.gated)
+    edit = "none" if given.to == "embedding" else "gated" if given.gated else "baked"
+    draw = partial(draw_examples, base, concepts, strengths, edit, given.examples)
+    written = export(base, concepts, given.to, given.out, strengths, given.dtype, given.gated, draw)
     print(*written, sep="\n")
     if given.push_to_hub:
         files = [f"{entry.name}/*" if entry.is_dir() else entry.name for entry in written]
@@ -59,6 +63,7 @@ def run() -> None:
     flags.DEFINE_string("variant", None, "weight files to take, such as fp16")
     flags.DEFINE_list("strength", [], "strength of the concept, one or one per concept; 1 if left out")
     flags.DEFINE_bool("fit_scale", False, "choose the strengths at which the baked edit is nearest to the gated one")
+    flags.DEFINE_integer("examples", 0, "pictures to draw for the model card", lower_bound=0)
     flags.DEFINE_bool("gated", False, "of orbax: keep the gated edit beside the frozen kernels, instead of baking it")
     flags.DEFINE_enum("dtype", "float16", ["float32", "bfloat16", "float16"], "of the numbers that are written")
     command_line.run(main)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perfusion_jax import bake, generate
+from perfusion_jax import generate
 from perfusion_jax.formats.concept_file import ConceptCard, TrainedConcept
 
 PROMPTS = ["a photo of a <rex> on the beach", "a dog in the snow"]
@@ -37,8 +37,6 @@ def learnt(base, name="rex", word="dog", seed=0):
 
 def drawn_baked(base, concepts, prompts=PROMPTS, strengths=(), **options):
     """Ours: the edit baked, and of the concepts the words alone."""
-    strength = jnp.asarray(strengths or [1.0] * len(concepts))
-    unet = bake(base.params["unet"], [concept for concept, _ in concepts], strength)
-    baked = dataclasses.replace(base, params={**base.params, "unet": unet})
+    baked = base.baked([concept for concept, _ in concepts], strengths or [1.0] * len(concepts))
     options = {"sampler": "ddim", "steps": STEPS, "height": 32, "width": 32, **options}
     return generate(baked, prompts, SEEDS, concepts, strength=0.0, **options)

@@ -5,6 +5,7 @@ import sys
 
 import jax.numpy as jnp
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
@@ -36,10 +37,15 @@ def test_a_lora_and_what_is_wrong_with_it(small_folder, concept_file, tmp_path):
     ]
     assert "| rex | dog | 1 | 0.5 | not said |" in (out / "README.md").read_text()
     assert all(key.startswith("lora_unet_") for key in load_file(out / "rex_lora.safetensors"))
-    fitted = run_export(*given, "--to=lora", f"--out={tmp_path / 'fitted'}", "--fit_scale")
+    fitted = run_export(*given, "--to=lora", f"--out={tmp_path / 'fitted'}", "--fit_scale", "--examples=2")
     assert fitted.returncode == 0, fitted.stderr
     # It has learnt nothing, and baking it adds nothing.
-    assert "| rex | dog | 1 | 1 | not said |" in (tmp_path / "fitted" / "README.md").read_text()
+    assert "| rex | dog | 1 | 1 | not said |" in (card := (tmp_path / "fitted" / "README.md").read_text())
+    for number, prompt in enumerate(("a photo of a <rex> on the beach", "a photo of a <rex> in the snow"), 1):
+        with Image.open(tmp_path / "fitted" / f"example_{number}.png") as picture:
+            assert picture.size == (32, 32)
+        assert f"![{prompt}](example_{number}.png)" in card
+        assert f'- text: "{prompt}"\n  output:\n    url: example_{number}.png' in card
     (out / "else.txt").write_text("")
     for arguments, message in (
         ((*given, "--to=lora", f"--out={out}"), "error: {out}: holds else.txt, which is no part of this export"),

@@ -12,7 +12,9 @@ import pytest
 from etils import epath
 from fleet_runs import ROOT, STEPS, assert_close, assert_same, make_config, start, wait_for_lines, write_inputs
 
-from perfusion_jax import InputError
+from perfusion_jax import InputError, load_base_model
+from perfusion_jax.formats.concept_file import load_concept
+from perfusion_jax.formats.lora import lora_bytes
 from perfusion_jax.learning.runs import train_fleet
 from perfusion_jax.pod import distributed
 from perfusion_jax.runtime.errors import UnavailableError
@@ -95,7 +97,7 @@ def finish(config, workdir, count=2):
 @pytest.fixture(scope="module")
 def config(inputs):
     """Of rounds of four, on two devices."""
-    return make_config(inputs, members=4, mesh=(2, 1))
+    return make_config(inputs, members=4, mesh=(2, 1), exports=("lora",))
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,15 @@ def alone(inputs, tmp_path_factory):
 def test_two_processes_learn_what_one_does(finished, alone):
     for name in STEPS:
         assert_close(finished, alone, name)
+
+
+def test_processes_export_the_concepts_that_they_finish(config, finished):
+    base = load_base_model(config.base, edited_only=True)
+    for name in STEPS:
+        exported = finished / "exports" / name / "lora"
+        concept = load_concept(finished / "concepts" / f"{name}.safetensors", base)
+        assert (exported / f"{name}_lora.safetensors").read_bytes() == lora_bytes(base, [concept])
+        assert (exported / "README.md").is_file()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from perfusion_jax.base_model.layout import Layout, find_layout
 from perfusion_jax.base_model.source import full_name
 from perfusion_jax.base_model.weights import read_tree
 from perfusion_jax.method.concept import Concept
-from perfusion_jax.method.surgery import Params, cross_attention_layers, is_edited
+from perfusion_jax.method.surgery import Params, bake, cross_attention_layers, is_edited
 from perfusion_jax.runtime.errors import InputError
 
 # Rounding the weights to bfloat16 moves a fingerprint by 0.01 at most. That of another model differs by about 1,
@@ -108,6 +108,14 @@ class BaseModel:
         """Whether a fingerprint is this model's."""
         ours = self.fingerprint
         return len(ours) == len(fingerprint) and np.allclose(ours, fingerprint, rtol=0, atol=FINGERPRINT_TOLERANCE)
+
+    def baked(self, concepts: Sequence[Concept], strengths: Sequence[float]) -> "BaseModel":
+        """Returns the model with the ungated edit of concepts in its kernels (`surgery.bake`).
+
+        It is drawn with their words alone, at strength 0.
+        """
+        unet = bake(self.params["unet"], concepts, jnp.asarray(strengths, jnp.float32))
+        return replace(self, params={**self.params, "unet": unet})
 
     def astype(self, dtype: jnp.dtype) -> "BaseModel":
         """Returns the model with weights and computation in another float dtype."""

@@ -10,7 +10,8 @@ from etils import epath
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.formats.lora import bundle_bytes, embedding_bytes, lora_bytes, word_name
-from perfusion_jax.formats.model_card import Card
+from perfusion_jax.formats.model_card import Card, Example, example_file
+from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.formats.pipeline_folder import pipeline_entries, write_pipeline
 from perfusion_jax.formats.tensor_file import check_dtype
 from perfusion_jax.formats.tree_folder import RECORD, TREE, write_tree
@@ -137,6 +138,7 @@ def export(
     strengths: Sequence[float] = (),
     dtype: str = "float16",
     gated: bool = False,
+    draw_examples: Callable[[], Sequence[Example]] = tuple,
 ) -> list[epath.Path]:
     """Writes concepts as other tools read them, with a model card that says how.
 
@@ -149,6 +151,7 @@ def export(
         strengths: of each concept; 1 if left out.
         dtype: `float32`, `bfloat16` or `float16`.
         gated: of `orbax`: whether the tree keeps the gated edit beside the frozen kernels; otherwise it is baked.
+        draw_examples: gives pictures for the model card; called when it is clear that the rest can be written.
 
     Returns:
         What was written: files, and folders of them.
@@ -183,14 +186,22 @@ def export(
     _check_folder(folder, {CARD, *names})
     check_writable(folder)
     write(folder)
+    examples = draw_examples()
+    pictures = [example_file(number) for number in range(len(examples))]
+    for name, example in zip(pictures, examples, strict=True):
+        write_picture(folder / name, example.pixels)
     # The card comes last: where it is, all else is.
     tensors = [name for name in names if name.endswith(".safetensors")]
-    text = Card(base, [card for _, card in concepts], strengths, tensors, gated).text(kind)
+    text = Card(base, [card for _, card in concepts], strengths, tensors, gated, examples).text(kind)
     write_bytes(folder / CARD, text.encode())
-    return [folder / name for name in (*names, CARD)]
+    return [folder / name for name in (*names, *pictures, CARD)]
 
 
 def _check_folder(folder: epath.Path, names: set[str]) -> None:
-    others = [entry.name for entry in entries(folder) or () if entry.name not in names]
+    others = [
+        entry.name
+        for entry in entries(folder) or ()
+        if entry.name not in names and not entry.name.startswith("example_")
+    ]
     if others:
         raise InputError(f"{folder}: holds {others[0]}, which is no part of this export: name a new folder")

@@ -3,6 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.source import is_hub_id
@@ -11,6 +14,31 @@ from perfusion_jax.formats.lora import CLIP_NAMES
 from perfusion_jax.runtime import shipped
 
 WORD_FILE = "_word.safetensors"
+SCENES = ("on the beach", "in the snow", "at night", "on a table", "in the city", "in the forest", "in the desert")
+"""Where the card's prompts put the concepts; the first stands in what it says of each tool."""
+
+
+class Example(NamedTuple):
+    """A picture for the card.
+
+    Attributes:
+        prompt: by which it was drawn.
+        pixels: uint8 [height, width, 3].
+    """
+
+    prompt: str
+    pixels: np.ndarray
+
+
+def example_file(number: int) -> str:
+    """The name of an example's file, counted from 0."""
+    return f"example_{number + 1}.png"
+
+
+def prompt_for(concepts: Sequence[ConceptCard], scene: str, form: str = "<{}>") -> str:
+    """A prompt with all concepts, each called as `form` says."""
+    things = " and ".join(f"a {form.format(concept.name)}" for concept in concepts)
+    return f"a photo of {things} {scene}"
 
 
 @dataclass(frozen=True)
@@ -23,6 +51,7 @@ class Card:
         strengths: theirs.
         files: with the edit, then with the words in the order of the concepts, as far as there are any.
         gated: whether the edit keeps its gate.
+        examples: pictures of it.
     """
 
     base: BaseModel
@@ -30,6 +59,7 @@ class Card:
     strengths: Sequence[float]
     files: Sequence[str]
     gated: bool = False
+    examples: Sequence[Example] = ()
 
     @property
     def weights(self) -> str:
@@ -53,7 +83,9 @@ class Card:
         }
         names = " and ".join(concept.name for concept in self.concepts)
         gate = "" if kind == "embedding" or self.gated else _GATE
-        return f"{self._front_matter(kind)}\n# {names}\n\n{self._table()}{gate}\n## How to draw it\n\n{how[kind]()}"
+        shown = "".join(f"![{example.prompt}]({example_file(n)})\n" for n, example in enumerate(self.examples))
+        facts = f"{self._table()}\n{shown}" if shown else self._table()
+        return f"{self._front_matter(kind)}\n# {names}\n\n{facts}{gate}\n## How to draw it\n\n{how[kind]()}"
 
     def _front_matter(self, kind: str) -> str:
         """YAML, in which JSON's strings are strings, whatever they hold."""
@@ -67,11 +99,18 @@ class Card:
             *([f"base_model: {json.dumps(self.base.name)}"] if is_hub_id(self.base.name) else []),
             f"instance_prompt: {json.dumps(self._prompt())}",
             "widget:",
-            f"- text: {json.dumps(self._prompt())}",
+            *(self._widgets() or [f"- text: {json.dumps(self._prompt())}"]),
             "tags:",
             *(f"- {tag}" for tag in tags),
         ]
         return "\n".join(["---", *lines, "---", ""])
+
+    def _widgets(self) -> list[str]:
+        """The pictures that the hub's page shows."""
+        lines = []
+        for number, example in enumerate(self.examples):
+            lines += [f"- text: {json.dumps(example.prompt)}", "  output:", f"    url: {example_file(number)}"]
+        return lines
 
     def _table(self) -> str:
         rows = "\n".join(
@@ -204,9 +243,7 @@ with ocp.StandardCheckpointer() as checkpointer:
         return lines
 
     def _prompt(self, form: str = "<{}>") -> str:
-        """A prompt with all concepts, each called as `form` says."""
-        things = " and ".join(f"a {form.format(concept.name)}" for concept in self.concepts)
-        return f"a photo of {things} on the beach"
+        return prompt_for(self.concepts, SCENES[0], form)
 
 
 _GATE = """

@@ -19,7 +19,7 @@ from perfusion_jax.base_model.text import PromptTokenizer
 from perfusion_jax.base_model.weights import torch_tensors
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.formats.tensor_file import check_fit
-from perfusion_jax.method.surgery import Params, bake
+from perfusion_jax.method.surgery import Params
 from perfusion_jax.runtime.files import write_bytes, writing
 
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
@@ -57,8 +57,7 @@ def write_pipeline(
         UnavailableError: storage fails.
     """
     words = [card.placeholder for _, card in concepts]
-    strength = jnp.asarray(strengths or [1.0] * len(concepts), jnp.float32)
-    params = {**base.params, "unet": bake(base.params["unet"], [concept for concept, _ in concepts], strength)}
+    params = dict(base.baked([concept for concept, _ in concepts], strengths or [1.0] * len(concepts)).params)
     start = 0
     for encoder in base.model.text_encoders:
         grown = read_tokenizer(base.layout, encoder).with_words(words)
