@@ -23,6 +23,8 @@ import torch
 from absl import app, flags
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from perfusion_jax import load_base_model
 from perfusion_jax.base_model.clip import Clip, load_clip
 from perfusion_jax.base_model.instance import InstanceEncoder, load_instance_encoder

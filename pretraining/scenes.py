@@ -94,7 +94,7 @@ class Planner:
         counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
         weights = [
             # Kinds with many drawings are shown more often than others, though not in proportion.
-            (things.COMMON_WEIGHT if source.entry.common else 1.0) * counts[source.entry.kind] ** -0.6
+            source.entry.weight * counts[source.entry.kind] ** -0.6
             for source in atlas.sources
         ]
         self.weights = torch.tensor(weights, dtype=torch.float64)

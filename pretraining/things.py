@@ -11,19 +11,25 @@ from pretraining import drawings, vendors
 
 TABLE = pathlib.Path(__file__).with_name("things.txt")
 
-COMMON_WEIGHT = 5.0
-"""How much more often a common kind is shown than a rare one."""
+COMMON_WEIGHT, CORE_WEIGHT = 5.0, 25.0
+"""How much more often a common kind is shown than a rare one, and one of the core."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One name of the table: a kind, whether it is common, the drawing's name, and the phrases that may be used for
-    it."""
+    """One name of the table: a kind, whether it is common, and of the core of the common ones, the drawing's name, and
+    the phrases that may be used for it."""
 
     kind: str
     common: bool
+    core: bool
     name: str
     phrases: tuple[str, ...]
+
+    @property
+    def weight(self) -> float:
+        """How much more often its kind is shown than a rare one."""
+        return CORE_WEIGHT if self.core else COMMON_WEIGHT if self.common else 1.0
 
 
 @functools.cache
@@ -39,7 +45,7 @@ def table() -> tuple[Entry, ...]:
             for item in names.split():
                 name, _, words = item.partition("=")
                 phrases = tuple(phrase.replace("_", " ") for phrase in words.split("/") if phrase)
-                entries.append(Entry(kind, common, name, phrases))
+                entries.append(Entry(kind.removesuffix("+"), common, kind.endswith("+"), name, phrases))
     return tuple(entries)
 
 

@@ -26,10 +26,10 @@ HAT = (
 def atlas() -> things.Atlas:
     """A dog's face by two vendors, a package and a hat."""
     rows = (
-        (things.Entry("dog", True, "dog-face", ("guide dog",)), "noto", FACE),
-        (things.Entry("dog", True, "dog-face", ()), "twemoji", FACE.replace("#c86432", "#3c78c8")),
-        (things.Entry("box", False, "package", ()), "noto", BOX),
-        (things.Entry("hat", True, "top-hat", ("top hat",)), "noto", HAT),
+        (things.Entry("dog", True, True, "dog-face", ("guide dog",)), "noto", FACE),
+        (things.Entry("dog", True, True, "dog-face", ()), "twemoji", FACE.replace("#c86432", "#3c78c8")),
+        (things.Entry("box", False, False, "package", ()), "noto", BOX),
+        (things.Entry("hat", True, False, "top-hat", ("top hat",)), "noto", HAT),
     )
     parts = [drawings.take_apart(svg) for _, _, svg in rows]
     return things.Atlas(
