@@ -188,6 +188,13 @@ KEYS: dict[str, Key] = {
     "embedding_rate": Key(0.006, _number(0), "Adam's learning rate of the word embedding", in_tables=True),
     "bias": Key(0.75, _ANY_NUMBER, "beta of the gate in training", in_tables=True),
     "temperature": Key(0.1, _number(0, above=True), "tau of the gate in training", in_tables=True),
+    "snr_gamma": Key(
+        0.0,
+        _number(0),
+        "gamma of min-SNR weights of the loss (arXiv 2303.09556), for models that were trained with them; 0: every "
+        "timestep counts alike",
+        in_tables=True,
+    ),
     "target_input_decay": Key(0.99, _number(0, 1), "of the moving average of the target input i*", in_tables=True),
     # Ablations.
     "lock_keys": Key(True, _SWITCH, "False trains the target outputs o*_K too"),

@@ -105,3 +105,20 @@ class NoiseSchedule:
             return noise
         signal_scale, noise_scale = self._signal_and_noise(timesteps, latents.ndim)
         return signal_scale * noise - noise_scale * latents
+
+    def loss_weights(self, timesteps: jax.Array, gamma: float) -> jax.Array:
+        """Returns min-SNR-gamma weights of the squared error of `target` (Hang et al. 2023, arXiv 2303.09556).
+
+        min(SNR, gamma) / SNR of noise, and / (SNR + 1) of velocity, where SNR = a_t / (1 - a_t).
+
+        Args:
+            timesteps: int32 [batch].
+            gamma: above 0.
+
+        Returns:
+            float32 [batch].
+        """
+        kept = jnp.asarray(self.alphas_cumprod)[timesteps]
+        # In a_t itself, for which the last step of a rescaled schedule has 0 signal.
+        per_noise = jnp.minimum(1.0, gamma * (1 - kept) / jnp.maximum(kept, 1e-12))
+        return per_noise if self.prediction_type == "epsilon" else per_noise * kept

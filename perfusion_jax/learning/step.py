@@ -39,6 +39,7 @@ class Settings:
         flip: show each sample mirrored with probability 1/2.
         trained: the fields of the concept that are parameters; `key_outputs` among them takes the lock off.
         edit: False leaves the projections alone, and only the word embedding acts (textual inversion).
+        snr_gamma: of min-SNR weights of the loss; 0: every timestep counts alike.
         straight_through: let the gradient pass through i* as if it were the batch's mean encoding.
     """
 
@@ -52,6 +53,7 @@ class Settings:
     flip: bool = True
     trained: tuple[str, ...] = ("embedding", "value_outputs")
     edit: bool = True
+    snr_gamma: float = 0.0
     straight_through: bool = False
 
     @classmethod
@@ -159,7 +161,7 @@ def loss(
     """The denoising loss of a batch under the edit; arguments as for `train_step`.
 
     The squared error of each pixel is weighted by the mask, and the weighted sum divided by the sum of the weights;
-    then the mean over the samples.
+    then the mean over the samples, with min-SNR weights if those are asked for.
 
     Returns:
         (loss, mean encoding at the concept's token over the batch, [context_width]), float32.
@@ -178,6 +180,8 @@ def loss(
     target = model.schedule.target(batch.latents, batch.noise, batch.timesteps)
     error = jnp.mean((prediction.astype(jnp.float32) - target) ** 2, axis=-1)
     per_sample = jnp.sum(batch.masks * error, axis=(1, 2)) / jnp.sum(batch.masks, axis=(1, 2))
+    if settings.snr_gamma:
+        per_sample *= model.schedule.loss_weights(batch.timesteps, settings.snr_gamma)
     return per_sample.mean(), concept_encoding
 
 

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 
 from perfusion_jax import InputError
 from perfusion_jax.base_model.schedule import NoiseSchedule
@@ -25,6 +26,16 @@ def test_noise_and_targets_equal_pytorch(beta_schedule, zero_snr):
     np.testing.assert_allclose(velocity.target(latents, noise, timesteps), theirs.get_velocity(*arguments), atol=1e-4)
     np.testing.assert_array_equal(epsilon.target(latents, noise, timesteps), noise)
     assert epsilon.num_train_timesteps == 1000
+
+
+def test_min_snr_weights_are_those_of_diffusers_scripts():
+    theirs = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    timesteps = np.array([0, 50, 300, 999])
+    snr = compute_snr(theirs, torch.from_numpy(timesteps))
+    for prediction_type, divisor in (("epsilon", snr), ("v_prediction", snr + 1)):
+        schedule = NoiseSchedule.from_config({**theirs.config, "prediction_type": prediction_type}, "test")
+        expected = torch.clamp(snr, max=5) / divisor
+        np.testing.assert_allclose(schedule.loss_weights(timesteps, 5.0), expected, rtol=1e-3)
 
 
 def test_given_betas_win():

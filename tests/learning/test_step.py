@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch_text
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
 
 from perfusion_jax.learning import step as training
 from perfusion_jax.learning.step import Batch, Examples, Settings
@@ -132,7 +133,11 @@ def torch_loss_and_gradients(
     target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
     error = (unet(noisy, timesteps, encodings, **added).sample - target).square().mean(1)
     masks = torch.from_numpy(np.array(batch.masks))
-    loss = torch.stack([(mask * e).sum() / mask.sum() for mask, e in zip(masks, error, strict=True)]).mean()
+    losses = torch.stack([(mask * e).sum() / mask.sum() for mask, e in zip(masks, error, strict=True)])
+    if settings.snr_gamma:
+        snr = compute_snr(scheduler, timesteps)
+        losses = losses * snr.clamp(max=settings.snr_gamma) / (snr + 1 if velocity else snr)
+    loss = losses.mean()
     loss.backward()
     gradients = {"embedding": embedding.grad} | {
         f"{field}/{layer}": leaf.grad
@@ -146,7 +151,10 @@ def torch_loss_and_gradients(
     "variant",
     [
         "perfusion",
-        *(pytest.param(other, marks=pytest.mark.slow) for other in ("straight_through", "textual_inversion")),
+        *(
+            pytest.param(other, marks=pytest.mark.slow)
+            for other in ("straight_through", "textual_inversion", "min_snr")
+        ),
     ],
 )
 def test_loss_and_gradients_equal_pytorch(folder, base, variant):
@@ -156,6 +164,7 @@ def test_loss_and_gradients_equal_pytorch(folder, base, variant):
     settings = dataclasses.replace(
         SETTINGS,
         straight_through=straight_through,
+        snr_gamma=5.0 if variant == "min_snr" else 0.0,
         edit=edit,
         trained=("embedding", "value_outputs", "key_outputs"),
     )
