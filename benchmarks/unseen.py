@@ -59,4 +59,4 @@ def draw_and_score(
     named, plain = ([p.replace("{}", word) for p in prompts] for word in (card.placeholder, card.super_category))
     drawn = generate(base, named, range(len(named)), [trained], **controls)
     evaluator = Evaluator(clip)
-    return drawn, own, score_pictures(evaluator, drawn, plain, evaluator.embed_instances(own))
+    return drawn, own, score_pictures(evaluator, drawn, plain, evaluator.embed_instances(own)).mean

@@ -13,7 +13,8 @@ FLOORS = (
     {"formats", "data"},
     {"drawing", "config"},
     {"learning"},
-    {"train", "sample", "export", "covariance", "compile"},
+    {"evaluation"},
+    {"train", "sample", "evaluate", "export", "covariance", "compile"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What the package offers as a whole.

@@ -70,7 +70,22 @@ class Scores(NamedTuple):
         }
 
 
-def score_pictures(evaluator: Evaluator, pictures: np.ndarray, prompts: Sequence[str], own: np.ndarray) -> Scores:
+class PictureScores(NamedTuple):
+    """What `Scores` are the means of, float64 [count] each."""
+
+    image: np.ndarray
+    text: np.ndarray
+    precision: np.ndarray
+
+    @property
+    def mean(self) -> Scores:
+        """Their means."""
+        return Scores(*(float(values.mean()) for values in self))
+
+
+def score_pictures(
+    evaluator: Evaluator, pictures: np.ndarray, prompts: Sequence[str], own: np.ndarray
+) -> PictureScores:
     """Measures drawn pictures.
 
     Args:
@@ -79,11 +94,10 @@ def score_pictures(evaluator: Evaluator, pictures: np.ndarray, prompts: Sequence
         prompts: what each should show, with the super-category's word where the concept was named.
         own: the concept's own pictures as `Evaluator.embed_instances` gives them, float32 [any, width].
     """
-    image = (evaluator.embed_instances(pictures) @ own.T).mean()
+    image = (evaluator.embed_instances(pictures) @ own.T).astype(np.float64).mean(axis=1)
     clip = evaluator.clip
     distinct = list(dict.fromkeys(prompts))
     cosines = (clip.images(pictures) @ clip.texts(distinct).T).astype(np.float64)
     asked = np.arange(len(prompts)), np.array([distinct.index(prompt) for prompt in prompts])
     odds = np.exp(clip.logit_scale * (cosines - cosines.max(axis=1, keepdims=True)))
-    precision = (odds / odds.sum(axis=1, keepdims=True))[asked].mean()
-    return Scores(float(image), float(cosines[asked].mean()), float(precision))
+    return PictureScores(image, cosines[asked], (odds / odds.sum(axis=1, keepdims=True))[asked])

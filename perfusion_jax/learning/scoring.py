@@ -99,7 +99,7 @@ class Validation:
             for prompt in self._config.validation_prompts
             for _ in range(drawn.shape[1])
         ]
-        return score_pictures(self._evaluator, drawn.reshape(-1, *drawn.shape[2:]), texts, self._own_embeddings)
+        return score_pictures(self._evaluator, drawn.reshape(-1, *drawn.shape[2:]), texts, self._own_embeddings).mean
 
 
 def show_masks(file: epath.Path, pixels: np.ndarray, masks: np.ndarray) -> None:

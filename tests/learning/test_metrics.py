@@ -29,10 +29,10 @@ def test_cosines_with_the_own_pictures_and_with_the_prompts():
     drawn = plain((255, 0, 0), (0, 200, 0))
     own = plain((255, 0, 0), (0, 0, 9))
     evaluator = Evaluator(Colours())
-    scores = score_pictures(evaluator, drawn, ["red", "blue"], evaluator.embed_instances(own))
+    scores = score_pictures(evaluator, drawn, ["red", "blue"], evaluator.embed_instances(own)).mean
     # Red is three times as likely as blue for the first picture; the second is as much the one as the other.
     assert scores == pytest.approx((0.25, 0.5, (0.75 + 0.5) / 2))
-    assert score_pictures(evaluator, drawn, ["red", "red"], evaluator.embed_instances(own)).precision == 1
+    assert score_pictures(evaluator, drawn, ["red", "red"], evaluator.embed_instances(own)).mean.precision == 1
 
 
 def test_an_instance_encoder_compares_pictures_and_the_clip_still_compares_texts():
@@ -44,7 +44,7 @@ def test_an_instance_encoder_compares_pictures_and_the_clip_still_compares_texts
 
     drawn = plain((255, 0, 0))
     evaluator = Evaluator(Colours(), Opposite())
-    scores = score_pictures(evaluator, drawn, ["red"], -np.array([[0, 1, 1]]) / np.sqrt(2))
+    scores = score_pictures(evaluator, drawn, ["red"], -np.array([[0, 1, 1]]) / np.sqrt(2)).mean
     assert scores == pytest.approx((1, 1, 1))
 
 

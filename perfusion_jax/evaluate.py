@@ -1,0 +1,98 @@
+"""Evaluates learnt concepts: pictures of them by prompts that training never saw, scores, and a report.
+
+    python -m perfusion_jax.evaluate --workdir runs/fleet --out evaluation
+    python -m perfusion_jax.evaluate --concept dog.safetensors --pictures dog/ --sweep bias=0.4:0.8:5 --out evaluation
+
+OUT/report.html shows pictures and scores, with intervals over concepts; OUT/report.json holds the numbers. The same
+command goes on where an interrupted one was.
+"""
+
+import json
+
+from absl import flags
+
+from perfusion_jax.runtime import command_line
+from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import check_writable, read_text, to_path, write_bytes
+
+
+def main() -> None:
+    """Evaluates --workdir, or --concept, and writes --out."""
+    # Imported when the flags are right: JAX and diffusers take seconds.
+    from ml_collections import ConfigDict
+    from tqdm import tqdm
+
+    from perfusion_jax.base_model import load_base_model, network_dtype
+    from perfusion_jax.drawing.recipe import parse_sweep, read_prompts
+    from perfusion_jax.evaluation.report import write_report
+    from perfusion_jax.evaluation.scores import PROMPTS, Drawing, Setting, over_devices, read_scores, score_all
+    from perfusion_jax.evaluation.subjects import check_names, of_files, of_workdir
+    from perfusion_jax.learning.judges import find_judges, load_evaluator
+
+    given = flags.FLAGS
+    subjects = of_files(given.concept, given.pictures)
+    for workdir in given.workdir:
+        subjects += of_workdir(to_path(workdir))
+    if not subjects:
+        raise InputError("nothing to evaluate: give --workdir of a run or a fleet, or --concept and --pictures")
+    check_names(subjects)
+    prompts = read_prompts(None, given.prompts) if given.prompts else list(PROMPTS)
+    for prompt in prompts:
+        if prompt.count("{}") != 1:
+            raise InputError(f"{given.prompts}: {prompt!r} needs one {{}}, where the concept's name goes")
+    sweep = parse_sweep(given.sweep)
+    settings = [Setting("defaults", {})]
+    if sweep:
+        settings = [Setting(f"{sweep[0]} {value:g}", {sweep[0]: value}) for value in sweep[1]]
+    keys = {"base": given.base, "evaluator": given.evaluator, "instance_encoder": given.instance_encoder}
+    judges = find_judges(ConfigDict(keys))
+    facts = {
+        "base model": given.base,
+        **judges._asdict(),
+        "prompts": prompts,
+        "seeds": [given.seed, given.seed + given.num_images - 1],
+        "steps": given.steps or "the sampler's own",
+    }
+    out = to_path(given.out)
+    check_writable(out)
+    before = read_text(out / "evaluation.json")
+    if before and json.loads(before) != facts:
+        raise InputError(f"{out}: holds another evaluation: give another --out, or delete it")
+    write_bytes(out / "evaluation.json", json.dumps(facts, indent=2).encode())
+    base = load_base_model(given.base, dtype=network_dtype(), revision=given.revision, variant=given.variant)
+    evaluator = load_evaluator(ConfigDict(keys))
+    if evaluator is None:
+        raise InputError("nothing to score by: give --evaluator, the folder or hub id of a CLIP")
+    plan = Drawing(
+        prompts,
+        range(given.seed, given.seed + given.num_images),
+        {"steps": given.steps, "batch_size": given.batch_size},
+    )
+    work = score_all(*over_devices(base), evaluator, subjects, settings, plan, out)
+    for _ in tqdm(work, "evaluating", len(subjects) * len(settings), unit="sheet"):
+        pass
+    print(write_report(out, read_scores(out), facts))
+
+
+def run() -> None:
+    """The command."""
+    flags.DEFINE_multi_string("workdir", [], "of a run or a fleet: all that it has finished")
+    flags.DEFINE_multi_string("concept", [], "concept file; may be given several times")
+    flags.DEFINE_multi_string("pictures", [], "the concept's own pictures, in the order of --concept")
+    flags.DEFINE_string("out", None, "the folder to write", required=True)
+    flags.DEFINE_string("prompts", None, "file of prompts, one on a line, with {} for the concept; twenty if left out")
+    flags.DEFINE_string("sweep", None, "control to draw at several values, such as bias=0.4:0.8:5")
+    flags.DEFINE_integer("num_images", 4, "pictures of each prompt", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of the first of them; the next has the next", lower_bound=0, upper_bound=2**31)
+    flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)
+    flags.DEFINE_integer("steps", None, "sampling steps; the sampler's own if left out", lower_bound=1)
+    flags.DEFINE_string("base", "emoji", "base model: emoji, sd15, sd21, sdxl, a folder, a file or a hub id")
+    flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
+    flags.DEFINE_string("variant", None, "weight files to take, such as fp16")
+    flags.DEFINE_string("evaluator", "", "folder or hub id of a CLIP; as training chooses it if left out")
+    flags.DEFINE_string("instance_encoder", "", "folder or hub id of a DINO, for image similarity; likewise")
+    command_line.run(main, resumes=True)
+
+
+if __name__ == "__main__":
+    run()

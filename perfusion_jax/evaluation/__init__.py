@@ -1,0 +1,1 @@
+"""How well learnt concepts are drawn: pictures, scores with intervals, fronts, and a report of them."""

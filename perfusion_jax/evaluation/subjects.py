@@ -1,0 +1,112 @@
+"""What is evaluated: learnt concepts, each with pictures of its own to compare with."""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from perfusion_jax.config import OVERRIDES
+from perfusion_jax.data.pictures import fit
+from perfusion_jax.data.sources import read_pictures
+from perfusion_jax.data.table import Row, read_table
+from perfusion_jax.formats.concept_file import read_card
+from perfusion_jax.learning.workdir import CONFIG
+from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import read_text, storage_errors
+
+
+class Subject(NamedTuple):
+    """A concept to evaluate.
+
+    Attributes:
+        name: prompts call it `<name>`.
+        file: of the concept.
+        pictures: its own, as `config.pictures`.
+        masks, captions: folders beside them, or empty.
+        crop: whether pictures are cut to a square, as they were learnt.
+    """
+
+    name: str
+    file: epath.Path
+    pictures: str
+    masks: str = ""
+    captions: str = ""
+    crop: bool = True
+
+    def own(self, side: int) -> np.ndarray:
+        """Its own pictures, uint8 [count, side, side, 3].
+
+        Raises:
+            InputError, UnavailableError: they cannot be read.
+        """
+        pictures = read_pictures(self.pictures, self.masks, self.captions)
+        return np.stack([fit(picture, side, self.crop).pixels for picture in pictures])
+
+
+def of_workdir(workdir: epath.Path) -> list[Subject]:
+    """The concepts that a run or a fleet has finished, in the order of its table.
+
+    Raises:
+        InputError: it is no workdir, or nothing in it is finished.
+        UnavailableError: storage fails.
+    """
+    text = read_text(workdir / CONFIG)
+    if not text:
+        raise InputError(f"{workdir}: no {CONFIG} in it: give the --workdir of a run, or --concept and --pictures")
+    try:
+        config = json.loads(text)
+        crop, table = config["crop"], config["concepts"]
+        rows = read_table(table, OVERRIDES) if table else [_row(config)]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{workdir / CONFIG}: cannot be read ({error!r})") from error
+    subjects = [
+        Subject(
+            row.name,
+            workdir / "concepts" / f"{row.name}.safetensors",
+            row.pictures,
+            row.masks,
+            row.captions,
+            row.overrides.get("crop", crop),
+        )
+        for row in rows
+        if not row.problem
+    ]
+    with storage_errors(workdir, "read"):
+        finished = [subject for subject in subjects if subject.file.exists()]
+    if not finished:
+        raise InputError(f"{workdir}: no concept in it is finished yet")
+    return finished
+
+
+def of_files(files: Sequence[str], pictures: Sequence[str]) -> list[Subject]:
+    """Concepts by their files, each with the pictures that stand at the same place.
+
+    Raises:
+        InputError: there are not as many of one as of the other, or a file is no concept.
+        UnavailableError: storage fails.
+    """
+    if len(files) != len(pictures):
+        raise InputError(
+            f"--concept is given {len(files)} times and --pictures {len(pictures)} times: give each concept its own"
+        )
+    return [
+        Subject(read_card(file).name, epath.Path(file), folder) for file, folder in zip(files, pictures, strict=True)
+    ]
+
+
+def check_names(subjects: Sequence[Subject]) -> None:
+    """Sees that no two concepts are called alike.
+
+    Raises:
+        InputError: two are.
+    """
+    names = [subject.name for subject in subjects]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two concepts are called {name}: evaluate them apart")
+
+
+def _row(config: dict[str, str]) -> Row:
+    return Row(config["name"], config["super_category"], config["pictures"], "", "", {}, {}, "")

@@ -1,0 +1,116 @@
+"""The command that evaluates: on a small model, as its users run it."""
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from exported import learnt
+from PIL import Image
+
+from perfusion_jax.formats.concept_file import save_concept
+from perfusion_jax.runtime import shipped
+
+
+@pytest.fixture(scope="module")
+def concepts(small_base, tmp_path_factory):
+    """Two concepts and their pictures, given as a fleet leaves them in its workdir."""
+    workdir = tmp_path_factory.mktemp("fleet")
+    lines = ["name,super_category,pictures"]
+    for number, name in enumerate(("rex", "tom")):
+        (workdir / name).mkdir()
+        pixels = np.random.default_rng(number).integers(0, 255, (2, 20, 24, 3), np.uint8)
+        for place, picture in enumerate(pixels):
+            Image.fromarray(picture).save(workdir / name / f"{place}.png")
+        concept, card = learnt(small_base, name, "dog", seed=number)
+        save_concept(workdir / "concepts" / f"{name}.safetensors", concept, card)
+        lines.append(f"{name},dog,{name}")
+    (workdir / "concepts.csv").write_text("\n".join(lines) + "\n")
+    config = {"crop": True, "concepts": str(workdir / "concepts.csv")}
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "prompts.txt").write_text("a photo of a {}\na {} in the snow\n")
+    return workdir
+
+
+def evaluate(folder, concepts, *arguments):
+    command = [sys.executable, "-m", "perfusion_jax.evaluate", f"--base={folder}", f"--evaluator={shipped.EVALUATOR}"]
+    command += [f"--prompts={concepts / 'prompts.txt'}", "--num_images=2", "--steps=2", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+class Pictures(HTMLParser):
+    """The pictures that a page shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources = []
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            self.sources.append(dict(attributes)["src"])
+
+
+def test_a_fleet_is_evaluated_and_goes_on(small_folder, concepts, tmp_path):
+    given = (f"--workdir={concepts}", f"--out={tmp_path / 'out'}", "--sweep=bias=0.3:0.7:2")
+    done = evaluate(small_folder, concepts, *given)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
+    assert [(line["name"], line["setting"]) for line in lines] == [
+        (name, setting) for name in ("rex", "tom") for setting in ("bias 0.3", "bias 0.7")
+    ]
+    assert all(len(line[key]) == 4 for line in lines for key in ("image", "text", "precision"))
+    for setting, row in report["settings"].items():
+        means = [np.mean(line["image"]) for line in lines if line["setting"] == setting]
+        assert row["image"]["mean"] == pytest.approx(np.mean(means))
+        assert row["image"]["low"] == pytest.approx(min(means))
+    page = (tmp_path / "out" / "report.html").read_text()
+    shown = Pictures()
+    shown.feed(page)
+    assert len(shown.sources) == 2 * (1 + 2)
+    for source in shown.sources:
+        with Image.open(tmp_path / "out" / source) as picture:
+            assert picture.size[1] >= 32
+    assert "<svg" in page
+
+    # What is there is not drawn again; what was lost is, to the same numbers.
+    kept = (tmp_path / "out" / "scores.jsonl").read_text()
+    (tmp_path / "out" / "scores.jsonl").write_text("\n".join(kept.splitlines()[:3]) + "\n")
+    before = (tmp_path / "out/pictures/rex/bias_0.3.png").stat().st_mtime_ns
+    assert evaluate(small_folder, concepts, *given).returncode == 0
+    assert (tmp_path / "out" / "scores.jsonl").read_text() == kept
+    assert (tmp_path / "out/pictures/rex/bias_0.3.png").stat().st_mtime_ns == before
+
+    other = evaluate(small_folder, concepts, *given[:2], "--seed=1")
+    assert other.returncode == 2
+    assert f"error: {tmp_path / 'out'}: holds another evaluation" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "nothing to evaluate: give --workdir"),
+        (("--concept={}/concepts/rex.safetensors",), "--concept is given 1 times and --pictures 0 times"),
+        (("--workdir={}", "--concept={}/concepts/rex.safetensors", "--pictures={}/rex"), "two concepts are called rex"),
+        (("--workdir={}/rex",), "no config.json in it"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(small_folder, concepts, tmp_path, arguments, message):
+    failed = evaluate(
+        small_folder, concepts, f"--out={tmp_path}", *(argument.format(concepts) for argument in arguments)
+    )
+    assert failed.returncode == 2
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_without_a_place_for_the_name_are_refused(small_folder, concepts, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    failed = evaluate(
+        small_folder, concepts, f"--out={tmp_path}", f"--workdir={concepts}", f"--prompts={tmp_path / 'prompts.txt'}"
+    )
+    assert failed.returncode == 2
+    assert "'a dog' needs one {}, where the concept's name goes" in failed.stderr
