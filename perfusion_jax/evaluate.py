@@ -50,7 +50,7 @@ def main() -> None:
         "base model": given.base,
         **judges._asdict(),
         "prompts": prompts,
-        "seeds": [given.seed, given.seed + given.num_images - 1],
+        "seeds": f"{given.seed} to {given.seed + given.num_images - 1}",
         "steps": given.steps or "the sampler's own",
     }
     out = to_path(given.out)

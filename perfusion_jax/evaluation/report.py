@@ -23,8 +23,11 @@ table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
 th:first-child, td:first-child { text-align: left; }
 small { color: #888; }
+.facts td { text-align: left; vertical-align: top; }
 img { max-width: 100%; display: block; margin: .3rem 0 1rem; }
-.plot { background: #fff; display: inline-block; border-radius: .3rem; }
+.wide { overflow-x: auto; }
+.plot { background: #fff; border-radius: .3rem; max-width: 36rem; }
+.plot svg { width: 100%; height: auto; display: block; }
 """
 
 
@@ -92,7 +95,7 @@ def write_report(out: epath.Path, lines: Sequence[Mapping[str, Any]], facts: Map
 
 def _page(summary: Summary, facts: Mapping[str, Any], plot: str) -> str:
     names = list(dict.fromkeys(name for rows in summary.concepts.values() for name in rows))
-    parts = ["<h1>Evaluation</h1>", _facts(facts), "<h2>Over concepts</h2>", _table(summary)]
+    parts = ["<h1>Evaluation</h1>", f"<p>{html.escape(_opening(names, facts))}</p>", _table(summary)]
     if plot:
         parts.append(f'<div class="plot">{plot}</div>')
         parts.append(f"<p>Area that the front dominates, from 0: {summary.area:.3f}</p>")
@@ -105,6 +108,7 @@ def _page(summary: Summary, facts: Mapping[str, Any], plot: str) -> str:
                 scores = ", ".join(f"{words} {rows[name][key]:.3f}" for key, words in MEASURES.items())
                 parts.append(f"<small>{html.escape(label)}: {scores}</small>")
                 parts.append(_picture(name, file_name(Setting(label, {})), f"{name}, {label}"))
+    parts += ["<h2>How it was drawn</h2>", _facts(facts)]
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -113,9 +117,21 @@ def _page(summary: Summary, facts: Mapping[str, Any], plot: str) -> str:
     )
 
 
+def _opening(names: Sequence[str], facts: Mapping[str, Any]) -> str:
+    prompts = len(facts["prompts"])
+    kept = "The more a picture shows the concept's own, the less it may follow its prompt: both are to be high."
+    return f"{', '.join(names)} on {facts['base model']}, by {prompts} prompts that training never saw. {kept}"
+
+
 def _facts(facts: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
-    return f"<table>{rows}</table>"
+    """A table, lists with an entry on each line."""
+    rows = ""
+    for name, value in facts.items():
+        entries = value if isinstance(value, list) else [value]
+        rows += (
+            f"<tr><td>{html.escape(name)}</td><td>{'<br>'.join(html.escape(str(each)) for each in entries)}</td></tr>"
+        )
+    return f'<table class="facts">{rows}</table>'
 
 
 def _table(summary: Summary) -> str:
@@ -129,8 +145,8 @@ def _table(summary: Summary) -> str:
         rows += f"<tr><td>{html.escape(label)}</td>{cells}</tr>"
     count = max(map(len, summary.concepts.values()))
     return (
-        f"<table><tr><th>setting</th>{heads}</tr>{rows}</table>"
-        f"<p><small>Means over {count} concepts, with bootstrap intervals of 95 % over concepts.</small></p>"
+        f'<div class="wide"><table><tr><th>setting</th>{heads}</tr>{rows}</table></div>'
+        f"<p><small>Means over {count} concepts, with bootstrap intervals of 95&nbsp;% over concepts.</small></p>"
     )
 
 
