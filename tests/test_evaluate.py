@@ -1,6 +1,7 @@
 """The command that evaluates: on a small model, as its users run it."""
 
 import json
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -34,10 +35,11 @@ def concepts(small_base, tmp_path_factory):
     return workdir
 
 
-def evaluate(folder, concepts, *arguments):
+def evaluate(folder, concepts, *arguments, devices=1):
     command = [sys.executable, "-m", "perfusion_jax.evaluate", f"--base={folder}", f"--evaluator={shipped.EVALUATOR}"]
     command += [f"--prompts={concepts / 'prompts.txt'}", "--num_images=2", "--steps=2", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags})
 
 
 class Pictures(HTMLParser):
@@ -88,13 +90,31 @@ def test_a_fleet_is_evaluated_and_goes_on(small_folder, concepts, tmp_path):
     assert f"error: {tmp_path / 'out'}: holds another evaluation" in other.stderr
 
 
+@pytest.mark.slow
+def test_devices_share_the_drawing(small_folder, concepts, tmp_path):
+    given = (f"--concept={concepts}/concepts/rex.safetensors", f"--pictures={concepts}/rex", "--batch_size=3")
+    scores = []
+    for devices in (1, 2):
+        out = tmp_path / str(devices)
+        done = evaluate(small_folder, concepts, *given, f"--out={out}", devices=devices)
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads((out / "scores.jsonl").read_text()))
+    for key in ("image", "text", "precision"):
+        np.testing.assert_allclose(*(line[key] for line in scores), atol=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "nothing to evaluate: give --workdir"),
-        (("--concept={}/concepts/rex.safetensors",), "--concept is given 1 times and --pictures 0 times"),
-        (("--workdir={}", "--concept={}/concepts/rex.safetensors", "--pictures={}/rex"), "two concepts are called rex"),
-        (("--workdir={}/rex",), "no config.json in it"),
+        *(
+            pytest.param(arguments, message, marks=pytest.mark.slow)
+            for arguments, message in (
+                (("--concept={}/concepts/rex.safetensors",), "--concept is given 1 times and --pictures 0 times"),
+                (("--workdir={}", "--concept={}/concepts/rex.safetensors", "--pictures={}/rex"), "two concepts are"),
+                (("--workdir={}/rex",), "no config.json in it"),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(small_folder, concepts, tmp_path, arguments, message):

@@ -23,7 +23,7 @@ table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
 th:first-child, td:first-child { text-align: left; }
 small { color: #888; }
-.facts td { text-align: left; vertical-align: top; }
+.facts td { text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 img { max-width: 100%; display: block; margin: .3rem 0 1rem; }
 .wide { overflow-x: auto; }
 .plot { background: #fff; border-radius: .3rem; max-width: 36rem; }
