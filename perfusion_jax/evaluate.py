@@ -24,10 +24,10 @@ def main() -> None:
 
     from perfusion_jax.base_model import load_base_model, network_dtype
     from perfusion_jax.drawing.recipe import parse_sweep, read_prompts
-    from perfusion_jax.evaluation.report import write_report
+    from perfusion_jax.evaluation.report import check_plots, write_report
     from perfusion_jax.evaluation.scores import PROMPTS, Drawing, Setting, over_devices, read_scores, score_all
     from perfusion_jax.evaluation.subjects import check_names, of_files, of_workdir
-    from perfusion_jax.learning.judges import find_judges, load_evaluator
+    from perfusion_jax.learning.judges import NONE, find_judges, open_judges
 
     given = flags.FLAGS
     subjects = of_files(given.concept, given.pictures)
@@ -43,9 +43,13 @@ def main() -> None:
     sweep = parse_sweep(given.sweep)
     settings = [Setting("defaults", {})]
     if sweep:
+        check_plots()
         settings = [Setting(f"{sweep[0]} {value:g}", {sweep[0]: value}) for value in sweep[1]]
     keys = {"base": given.base, "evaluator": given.evaluator, "instance_encoder": given.instance_encoder}
     judges = find_judges(ConfigDict(keys))
+    if judges.evaluator == NONE:
+        raise InputError("nothing to score by: give --evaluator, the folder or hub id of a CLIP")
+    evaluator = open_judges(judges, given.base, "--{key}: {error}")
     facts = {
         "base model": given.base,
         **judges._asdict(),
@@ -55,14 +59,11 @@ def main() -> None:
     }
     out = to_path(given.out)
     check_writable(out)
-    before = read_text(out / "evaluation.json")
-    if before and json.loads(before) != facts:
+    text = json.dumps(facts, indent=2)
+    if read_text(out / "evaluation.json") not in ("", text):
         raise InputError(f"{out}: holds another evaluation: give another --out, or delete it")
-    write_bytes(out / "evaluation.json", json.dumps(facts, indent=2).encode())
+    write_bytes(out / "evaluation.json", text.encode())
     base = load_base_model(given.base, dtype=network_dtype(), revision=given.revision, variant=given.variant)
-    evaluator = load_evaluator(ConfigDict(keys))
-    if evaluator is None:
-        raise InputError("nothing to score by: give --evaluator, the folder or hub id of a CLIP")
     plan = Drawing(
         prompts,
         range(given.seed, given.seed + given.num_images),

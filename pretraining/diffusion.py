@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import model as models
-from pretraining import training_tools
+from pretraining import places, things, tokenizer, training_tools
 from pretraining.captions import Texts
 from pretraining.codes import Coder
 
@@ -287,7 +287,10 @@ def finished_pipeline(
 ) -> StableDiffusionPipeline:
     """The model as it is used and shipped: averaged weights, with the context lifted (`model.lift_context`)."""
     text_encoder, unet = copy.deepcopy(average.text_encoder), copy.deepcopy(average.unet)
-    models.lift_context(text_encoder, unet)
+    phrases = list(places.PHRASES.values())
+    prompts = [f"a photo of a {kind} {phrases[number % len(phrases)]}" for number, kind in enumerate(things.kinds())]
+    device = next(text_encoder.parameters()).device
+    models.lift_context(text_encoder, unet, torch.tensor(tokenizer.encode(text_tokenizer, prompts), device=device))
     return models.build_pipeline(autoencoder, text_encoder, text_tokenizer, unet)
 
 

@@ -81,18 +81,24 @@ def build_unet(latent_channels: int, grid: int) -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def lift_context(text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
-    """Moves all text encodings off the hyperplane that the last layer norm holds them on; the model stays what it is.
+def lift_context(text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokens: torch.Tensor) -> None:
+    """Moves all text encodings by a constant, so that their covariance can be inverted; the model stays what it is.
 
-    Layer norm's output e = gamma n + beta has (e - beta) . (1 / gamma) = 0. If beta lies in that plane too, as it does
-    here, the covariance of encodings has an eigenvalue of zero and cannot be inverted. So a constant along the normal
-    is added. It adds the same to all keys, which softmax ignores, and the same to all values, which the bias of the
-    attention's output projection takes away again.
+    The uncentred covariance that the method inverts is that of the encodings about their mean, and the mean's own.
+    Layer norm's output e = gamma n + beta has (e - beta) . (1 / gamma) = 0, so along that normal there is the mean
+    alone; and along others it is hundreds of times as large as the least deviation. So the mean is put on the normal,
+    as far out as encodings deviate along other axes. The constant adds the same to all keys, which softmax ignores, and
+    the same to all values, which the bias of the attention's output projection takes away again.
+
+    Args:
+        text_encoder, unet: are changed.
+        tokens: of captions, by which the mean is measured, int [count, length]; what follows their end is left out.
     """
     norm = text_encoder.text_model.final_layer_norm
     normal = torch.nn.functional.normalize(1 / norm.weight, dim=0)
-    # As far from the origin as encodings reach along any other axis.
-    shift = (norm.weight.abs().mean() - norm.bias @ normal) * normal
+    ends = (tokens == text_encoder.config.eos_token_id).cumsum(1)
+    encodings = text_encoder(tokens).last_hidden_state[ends <= 1]
+    shift = encodings.std(0).mean() * normal - encodings.mean(0)
     norm.bias += shift
     for name, module in unet.named_modules():
         if name.endswith("attn2"):

@@ -4,6 +4,7 @@ import html
 import io
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +83,7 @@ def write_report(out: epath.Path, lines: Sequence[Mapping[str, Any]], facts: Map
         The HTML file.
 
     Raises:
-        InputError: matplotlib is not there, or the files cannot be written.
+        InputError: the files cannot be written.
         UnavailableError: storage fails.
     """
     summary = summarise(lines)
@@ -154,12 +155,19 @@ def _picture(name: str, file: str, words: str) -> str:
     return f'<img loading="lazy" src="pictures/{html.escape(name)}/{html.escape(file)}.png" alt="{html.escape(words)}">'
 
 
+def check_plots() -> None:
+    """Sees that plots can be made, before anything is drawn.
+
+    Raises:
+        InputError: matplotlib is not there.
+    """
+    if find_spec("matplotlib") is None:
+        raise InputError("the plot of a sweep needs matplotlib: pip install 'perfusion_jax[evaluate]'")
+
+
 def _front(summary: Summary) -> str:
     """Text against image similarity of all settings, as SVG."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError("the plot of a sweep needs matplotlib: pip install 'perfusion_jax[evaluate]'") from error
+    import matplotlib
     from matplotlib.figure import Figure
 
     # The same numbers are the same file.

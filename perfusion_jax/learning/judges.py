@@ -138,22 +138,34 @@ def load_evaluator(config: ConfigDict) -> Evaluator | None:
         InputError, UnavailableError: an encoder cannot be loaded; its key is named.
     """
     judges = find_judges(config)
-    if judges.evaluator == NONE:
-        return None
-    clip = _load("evaluator", load_clip, judges, config.base)
+    without = f"config.{{key}}: {{error}}; --config.{{key}}={NONE}, with a new --workdir, does without"
+    return None if judges.evaluator == NONE else open_judges(judges, config.base, without)
+
+
+def open_judges(judges: Judges, base: str, message: str) -> Evaluator:
+    """Loads the encoders that were chosen, a CLIP among them.
+
+    Args:
+        judges: from `choose`.
+        base: the base model, as the user names it.
+        message: of errors, with {key} and {error}.
+
+    Raises:
+        InputError, UnavailableError: one cannot be loaded.
+    """
+
+    def opened(key: str, load: Callable[[str], Encoder]) -> Encoder:
+        source = getattr(judges, key)
+        # Of what is cached the hub need not be asked, and for a folder of the user's it is not to be.
+        cached = find_cached_folder(source) if source in DEFAULTS and not may_fetch(base) else None
+        try:
+            return load(str(cached or source))
+        except UnavailableError as error:
+            raise UnavailableError(message.format(key=key, error=error)) from error
+        except InputError as error:
+            raise InputError(message.format(key=key, error=error)) from error
+
+    clip = opened("evaluator", load_clip)
     if judges.instance_encoder == NONE:
         return Evaluator(clip)
-    return Evaluator(clip, _load("instance_encoder", load_instance_encoder, judges, config.base))
-
-
-def _load(key: str, load: Callable[[str], Encoder], judges: Judges, base: str) -> Encoder:
-    source = getattr(judges, key)
-    # Of what is cached the hub need not be asked, and for a folder of the user's it is not to be.
-    cached = find_cached_folder(source) if source in DEFAULTS and not may_fetch(base) else None
-    hint = f"--config.{key}={NONE}, with a new --workdir, does without"
-    try:
-        return load(str(cached or source))
-    except UnavailableError as error:
-        raise UnavailableError(f"config.{key}: {error}; {hint}") from error
-    except InputError as error:
-        raise InputError(f"config.{key}: {error}; {hint}") from error
+    return Evaluator(clip, opened("instance_encoder", load_instance_encoder))

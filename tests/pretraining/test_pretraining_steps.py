@@ -346,6 +346,7 @@ def test_lifting_the_context_keeps_the_model_and_makes_the_covariance_invertible
     norm = text_encoder.text_model.final_layer_norm
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2)
+        norm.bias.normal_(0, 2)
     tokens = torch.randint(0, 700, (300, LENGTH))
     latents, timesteps = torch.randn(2, 8, 16, 16), torch.tensor([3, 900])
 
@@ -354,14 +355,14 @@ def test_lifting_the_context_keeps_the_model_and_makes_the_covariance_invertible
         encodings = text_encoder(tokens).last_hidden_state
         rows = encodings.reshape(-1, encodings.shape[-1]).double()
         eigenvalues = torch.linalg.eigvalsh(rows.T @ rows)
-        return unet(latents, timesteps, encodings[:2]).sample, (eigenvalues[0] / eigenvalues.mean()).item()
+        return unet(latents, timesteps, encodings[:2]).sample, (eigenvalues[-1] / eigenvalues[0]).item()
 
-    before, smallest_before = run()
-    model.lift_context(text_encoder, unet)
-    after, smallest_after = run()
+    before, condition_before = run()
+    model.lift_context(text_encoder, unet, tokens)
+    after, condition_after = run()
     torch.testing.assert_close(before, after, rtol=0, atol=2e-5)
-    assert smallest_before < 1e-8
-    assert smallest_after > 1e-3
+    assert condition_before > 1e5
+    assert condition_after < 5e3
 
 
 def test_every_word_of_the_world_is_one_token(text_tokenizer):
