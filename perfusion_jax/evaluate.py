@@ -51,7 +51,7 @@ def main() -> None:
         raise InputError("nothing to score by: give --evaluator, the folder or hub id of a CLIP")
     evaluator = open_judges(judges, given.base, "--{key}: {error}")
     facts = {
-        "base model": given.base,
+        "base model": f"{given.base} at {given.revision}" if given.revision else given.base,
         **judges._asdict(),
         "prompts": prompts,
         "seeds": f"{given.seed} to {given.seed + given.num_images - 1}",
