@@ -7,8 +7,8 @@
 
 The last runs the commands in another environment, such as one that holds no PyTorch: diffusers imports it where it is.
 Seconds are of the whole command, with Python's start and the loading of the base model. The concept is its
-super-category still: neither sizes nor seconds depend on what it has learnt. `--sd15` needs 9 GB of
-memory and 8 of disk.
+super-category still: neither sizes nor seconds depend on what it has learnt. `--sd15` needs 8 GB of
+disk.
 """
 
 import argparse

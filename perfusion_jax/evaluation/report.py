@@ -162,7 +162,7 @@ def check_plots() -> None:
         InputError: matplotlib is not there.
     """
     if find_spec("matplotlib") is None:
-        raise InputError("the plot of a sweep needs matplotlib: pip install 'perfusion_jax[evaluate]'")
+        raise InputError("the plot of a sweep needs matplotlib: pip install matplotlib")
 
 
 def _front(summary: Summary) -> str:

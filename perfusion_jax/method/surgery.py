@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32
 
 from perfusion_jax.method import concept as concept_lib
 from perfusion_jax.method.concept import Concept
-from perfusion_jax.method.edit import Edit, Factors, Gate, baked_change, edited_input, project
+from perfusion_jax.method.edit import Edit, Factors, Gate, baked_change, edited_input
 from perfusion_jax.method.edit import bake as bake_kernel
 
 Params = dict[str, Any]
@@ -159,16 +159,22 @@ def fitted_strengths(
     edit = edit._replace(gates=edit.gates._replace(strength=jnp.ones_like(edit.gates.strength)))
     encodings = encodings.astype(jnp.float32)
     edited = edited_input(edit, encodings)
+    # In float64 on the host: on a TPU a difference of two products would be that of their rounding.
+    exact = np.asarray(encodings, np.float64)
+    taken, activations = (
+        exact - np.asarray(edited.perpendicular, np.float64),
+        np.asarray(edited.activations, np.float64),
+    )
     count = len(stacked.target_input)
     normal, right = np.zeros((count, count)), np.zeros(count)
     for layer, weights in cross_attention_layers(unet_params).items():
         for projection, outputs in (("to_k", stacked.key_outputs), ("to_v", stacked.value_outputs)):
-            kernel = weights[projection]["kernel"].astype(jnp.float32)
-            frozen = encodings @ kernel
-            gated = np.float64(project(kernel, edited, outputs[layer]) - frozen)
+            kernel = weights[projection]["kernel"]
+            frozen = np.asarray(kernel, np.float64)
+            gated = activations @ np.asarray(outputs[layer], np.float64) - taken @ frozen
             down, up = (np.asarray(factor, np.float64) for factor in baked_change(kernel, edit, outputs[layer]))
-            baked = (np.float64(encodings) @ down.T)[:, :, None] * up
-            unit = np.square(np.float64(frozen)).mean()
+            baked = (exact @ down.T)[:, :, None] * up
+            unit = np.square(exact @ frozen).mean()
             normal += np.einsum("ejo,eko->jk", baked, baked) / unit
             right += np.einsum("ejo,eo->j", baked, gated) / unit
     # From 1, which stays where baking adds nothing.
