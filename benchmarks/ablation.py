@@ -31,7 +31,7 @@ VARIANTS = {
     "full method": {},
     "no lock": {"lock_keys": False},
     "no mask": {"masks": "none"},
-    "embedding only": {"edit": False},
+    "embedding only": {"method": "textual_inversion", "embedding_rate": 0.006, "steps": 400},
 }
 
 
@@ -47,8 +47,7 @@ def main(_: list[str]) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
                 # The last step of every variant, not the best one by the measure that is reported.
                 trained = example_concept(base, name, folder / name, validate_every=0, **changes)
-            strength = float(changes.get("edit", True))
-            drawn, own, scored = draw_and_score(base, clip, trained, SEEDS.value, strength=strength)
+            drawn, own, scored = draw_and_score(base, clip, trained, SEEDS.value)
             scores.append(scored)
             rows.append(np.concatenate([own[:1], drawn[:: SEEDS.value]]))
         write_picture(folder.with_suffix(".png"), grid(rows))

@@ -181,6 +181,12 @@ KEYS: dict[str, Key] = {
     ),
     "seed": Key(0, _whole(0), "a concept's result depends on its name, data, config and seed alone", in_tables=True),
     # Learning (Perfusion, arXiv 2305.01644, and its public implementations).
+    "method": Key(
+        "perfusion",
+        _one_of("perfusion", "textual_inversion", "lora", "custom_diffusion", "dreambooth"),
+        "what is learnt: Perfusion's edit, or what another method learns, to compare with (docs/evaluation.md); keys "
+        "that have their default then take that method's own (METHODS in perfusion_jax/config.py)",
+    ),
     "steps": Key(400, _whole(1), "optimiser steps", may_change=True, in_tables=True),
     "batch_size": Key(16, _whole(1), "samples per optimiser step", in_tables=True),
     "accumulation": Key(1, _whole(1), "parts that a batch is computed in, to save memory", in_tables=True),
@@ -196,11 +202,22 @@ KEYS: dict[str, Key] = {
         in_tables=True,
     ),
     "target_input_decay": Key(0.99, _number(0, 1), "of the moving average of the target input i*", in_tables=True),
+    # Other methods.
+    "weights_rate": Key(0.0, _number(0), "Adam's learning rate of what other methods add to the UNet", in_tables=True),
+    "rank": Key(1, _whole(1), "of a LoRA"),
+    "identifier": Key("", _TEXT, "a rare word that the embedding begins as; empty: the super-category's"),
+    "class_noun": Key(False, _SWITCH, "True puts the super-category's word after the concept's: 'a <rex> dog'"),
+    "prior_pictures": Key(
+        0,
+        _whole(0),
+        "pictures of its kind that the frozen model draws first and that are learnt beside a concept's own (prior "
+        "preservation)",
+    ),
+    "prior_weight": Key(1.0, _number(0), "of their loss"),
     # Ablations.
     "lock_keys": Key(True, _SWITCH, "False trains the target outputs o*_K too"),
     "train_embedding": Key(True, _SWITCH, "False leaves the word embedding at the super-category's"),
     "train_values": Key(True, _SWITCH, "False leaves the target outputs o*_V at the super-category's"),
-    "edit": Key(True, _SWITCH, "False: no edit at all, only the embedding (textual inversion)"),
     "straight_through": Key(False, _SWITCH, "gradient through i*, as if it were the batch's mean encoding"),
     # Looking and choosing.
     "evaluator": Key(
@@ -262,6 +279,33 @@ BASES: dict[str, dict[str, Any]] = {
 }
 """What a base model wants otherwise, by the name that a config's argument calls it."""
 
+METHODS: dict[str, dict[str, Any]] = {
+    # As for Stable Diffusion: the paper's of Custom Diffusion, those of diffusers' examples of the others (Textual
+    # Inversion's rate times the four samples of its step). All learn batches of one size.
+    "textual_inversion": {"embedding_rate": 2e-3, "steps": 3000},
+    "lora": {"weights_rate": 1e-4, "embedding_rate": 2e-3, "steps": 500},
+    "custom_diffusion": {
+        "weights_rate": 8e-5,
+        "embedding_rate": 8e-5,
+        "steps": 250,
+        "identifier": "ktn",
+        "class_noun": True,
+        "prior_pictures": 200,
+    },
+    "dreambooth": {
+        "weights_rate": 5e-6,
+        "train_embedding": False,
+        "steps": 800,
+        "identifier": "sks",
+        "class_noun": True,
+        "prior_pictures": 200,
+    },
+}
+"""What other methods want otherwise. None of them looks at masks."""
+
+_OF_PERFUSION = ("lock_keys", "train_values", "straight_through", "exports")
+_OF_BASELINES = ("weights_rate", "rank", "identifier", "class_noun")
+
 MEMORY_ADVICE = (
     "raise config.accumulation, or in a fleet lower config.members or split over more chips by the axis data of "
     "config.mesh"
@@ -287,6 +331,15 @@ def make_config(base: str = "emoji", **values: Any) -> ConfigDict:
 
 
 get_config = make_config  # this module is the config file of a run that has none
+
+
+def of_method(config: ConfigDict) -> ConfigDict:
+    """The config of a run by its method: where a key has its default, the method's own value stands."""
+    own = {"masks": "none", **METHODS[config.method]} if config.get("method") in METHODS else {}
+    defaults = make_config(config.get("base", ""))
+    return ConfigDict(
+        {**dict(config.items()), **{name: value for name, value in own.items() if config.get(name) == defaults[name]}}
+    )
 
 
 def check(config: ConfigDict) -> None:
@@ -316,7 +369,14 @@ def check(config: ConfigDict) -> None:
         )
     if config.covariance and config.captions:
         raise InputError("config.covariance and config.captions are both given: C is read, or measured; leave one out")
-    if not (config.train_embedding or (config.edit and (config.train_values or not config.lock_keys))):
+    is_baseline = config.method in METHODS
+    for name in _OF_PERFUSION if is_baseline else _OF_BASELINES:
+        if config[name] != KEYS[name].default:
+            raise InputError(f"config.{name} plays no part in config.method={config.method!r}: leave it out")
+    if is_baseline:
+        if not config.train_embedding and config.method == "textual_inversion":
+            raise InputError("config.train_embedding is False: textual inversion has nothing else to train")
+    elif not (config.train_embedding or config.train_values or not config.lock_keys):
         raise InputError("config.train_embedding and config.train_values are False: nothing is left to train")
 
 

@@ -33,14 +33,13 @@ def tell_result(config: ConfigDict, result: epath.Path) -> None:
     print(f"{result}: {result.stat().length / 1000:.0f} KB, from step {card.step}")
     arguments = {
         "concept": str(result),
-        "prompt": f"a photo of a {card.placeholder} on the beach",
+        "prompt": f"a photo of a {card.phrase} on the beach",
         "out": f"{config.name}.png",
         "base": "" if config.base == "emoji" else config.base,
         "revision": config.revision,
         "variant": config.variant,
         "height": config.size or "",
         "width": config.size or "",
-        "strength": "" if config.edit else 0,
     }
     words = [word for name, value in arguments.items() if value != "" for word in (f"--{name}", str(value))]
     python = Path(sys.executable)

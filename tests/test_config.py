@@ -1,12 +1,13 @@
 """Configs: every key is checked, and every config that ships passes."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
 from perfusion_jax import InputError
-from perfusion_jax.config import EXPORTS, KEYS, check, check_same, make_config, to_json
+from perfusion_jax.config import EXPORTS, KEYS, METHODS, check, check_same, make_config, of_method, to_json
 from perfusion_jax.formats.exporting import KINDS
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.runtime import shipped
@@ -90,14 +91,47 @@ def test_every_key_says_what_it_means():
         ({}, ("embedding", "value_outputs")),
         ({"lock_keys": False}, ("embedding", "value_outputs", "key_outputs")),
         ({"train_embedding": False}, ("value_outputs",)),
-        ({"edit": False}, ("embedding",)),
+        ({"method": "textual_inversion"}, ("embedding",)),
+        ({"method": "lora"}, ("embedding", "down", "up")),
+        ({"method": "custom_diffusion"}, ("embedding", "added")),
+        ({"method": "dreambooth"}, ("added",)),
     ],
 )
 def test_ablations_choose_what_is_trained(changes, trained):
     config = get()
     config.update(changes)
+    config = of_method(config)
     check(config)
     assert Settings.of(config).trained == trained
+
+
+def test_a_method_has_its_own_defaults_where_nothing_else_is_said():
+    config = get()
+    config.update(method="dreambooth", steps=123)
+    settled = of_method(config)
+    own = {name: settled[name] for name in METHODS["dreambooth"]}
+    assert own == {**METHODS["dreambooth"], "steps": 123}
+    assert (settled.masks, settled.name, config.steps) == ("none", config.name, 123)
+    assert of_method(settled).to_dict() == settled.to_dict()
+    assert of_method(get()).to_dict() == get().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("perfusion", {"rank": 4}, "config.rank plays no part in config.method='perfusion'"),
+        ("perfusion", {"class_noun": True}, "config.class_noun plays no part"),
+        ("lora", {"lock_keys": False}, "config.lock_keys plays no part in config.method='lora'"),
+        ("dreambooth", {"exports": ("lora",)}, "config.exports plays no part"),
+        ("textual_inversion", {"train_embedding": False}, "has nothing else to train"),
+        ("ti", {}, "config.method is 'ti'; it must be one of 'perfusion'"),
+    ],
+)
+def test_keys_that_play_no_part_in_a_method_are_refused(method, changes, message):
+    config = get()
+    config.update(method=method, **changes)
+    with pytest.raises(InputError, match=re.escape(message)):
+        check(of_method(config))
 
 
 def test_a_workdir_keeps_its_config():

@@ -1,6 +1,7 @@
 """The architecture of a frozen text-to-image model: all of it but its weights."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from perfusion_jax.base_model.source import full_name
 from perfusion_jax.base_model.text import Encoding, TextEncoder
 from perfusion_jax.base_model.unet import SIZES, Added, Context, keys_values
 from perfusion_jax.base_model.vae import LatentDistribution, LatentScale
+from perfusion_jax.method import baselines
+from perfusion_jax.method.baselines import Word
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.method.surgery import Params, cross_attention_layers
 from perfusion_jax.runtime.errors import InputError
@@ -198,10 +201,25 @@ class Architecture:
         return jax.eval_shape(
             Concept.from_super_category,
             cross_attention_layers(self.shapes["unet"]),
-            jax.ShapeDtypeStruct((sum(encoder.width for encoder in self.text_encoders),), jnp.float32),
+            self._embedding_shape,
             jax.ShapeDtypeStruct((width,), jnp.float32),
             jax.ShapeDtypeStruct((width, width), jnp.float32),
         )
+
+    def baseline_shapes(self, method: str, rank: int = 1) -> Word:
+        """Returns the shapes and dtypes of what another method learns on this model, as of `jax.ShapeDtypeStruct`.
+
+        Args:
+            method: a key of `method.baselines.BASELINES`.
+            rank: of a LoRA.
+        """
+        initialise = functools.partial(baselines.begin, method, rank=rank)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return jax.eval_shape(initialise, self.shapes["unet"], self._embedding_shape, key)
+
+    @property
+    def _embedding_shape(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((sum(encoder.width for encoder in self.text_encoders),), jnp.float32)
 
     def astype(self, dtype: jnp.dtype) -> "Architecture":
         """Returns the model that computes in another float dtype."""

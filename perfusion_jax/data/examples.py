@@ -1,7 +1,7 @@
 """From a concept's pictures to what the training step draws from: latents encoded once, masks, token ids."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ class Examples(NamedTuple):
         prompt_ids: each picture's prompts, int32 [pictures, prompts, tokens]. The concept's token is
             `vocabulary_size`.
         num_pictures: how many of the pictures are real, int32 scalar.
+        prior: pictures of its kind that the frozen model has drawn, without the concept's token; None where learning
+            need not preserve what the model knows of them.
     """
 
     mean: jax.Array
@@ -34,6 +36,7 @@ class Examples(NamedTuple):
     sizes: jax.Array
     prompt_ids: jax.Array
     num_pictures: jax.Array
+    prior: Optional["Examples"] = None
 
 
 def with_mirrored(pictures: np.ndarray) -> np.ndarray:
@@ -60,14 +63,22 @@ def encode(base: BaseModel, pixels: np.ndarray) -> LatentDistribution:
     return LatentDistribution(*(jnp.stack(arrays) for arrays in zip(*each, strict=True)))
 
 
-def prompt_ids(model: Architecture, pictures: Sequence[Picture], templates: Sequence[str]) -> np.ndarray:
+def prompt_ids(
+    model: Architecture, pictures: Sequence[Picture], templates: Sequence[str], phrase: str = PLACEHOLDER
+) -> np.ndarray:
     """Tokenises the prompts of each picture: its caption, or else the templates.
+
+    Args:
+        model: for its tokeniser.
+        pictures: with captions that have one `{}`, or without.
+        templates: for those without, likewise.
+        phrase: what stands at the `{}`.
 
     Returns:
         int32 [pictures, prompts, tokens]; the concept's token is `vocabulary_size`.
     """
     rows = [[picture.caption] * len(templates) if picture.caption else templates for picture in pictures]
-    return np.stack([model.tokenizer([t.replace("{}", PLACEHOLDER) for t in row], [PLACEHOLDER]) for row in rows])
+    return np.stack([model.tokenizer([t.replace("{}", phrase) for t in row], [PLACEHOLDER]) for row in rows])
 
 
 def prompts_used(pictures: Sequence[Picture], templates: Sequence[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """`generate`: prompts, seeds and concepts to pictures, in batches of one size so that nothing compiles twice."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite
 from operator import index
 from typing import Any, NamedTuple, TypeVar
@@ -29,6 +30,7 @@ from perfusion_jax.drawing.denoising import (
 from perfusion_jax.drawing.samplers import Plan, make_plan, settle
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.method import concept as concept_lib
+from perfusion_jax.method.baselines import Word, add
 from perfusion_jax.method.edit import Gate
 from perfusion_jax.method.surgery import Params
 from perfusion_jax.runtime.errors import InputError
@@ -239,7 +241,8 @@ def drawing(
         negative_prompt: what guidance leads away from. It goes through the frozen weights and names no concept. Left
             out, it is the empty prompt, or zeros where the model says so (`force_zeros_for_empty_prompt`).
         bias, temperature: of the gates, one for all concepts or one for each; the concepts' own if left out.
-        strength: of the concepts, likewise; 1, the paper's edit, if left out. 0 leaves the model alone.
+        strength: of the concepts, likewise; 1, the paper's edit, if left out. 0 leaves the model alone, but for the
+            words of concepts that another method has learnt.
         start, end: between which fractions of the steps a concept acts, likewise; all of them if left out.
         lock: `local`, or `global`: all keys come from the prompt with the super-categories in place of the concepts.
         height, width: in pixels; the model's own, or those of `init_image`, if left out.
@@ -275,6 +278,7 @@ def drawing(
     ids = base.model.tokenizer(prompts, [card.placeholder for _, card in concepts])
     unprompted = _unprompted(base.model, negative_prompt, batch_size) if guidance > 1 else None
     in_slots, phase_of_step = None, np.zeros(steps - skipped, np.int32)
+    base, concepts = _with_baselines(base, concepts, strength, {"bias": bias, "temperature": temperature}, (start, end))
     if concepts:
         gates = _gates(concepts, bias, temperature, strength)
         windows = per_concept("start", start, [0.0] * len(concepts)), per_concept("end", end, [1.0] * len(concepts))
@@ -307,6 +311,40 @@ def drawing(
             yield Drawn(to_pixels(images)[:count], None if seen is None else np.asarray(seen)[:count])
 
     return batches()
+
+
+_added = jax.jit(add)
+
+
+def _with_baselines(
+    base: BaseModel,
+    concepts: Sequence[TrainedConcept],
+    strength: Control,
+    gates: Mapping[str, Control],
+    window: tuple[Control, Control],
+) -> tuple[BaseModel, list[TrainedConcept]]:
+    """Adds what other methods than Perfusion have learnt to the base model; their concepts are then words alone.
+
+    Raises:
+        InputError: a control is given that acts on none of the concepts, or on which a method does not act.
+    """
+    others = [card for concept, card in concepts if isinstance(concept, Word)]
+    if not others:
+        return base, list(concepts)
+    for name, given in gates.items():
+        if given is not None and len(others) == len(concepts):
+            raise InputError(f"{name} is of Perfusion's gate: {others[0].name} was learnt by {others[0].method}")
+    if window != (None, None):
+        raise InputError(f"start and end: what {others[0].method} learns, as {others[0].name}, acts in all steps")
+    strengths = per_concept("strength", strength, [1.0] * len(concepts))
+    unet, words = base.params["unet"], []
+    for (concept, card), own in zip(concepts, strengths, strict=True):
+        if isinstance(concept, Word):
+            unet = _added(unet, concept, own)
+            nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), base.model.new_concept_shapes())
+            concept = dataclasses.replace(nothing, embedding=concept.embedding)
+        words.append(TrainedConcept(concept, card))
+    return dataclasses.replace(base, params={**base.params, "unet": unet}), words
 
 
 def _unprompted(model: Architecture, negative_prompt: str | None, batch_size: int) -> Unprompted:

@@ -147,7 +147,7 @@ def score_all(
         folder = out / "pictures" / subject.name
         write_picture(folder / "own.png", sheet(own))
         prompts = [prompt for prompt in plan.prompts for _ in plan.seeds]
-        named = [prompt.replace("{}", trained.card.placeholder) for prompt in prompts]
+        named = [prompt.replace("{}", trained.card.phrase) for prompt in prompts]
         texts = [prompt.replace("{}", trained.card.super_category) for prompt in prompts]
         seeds = [seed for _ in plan.prompts for seed in plan.seeds]
         for setting in missing:

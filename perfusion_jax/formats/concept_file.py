@@ -3,6 +3,8 @@
 Tensors, all float32: `embedding` (for several text encoders one after the other), `target_input`, `dual`, and per
 cross-attention layer `key_outputs.LAYER` and `value_outputs.LAYER`, where LAYER is the module path of PyTorch
 diffusers, such as `mid_block.attentions.0.transformer_blocks.0.attn2`. What is not an array is string metadata.
+What other methods learn (`method.baselines`) is kept likewise: `embedding`, and `down.PATH` and `up.PATH`, or
+`added.PATH`.
 """
 
 import dataclasses
@@ -11,8 +13,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -21,7 +24,7 @@ from safetensors.numpy import load
 
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.formats.tensor_file import read_header, tensor_bytes
-from perfusion_jax.method.concept import Concept
+from perfusion_jax.method.baselines import BASELINES, Learnt
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import storage_errors, to_path, write_bytes
 
@@ -42,6 +45,8 @@ class ConceptCard:
         guidance_scale: that suits it and its base model.
         step: training steps taken.
         licence: of the pictures it was learnt from, or empty.
+        method: by which it was learnt, as `config.method`.
+        class_noun: whether prompts name its kind after its name, `<name> dog`.
     """
 
     name: str
@@ -53,21 +58,31 @@ class ConceptCard:
     guidance_scale: float
     step: int
     licence: str = ""
+    method: str = "perfusion"
+    class_noun: bool = False
 
     @property
     def placeholder(self) -> str:
         """The token that stands for the concept in a prompt, `<name>`."""
         return f"<{self.name}>"
 
+    @property
+    def phrase(self) -> str:
+        """What prompts call the concept: `<name>`, or `<name> dog`."""
+        return f"{self.placeholder} {self.super_category}" if self.class_noun else self.placeholder
 
-class TrainedConcept(NamedTuple):
-    """A concept and what its file says of it."""
 
-    concept: Concept
+AnyLearnt = TypeVar("AnyLearnt", bound=Learnt)
+
+
+class TrainedConcept(NamedTuple, Generic[AnyLearnt]):
+    """A concept, learnt by Perfusion or another method, and what its file says of it."""
+
+    concept: AnyLearnt
     card: ConceptCard
 
 
-def save_concept(file: str | Path, concept: Concept, card: ConceptCard) -> None:
+def save_concept(file: str | Path, concept: Learnt, card: ConceptCard) -> None:
     """Writes a concept, all at once or not at all.
 
     Raises:
@@ -76,14 +91,9 @@ def save_concept(file: str | Path, concept: Concept, card: ConceptCard) -> None:
     """
     if concept.embedding.ndim != 1:
         raise InputError(f"{file}: {len(concept.embedding)} stacked concepts; a file holds one")
-    tensors = {"embedding": concept.embedding, "target_input": concept.target_input, "dual": concept.dual}
-    for kind in ("key_outputs", "value_outputs"):
-        for layer, output in getattr(concept, kind).items():
-            tensors[f"{kind}.{_dotted(layer)}"] = output
     metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in dataclasses.asdict(card).items()}}
-    write_bytes(
-        file, tensor_bytes({name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}, metadata)
-    )
+    tensors = {name: np.asarray(tensor, np.float32) for name, tensor in by_name(concept).items()}
+    write_bytes(file, tensor_bytes(tensors, metadata))
 
 
 def read_card(file: str | Path) -> ConceptCard:
@@ -108,7 +118,7 @@ def load_concept(file: str | Path, base: BaseModel) -> TrainedConcept:
         raise InputError(
             f"{file}: trained on the base model {card.base_model}, which {base.name} is not: load that one"
         )
-    return TrainedConcept(_concept(to_path(file), tensors, base), card)
+    return TrainedConcept(_concept(to_path(file), card.method, tensors, base), card)
 
 
 def _read(file: epath.Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
@@ -147,7 +157,11 @@ def card_from(file: epath.Path, written: Mapping[str, Any]) -> ConceptCard:
         InputError: something is missing, or is not what it must be.
     """
     try:
-        fields = {field.name: written[field.name] for field in dataclasses.fields(ConceptCard)}
+        # Files of before there were other methods say nothing of them.
+        fields = {"method": "perfusion", "class_noun": False, **written}
+        fields = {field.name: fields[field.name] for field in dataclasses.fields(ConceptCard)}
+        if fields["method"] not in ("perfusion", *BASELINES) or not isinstance(fields["class_noun"], bool):
+            raise ValueError(f"method is {fields['method']!r}, class_noun {fields['class_noun']!r}")
         for key in ("name", "super_category", "base_model", "licence"):
             if not isinstance(fields[key], str):
                 raise TypeError(f"{key} is {fields[key]!r}")
@@ -169,11 +183,14 @@ def _card(file: epath.Path, metadata: Mapping[str, str]) -> ConceptCard:
     return card_from(file, written)
 
 
-def _concept(file: epath.Path, tensors: dict[str, np.ndarray], base: BaseModel) -> Concept:
-    template = base.model.new_concept_shapes()
-    expected = {"embedding": template.embedding, "target_input": template.target_input, "dual": template.dual}
-    for kind in ("key_outputs", "value_outputs"):
-        expected |= {f"{kind}.{_dotted(layer)}": shape for layer, shape in getattr(template, kind).items()}
+def _concept(file: epath.Path, method: str, tensors: dict[str, np.ndarray], base: BaseModel) -> Learnt:
+    template: Learnt
+    if method in BASELINES:
+        ranks = [tensor.shape[-1] for name, tensor in tensors.items() if name.startswith("down.") and tensor.ndim]
+        template = base.model.baseline_shapes(method, ranks[0] if ranks else 1)
+    else:
+        template = base.model.new_concept_shapes()
+    expected = by_name(template)
     problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     problems += [f"{name} is not known" for name in sorted(tensors.keys() - expected.keys())]
     for name in sorted(expected.keys() & tensors.keys()):
@@ -184,26 +201,18 @@ def _concept(file: epath.Path, tensors: dict[str, np.ndarray], base: BaseModel) 
     if problems:
         raise InputError(f"{file}: damaged: " + "; ".join(problems))
 
-    def outputs(kind: str) -> dict[str, jnp.ndarray]:
-        return {
-            _slashed(name.removeprefix(f"{kind}.")): jnp.asarray(tensor, jnp.float32)
-            for name, tensor in tensors.items()
-            if name.startswith(f"{kind}.")
-        }
-
-    return Concept(
-        embedding=jnp.asarray(tensors["embedding"], jnp.float32),
-        target_input=jnp.asarray(tensors["target_input"], jnp.float32),
-        dual=jnp.asarray(tensors["dual"], jnp.float32),
-        key_outputs=outputs("key_outputs"),
-        value_outputs=outputs("value_outputs"),
-    )
+    names = jax.tree.unflatten(jax.tree.structure(template), _names(template))
+    return jax.tree.map(lambda name: jnp.asarray(tensors[name], jnp.float32), names)
 
 
-def _dotted(layer: str) -> str:
-    """Flax's path to PyTorch's: `mid_block/attentions_0/.../attn2` is `mid_block.attentions.0....attn2`."""
-    return re.sub(r"_(\d+)(?=/|$)", r".\1", layer).replace("/", ".")
+def _names(concept: Learnt) -> list[str]:
+    """Of the tensors, in the order of the leaves: Flax's paths as PyTorch's, `key_outputs.mid_block.attentions.0`."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(concept)]
+    flax_names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    # Numbers count modules of one list, but for the `linear_1` of an embedding of time, whose name it is.
+    return [re.sub(r"(?<!linear)_(\d+)(?=/|$)", r".\1", name).replace("/", ".") for name in flax_names]
 
 
-def _slashed(layer: str) -> str:
-    return re.sub(r"\.(\d+)", r"_\1", layer).replace(".", "/")
+def by_name(concept: Learnt) -> dict[str, Any]:
+    """The arrays of a concept, by their names in a file."""
+    return dict(zip(_names(concept), jax.tree.leaves(concept), strict=True))

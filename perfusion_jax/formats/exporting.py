@@ -168,6 +168,8 @@ def export(
     if len(set(names)) < len(names):
         raise InputError(f"two concepts are called {max(names, key=names.count)}: call one of them otherwise")
     for _, card in concepts:
+        if card.method != "perfusion":
+            raise InputError(f"{card.name}: learnt by {card.method}, to compare with: only Perfusion's are exported")
         if not base.has_fingerprint(card.fingerprint):
             raise InputError(
                 f"{card.name}: trained on the base model {card.base_model}, which {base.name} is not: load that one"

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32
 
 from perfusion_jax.learning.metrics import Scores
-from perfusion_jax.method.concept import Concept
+from perfusion_jax.method.baselines import Learnt
 from perfusion_jax.pod.mesh import place
 from perfusion_jax.pod.slots import slot_sharding
 
@@ -27,12 +27,12 @@ class Best:
         steps: after which they were scored, int32 [slots]; 0 as long as nothing is scored.
     """
 
-    concept: Concept
+    concept: Learnt
     scores: Float32[Array, "slots 3"]
     steps: Int32[Array, " slots"]
 
 
-def nothing_scored(concept: Concept, slots: int, mesh: Mesh) -> Best:
+def nothing_scored(concept: Learnt, slots: int, mesh: Mesh) -> Best:
     """Returns the best before anything is scored.
 
     Args:
@@ -45,7 +45,7 @@ def nothing_scored(concept: Concept, slots: int, mesh: Mesh) -> Best:
     return _best(copied, scores, np.zeros(slots, np.int32), mesh)
 
 
-def keep_better(best: Best, offered: Concept, scored: Mapping[int, Scores], step: int, mesh: Mesh) -> Best:
+def keep_better(best: Best, offered: Learnt, scored: Mapping[int, Scores], step: int, mesh: Mesh) -> Best:
     """Takes the concepts that are better than the best so far; the buffers of `best` are taken.
 
     Args:
@@ -64,11 +64,11 @@ def keep_better(best: Best, offered: Concept, scored: Mapping[int, Scores], step
     return _best(_exchange(best.concept, offered, better), scores, steps, mesh) if better.any() else best
 
 
-def _best(concept: Concept, scores: np.ndarray, steps: np.ndarray, mesh: Mesh) -> Best:
+def _best(concept: Learnt, scores: np.ndarray, steps: np.ndarray, mesh: Mesh) -> Best:
     return Best(concept, place(scores, mesh), place(steps, mesh))
 
 
 @partial(jax.jit, donate_argnums=0)
-def _exchange(kept: Concept, offered: Concept, better: Bool[Array | np.ndarray, " slots"]) -> Concept:
+def _exchange(kept: Learnt, offered: Learnt, better: Bool[Array | np.ndarray, " slots"]) -> Learnt:
     """Takes the concepts of those slots for which `better` holds."""
     return jax.tree.map(lambda old, new: jnp.where(better.reshape(-1, *[1] * (old.ndim - 1)), new, old), kept, offered)

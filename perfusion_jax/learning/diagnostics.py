@@ -82,7 +82,7 @@ class Profiler:
 def first_nan(
     model: Architecture,
     params: dict[str, Params],
-    whitening: jax.Array,
+    whitening: jax.Array | None,
     examples: Examples,
     learning: Learning,
     key: jax.Array,

@@ -17,6 +17,8 @@ from perfusion_jax.base_model import SIZES, Architecture
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.learning import step as training
 from perfusion_jax.learning.step import Batch, Learning, Settings
+from perfusion_jax.method.baselines import BASELINES
+from perfusion_jax.method.concept import Concept
 from perfusion_jax.pod.mesh import whole
 from perfusion_jax.pod.slots import slot_sharding
 from perfusion_jax.runtime.errors import InputError
@@ -64,10 +66,10 @@ def make_fleet_step(model: Architecture, settings: Settings, mesh: Mesh) -> Call
         mesh: from `make_mesh`.
 
     Returns:
-        A jitted function of (params, whitening, members, learning): the frozen weights (of `step_components`), C^-1/2,
-        `Members`, and the stacked `Learning`, whose buffers it takes. It returns (the state after, losses before the
-        step, float32 [slots]). A member that has taken its steps, or whose loss is not finite, stays what it was, and
-        its loss is NaN.
+        A jitted function of (params, whitening, members, learning): the frozen weights (of `step_components`), C^-1/2
+        (None for methods that know no C), `Members`, and the stacked `Learning`, whose buffers it takes. It returns
+        (the state after, losses before the step, float32 [slots]). A member that has taken its steps, or whose loss is
+        not finite, stays what it was, and its loss is NaN.
 
     Raises:
         InputError: a batch cannot be split evenly.
@@ -123,16 +125,24 @@ def member_shapes(
 
     latents = side // model.vae_factor
     one = array(dtype=jnp.int32)
-    examples = Examples(
-        mean=array(pictures, 2, latents, latents, model.latent_channels),
-        std=array(pictures, 2, latents, latents, model.latent_channels),
-        masks=array(pictures, 2, latents, latents),
-        sizes=array(pictures, SIZES),
-        prompt_ids=array(pictures, prompts, model.tokenizer.length, dtype=jnp.int32),
-        num_pictures=one,
-    )
+
+    def examples_of(count: int) -> Examples:
+        return Examples(
+            mean=array(count, 2, latents, latents, model.latent_channels),
+            std=array(count, 2, latents, latents, model.latent_channels),
+            masks=array(count, 2, latents, latents),
+            sizes=array(count, SIZES),
+            prompt_ids=array(count, prompts, model.tokenizer.length, dtype=jnp.int32),
+            num_pictures=one,
+        )
+
+    examples = examples_of(pictures)
+    if settings.prior_pictures:
+        examples = examples._replace(prior=examples_of(settings.prior_pictures))
     keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    learning = jax.eval_shape(lambda concept: training.start(concept, settings), model.new_concept_shapes())
+    is_baseline = settings.method in BASELINES
+    concept = model.baseline_shapes(settings.method, settings.rank) if is_baseline else model.new_concept_shapes()
+    learning = jax.eval_shape(lambda learnt: training.start(learnt, settings), concept)
     return Members(examples, keys, one), learning
 
 
@@ -147,7 +157,8 @@ def step_shapes(model: Architecture, shapes: tuple[Members, Learning], slots: in
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((slots, *leaf.shape), leaf.dtype), shapes)
     params = jax.eval_shape(lambda tree: tree, {name: model.shapes[name] for name in step_components(model)})
     width = model.context_width
-    return params, jax.ShapeDtypeStruct((width, width), jnp.float32), *stacked
+    knows_c = isinstance(shapes[1].concept, Concept)
+    return params, jax.ShapeDtypeStruct((width, width), jnp.float32) if knows_c else None, *stacked
 
 
 def pad_pictures(examples: Examples, pictures: int) -> Examples:
@@ -157,5 +168,5 @@ def pad_pictures(examples: Examples, pictures: int) -> Examples:
         host = np.asarray(array)
         return np.pad(host, [(0, pictures - len(host)), *[(0, 0)] * (host.ndim - 1)])
 
-    padded = {name: pad(field) for name, field in examples._asdict().items() if name != "num_pictures"}
-    return Examples(**padded, num_pictures=np.asarray(examples.num_pictures))  # type: ignore[arg-type]
+    padded = {name: pad(field) for name, field in examples._asdict().items() if name not in ("num_pictures", "prior")}
+    return examples._replace(**padded)  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ from perfusion_jax.learning.rounds import Member, Round
 from perfusion_jax.learning.scoring import Validation
 from perfusion_jax.learning.step import Learning
 from perfusion_jax.learning.workdir import Log, make_card
-from perfusion_jax.method.concept import Concept
+from perfusion_jax.method.baselines import Learnt
 from perfusion_jax.pod import distributed
 from perfusion_jax.pod.chips import chips_of
 from perfusion_jax.pod.slots import read_members, slot_owners, stack_members
@@ -330,7 +330,7 @@ class Loop:
             best = keep_better(self.state.best, self.state.learning.concept, scored, self.step, self.resources.mesh)
             self.state = dataclasses.replace(self.state, best=best)
 
-    def _draw(self, slot: int, concept: Concept) -> tuple[np.ndarray, Scores | None]:
+    def _draw(self, slot: int, concept: Learnt) -> tuple[np.ndarray, Scores | None]:
         """Draws a concept, on the host as it is read; returns a sheet of pictures, and their scores."""
         resources = self.resources
         if slot not in self._validations:

@@ -19,6 +19,7 @@ from perfusion_jax.learning.fleet_step import make_fleet_step, member_shapes, st
 from perfusion_jax.learning.judges import load_evaluator
 from perfusion_jax.learning.metrics import Evaluator
 from perfusion_jax.learning.step import Settings
+from perfusion_jax.method.baselines import BASELINES
 from perfusion_jax.pod import distributed
 from perfusion_jax.pod.mesh import make_mesh, place, submesh_view, whole
 
@@ -59,7 +60,7 @@ class Resources:
         config: the run's.
         base: the model, its weights on this process's first device.
         params: those that the step reads, over the mesh.
-        whitening: C^-1/2 on the first device.
+        whitening: C^-1/2 on the first device; None for methods that know no C.
         mesh_whitening: the same over the mesh.
         evaluator: what concepts are scored by, or None.
         drawing_base, drawing_mesh: the model that draws, and what devices of this process share that; None for one.
@@ -70,8 +71,8 @@ class Resources:
     config: ConfigDict
     base: BaseModel
     params: Any
-    whitening: jax.Array
-    mesh_whitening: jax.Array
+    whitening: jax.Array | None
+    mesh_whitening: jax.Array | None
     evaluator: Evaluator | None
     drawing_base: BaseModel
     drawing_mesh: Mesh | None
@@ -117,7 +118,7 @@ def load_resources(config: ConfigDict) -> Resources:
     base = dataclasses.replace(
         base, params={**base.params, **submesh_view(params, Mesh(jax.local_devices()[:1], ("data",)))}
     )
-    whitening = load_whitening(config, base)
+    whitening = None if config.method in BASELINES else load_whitening(config, base)
     drawing_base, drawing_mesh = base, None
     here = mesh.local_devices
     if config.validation_prompts and len(here) > 1:

@@ -16,7 +16,7 @@ from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.learning.metrics import Evaluator, Scores, score_pictures
 from perfusion_jax.learning.workdir import make_card
-from perfusion_jax.method.concept import Concept
+from perfusion_jax.method.baselines import Learnt
 from perfusion_jax.runtime.errors import InputError
 
 
@@ -27,7 +27,8 @@ def check_validation(config: ConfigDict, model: Architecture) -> None:
         InputError: one is too long, or the model's schedule has fewer steps than are to be taken.
     """
     try:
-        prompts = [prompt.replace("{}", PLACEHOLDER) for prompt in config.validation_prompts]
+        named = f"{PLACEHOLDER} {config.super_category}" if config.class_noun else PLACEHOLDER
+        prompts = [prompt.replace("{}", named) for prompt in config.validation_prompts]
         model.tokenizer(prompts, [PLACEHOLDER])
     except InputError as error:
         raise InputError(f"config.validation_prompts: {error}") from error
@@ -63,7 +64,7 @@ class Validation:
         assert self._evaluator is not None
         return self._evaluator.embed_instances(self._own)
 
-    def draw(self, concept: Concept) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, concept: Learnt) -> tuple[np.ndarray, np.ndarray]:
         """Draws the validation prompts with fixed seeds.
 
         Returns:
@@ -72,15 +73,15 @@ class Validation:
         """
         config = self._config
         count = config.pictures_per_prompt
-        prompts = [p.replace("{}", f"<{config.name}>") for p in config.validation_prompts for _ in range(count)]
+        card = make_card(config, self._base, step=0)
+        prompts = [p.replace("{}", card.phrase) for p in config.validation_prompts for _ in range(count)]
         side = self._own.shape[1]
         devices = self._mesh.size if self._mesh is not None else 1
         drawn = generate(
             self._base,
             prompts,
             range(len(prompts)),
-            [TrainedConcept(concept, make_card(config, self._base, step=0))],
-            strength=float(config.edit),
+            [TrainedConcept(concept, card)],
             steps=config.sampling_steps,
             height=side,
             width=side,

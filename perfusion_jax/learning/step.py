@@ -1,5 +1,7 @@
 """Learning one concept: the loss, and one step of optimisation (Perfusion, arXiv 2305.01644, section 4 and appendix).
 
+The methods that it is compared with (`method.baselines`) take the same step, with other parameters and no i*.
+
 Everything here is written for one concept and is a pure function of its arguments: `jax.vmap` makes a fleet of it.
 
     o*_V, embedding    parameters, each with its own learning rate (Adam, no weight decay)
@@ -17,9 +19,10 @@ import optax
 from jaxtyping import Array, Bool, Float32, Int32, Key
 from ml_collections import ConfigDict
 
-from perfusion_jax.base_model import Architecture
+from perfusion_jax.base_model import Architecture, Context, Encoding
 from perfusion_jax.base_model.text import mean_at
 from perfusion_jax.data.examples import Examples
+from perfusion_jax.method.baselines import BASELINES, Learnt, add
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.method.edit import Gate
 from perfusion_jax.method.surgery import Params, insert
@@ -32,38 +35,47 @@ class Settings:
     Attributes:
         batch_size: samples per optimiser step.
         accumulation: parts that a batch is computed in, one after the other; divides `batch_size`.
+        method: `perfusion`, or a key of `method.baselines.BASELINES`.
+        rank: of a LoRA.
         values_rate: learning rate of o*_V.
         embedding_rate: learning rate of the word embedding.
+        weights_rate: learning rate of what other methods add to the UNet's weights.
         bias, temperature: beta and tau of the gate while training.
         target_input_decay: d, of the moving average of i*.
         flip: show each sample mirrored with probability 1/2.
         trained: the fields of the concept that are parameters; `key_outputs` among them takes the lock off.
-        edit: False leaves the projections alone, and only the word embedding acts (textual inversion).
+        prior_pictures: how many pictures of its kind, drawn by the frozen model, are learnt beside a concept's own
+            (prior preservation: DreamBooth, arXiv 2208.12242, section 3.2); as many samples a step as of its own.
+        prior_weight: of their loss.
         snr_gamma: of min-SNR weights of the loss; 0: every timestep counts alike.
         straight_through: let the gradient pass through i* as if it were the batch's mean encoding.
     """
 
+    method: str = "perfusion"
     batch_size: int = 16
     accumulation: int = 1
+    rank: int = 1
     values_rate: float = 0.03
     embedding_rate: float = 0.006
+    weights_rate: float = 0.0
     bias: float = 0.75
     temperature: float = 0.1
     target_input_decay: float = 0.99
     flip: bool = True
     trained: tuple[str, ...] = ("embedding", "value_outputs")
-    edit: bool = True
+    prior_pictures: int = 0
+    prior_weight: float = 1.0
     snr_gamma: float = 0.0
     straight_through: bool = False
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Settings":
         """The part of a config that the step knows."""
-        fields = {
-            "embedding": config.train_embedding,
-            "value_outputs": config.train_values and config.edit,
-            "key_outputs": not config.lock_keys and config.edit,
-        }
+        fields = {"embedding": config.train_embedding}
+        if config.method in BASELINES:
+            fields |= {field.name: True for field in dataclasses.fields(BASELINES[config.method])[1:]}
+        else:
+            fields |= {"value_outputs": config.train_values, "key_outputs": not config.lock_keys}
         trained = tuple(field for field, is_trained in fields.items() if is_trained)
         same = {field.name: config[field.name] for field in dataclasses.fields(cls) if field.name != "trained"}
         return cls(**same, trained=trained)
@@ -101,22 +113,23 @@ class Learning:
         diverged: whether a loss or gradient was not finite; from then on nothing changes. Bool scalar.
     """
 
-    concept: Concept
+    concept: Learnt
     optimizer: Any
     step: Int32[Array, "*slots"]
     diverged: Bool[Array, "*slots"]
 
 
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
-    """Adam without weight decay, at one rate for the embedding and another for target outputs."""
+    """Adam without weight decay, at one rate for the embedding and another for target outputs, or weights."""
+    others = settings.weights_rate if settings.method in BASELINES else settings.values_rate
     return optax.multi_transform(
-        {"embedding": optax.adam(settings.embedding_rate), "outputs": optax.adam(settings.values_rate)},
-        lambda trained: {field: "embedding" if field == "embedding" else "outputs" for field in trained},
+        {"embedding": optax.adam(settings.embedding_rate), "others": optax.adam(others)},
+        lambda trained: {field: "embedding" if field == "embedding" else "others" for field in trained},
     )
 
 
-def start(concept: Concept, settings: Settings) -> Learning:
-    """The state before the first step, of a concept that is still its super-category (`BaseModel.new_concept`)."""
+def start(concept: Learnt, settings: Settings) -> Learning:
+    """The state before the first step, of a concept that has learnt nothing (`BaseModel.new_concept`)."""
     return Learning(
         concept=concept,
         optimizer=make_optimizer(settings).init(concept.trainable(settings.trained)),
@@ -150,45 +163,70 @@ def draw_batch(key: Key[Array, ""], examples: Examples, model: Architecture, set
     )
 
 
+def _frozen_and_read(
+    model: Architecture,
+    params: dict[str, Params],
+    encoding: Encoding,
+    sizes: Float32[Array, "batch sizes"],
+    concept: Learnt,
+    settings: Settings,
+) -> tuple[Params, Context]:
+    """The weights that denoise, and what they read of prompts, under all that is learnt."""
+    frozen = params["unet"]
+    if isinstance(concept, Concept):
+        edited = insert(frozen, concept, Gate(settings.bias, settings.temperature))
+        return frozen, model.read(edited, encoding, sizes)
+    changed = add(frozen, concept)
+    context = model.read(changed, encoding, sizes)
+    if settings.method == "custom_diffusion":
+        # As its authors have it, no gradient comes by way of the start token, at which every word looks.
+        fixed = jax.lax.stop_gradient(context.layers)
+        layers = jax.tree.map(lambda moving, still: moving.at[:, :1].set(still[:, :1]), context.layers, fixed)
+        context = context._replace(layers=layers)
+    return changed, context
+
+
 def loss(
     model: Architecture,
     params: dict[str, Params],
-    whitening: Float32[Array, "context context"],
-    concept: Concept,
+    whitening: Float32[Array, "context context"] | None,
+    concept: Learnt,
     batch: Batch,
     settings: Settings,
 ) -> tuple[Float32[Array, ""], Float32[Array, " context"]]:
-    """The denoising loss of a batch under the edit; arguments as for `train_step`.
+    """The denoising loss of a batch under what is learnt; arguments as for `train_step`.
 
     The squared error of each pixel is weighted by the mask, and the weighted sum divided by the sum of the weights;
-    then the mean over the samples, with min-SNR weights if those are asked for.
+    then the mean over the samples, with min-SNR weights if those are asked for. With prior preservation the second half
+    of the batch is of the prior, whose mean counts `settings.prior_weight` times beside the first half's.
 
     Returns:
         (loss, mean encoding at the concept's token over the batch, [context_width]), float32.
     """
     encoding = model.encode(params, batch.ids, concept.embedding[None])
     concept_encoding = mean_at(encoding.tokens, batch.ids == model.tokenizer.vocabulary_size)
-    if settings.straight_through:
+    if settings.straight_through and isinstance(concept, Concept):
+        assert whitening is not None
         through = concept_encoding - jax.lax.stop_gradient(concept_encoding)
         concept = concept.with_target_input(concept.target_input + through, whitening)
-    unet = (
-        insert(params["unet"], concept, Gate(settings.bias, settings.temperature)) if settings.edit else params["unet"]
-    )
+    unet, context = _frozen_and_read(model, params, encoding, batch.sizes, concept, settings)
     noisy = model.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-    context = model.read(unet, encoding, batch.sizes)
-    prediction = model.denoise(params["unet"], noisy.astype(model.unet.dtype), batch.timesteps, context)
+    prediction = model.denoise(unet, noisy.astype(model.unet.dtype), batch.timesteps, context)
     target = model.schedule.target(batch.latents, batch.noise, batch.timesteps)
     error = jnp.mean((prediction.astype(jnp.float32) - target) ** 2, axis=-1)
     per_sample = jnp.sum(batch.masks * error, axis=(1, 2)) / jnp.sum(batch.masks, axis=(1, 2))
     if settings.snr_gamma:
         per_sample *= model.schedule.loss_weights(batch.timesteps, settings.snr_gamma)
+    if settings.prior_pictures:
+        own, prior = per_sample.reshape(2, -1).mean(axis=1)
+        return own + settings.prior_weight * prior, concept_encoding
     return per_sample.mean(), concept_encoding
 
 
 def loss_and_gradient(
     model: Architecture,
     params: dict[str, Params],
-    whitening: Float32[Array, "context context"],
+    whitening: Float32[Array, "context context"] | None,
     examples: Examples,
     learning: Learning,
     key: Key[Array, ""],
@@ -202,8 +240,15 @@ def loss_and_gradient(
         float32.
     """
     concept = learning.concept
-    batch = draw_batch(jax.random.fold_in(key, learning.step), examples, model, settings)
-    parts = place(jax.tree.map(lambda array: array.reshape(settings.accumulation, -1, *array.shape[1:]), batch))
+    own = jax.random.fold_in(key, learning.step)
+    batches = [draw_batch(own, examples, model, settings)]
+    if examples.prior is not None:
+        batches.append(draw_batch(jax.random.fold_in(own, 1), examples.prior, model, settings))
+
+    def split(*arrays: Array) -> Array:
+        return jnp.concatenate([one.reshape(settings.accumulation, -1, *one.shape[1:]) for one in arrays], axis=1)
+
+    parts = place(jax.tree.map(split, *batches))
 
     def of_part(part: Batch) -> tuple[tuple[Float32[Array, ""], Float32[Array, " context"]], dict[str, Any]]:
         def loss_of(parameters: dict[str, Any]) -> tuple[Float32[Array, ""], Float32[Array, " context"]]:
@@ -218,7 +263,7 @@ def loss_and_gradient(
 def train_step(
     model: Architecture,
     params: dict[str, Params],
-    whitening: Float32[Array, "context context"],
+    whitening: Float32[Array, "context context"] | None,
     examples: Examples,
     learning: Learning,
     key: Key[Array, ""],
@@ -230,7 +275,7 @@ def train_step(
     Args:
         model: the architecture.
         params: its frozen weights, without edits.
-        whitening: C^-1/2, float32 [context_width, context_width].
+        whitening: C^-1/2, float32 [context_width, context_width]; other methods than Perfusion know no C.
         examples: what the concept is learnt from.
         learning: the state before.
         key: the concept's own; the step's is folded from it, so that a step depends on its number alone.
@@ -245,10 +290,11 @@ def train_step(
     (value, encoding), gradient = loss_and_gradient(model, params, whitening, examples, learning, key, settings, place)
     parameters = learning.concept.trainable(settings.trained)
     updates, optimizer = make_optimizer(settings).update(gradient, learning.optimizer, parameters)
-    decay = settings.target_input_decay
-    moved = dataclasses.replace(learning.concept, **optax.apply_updates(parameters, updates)).with_target_input(
-        decay * learning.concept.target_input + (1 - decay) * encoding, whitening
-    )
+    moved = dataclasses.replace(learning.concept, **optax.apply_updates(parameters, updates))
+    if isinstance(moved, Concept):
+        assert whitening is not None
+        decay = settings.target_input_decay
+        moved = moved.with_target_input(decay * moved.target_input + (1 - decay) * encoding, whitening)
     diverged = learning.diverged | ~jnp.isfinite(value) | ~jnp.isfinite(optax.tree.norm(gradient))
     after = Learning(moved, optimizer, learning.step + 1, diverged)
     kept = jax.tree.map(lambda old, new: jnp.where(diverged, old, new), learning, after)

@@ -154,4 +154,6 @@ def make_card(config: ConfigDict, base: BaseModel, step: int) -> ConceptCard:
         guidance_scale=config.guidance_scale,
         step=step,
         licence=config.licence,
+        method=config.method,
+        class_noun=config.class_noun,
     )

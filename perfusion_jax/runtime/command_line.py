@@ -4,10 +4,11 @@ import hashlib
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 
 from absl import app, flags, logging
 
@@ -42,6 +43,24 @@ def stopping() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _WithoutPyTorch(PathFinder):
+    @classmethod
+    def find_spec(
+        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return None if fullname == "torch" else super().find_spec(fullname, path, target)
+
+
+def hide_pytorch() -> None:
+    """Has this process find no PyTorch, if it has none yet.
+
+    No command needs it. diffusers imports it wherever it is installed, whatever is asked of it, and that takes longer
+    than all other imports together.
+    """
+    if "torch" not in sys.modules and PathFinder in sys.meta_path:
+        sys.meta_path[sys.meta_path.index(PathFinder)] = _WithoutPyTorch
 
 
 def share_compiled_programs() -> None:
@@ -87,6 +106,7 @@ def run(
             sys.exit(BAD_INPUT)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax and others tell every step they take
+        hide_pytorch()
         share_compiled_programs()
         try:
             main()

@@ -186,7 +186,8 @@ def peak_memory_of_loading(small, folder, dtype) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_while_loading_is_little_more_than_the_weights(sd1_folder, large_folder, dtype):
     assert 0.9 < peak_memory_of_loading(sd1_folder, large_folder, dtype) < 1.3
 

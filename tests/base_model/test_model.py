@@ -178,6 +178,7 @@ def test_bfloat16_is_close_to_float32(sd1_folder, sd1_base):
     assert jax.eval_shape(partial(compute, cast.model), cast.params)[1].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_keys_and_values(sd1_base):
     encodings = jax.random.normal(jax.random.key(0), (1, 16, sd1_base.model.context_width))
     latents = jax.random.normal(jax.random.key(1), (1, 16, 16, 4))

@@ -1,5 +1,7 @@
 """`generate`, the function that people call."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from perfusion_jax import InputError
 from perfusion_jax.drawing.generation import compiled_step, drawing, generate, per_concept
 from perfusion_jax.formats.concept_file import ConceptCard, TrainedConcept
+from perfusion_jax.method import baselines
+from perfusion_jax.method.baselines import BASELINES
 
 SMALL = {"steps": 3, "height": 32, "width": 32, "batch_size": 2}
 
@@ -190,3 +194,57 @@ def test_numbers_of_any_library_draw_the_same(small_base):
         options |= {name: whole(value) for name, value in SMALL.items()}
         drawn = generate(small_base, ["a <rex>"], [whole(0)], [rex], init_image=image, **options)
         np.testing.assert_array_equal(drawn, expected)
+
+
+def make_baseline(base, method, name="rex", seed=0):
+    """A concept that another method has learnt, and the model with all that it has added."""
+    embedding = base.super_category_embedding("cat")
+    learnt = baselines.begin(method, base.params["unet"], embedding, jax.random.key(seed), rank=2)
+    rng = np.random.default_rng(seed)
+    learnt = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), learnt)
+    card = dataclasses.replace(make_concept(base, name).card, method=method)
+    return TrainedConcept(learnt, card)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_what_another_method_has_learnt_is_drawn_by_the_model_it_is_added_to(small_base, method):
+    rex = make_baseline(small_base, method)
+    drawn = generate(small_base, ["a photo of a <rex>"], [3], [rex], strength=0.5, **SMALL)
+    changed = {
+        **small_base.params,
+        "unet": jax.tree.map(np.asarray, baselines.add(small_base.params["unet"], rex.concept, 0.5)),
+    }
+    # The same by hand: the word stands where nothing else is said of it.
+    table = changed["text_encoder"]["text_model"]["embeddings"]["token_embedding"]["embedding"]
+    word = small_base.model.tokenizer.words("snow")[0]
+    text = jax.tree.map(lambda leaf: leaf, changed["text_encoder"])
+    text["text_model"]["embeddings"]["token_embedding"]["embedding"] = table.at[word].set(rex.concept.embedding)
+    by_hand = dataclasses.replace(small_base, params={**changed, "text_encoder": text})
+    expected = generate(by_hand, ["a photo of a snow"], [3], **SMALL)
+    assert difference(drawn, expected) <= 1
+    if method != "textual_inversion":
+        whole = generate(small_base, ["a photo of a <rex>"], [3], [rex], **SMALL)
+        assert difference(drawn, whole) > 1
+
+
+def test_perfusion_beside_another_method(small_base):
+    rex, tom = make_baseline(small_base, "lora"), make_concept(small_base, "tom", seed=1)
+    prompts = ["a <rex> and a <tom>"]
+    both = generate(small_base, prompts, [0], [rex, tom], bias=0.5, **SMALL)
+    turned = generate(small_base, prompts, [0], [tom, rex], bias=0.5, **SMALL)
+    assert difference(both, turned) <= 1
+    without = generate(small_base, prompts, [0], [rex, tom], strength=(1, 0), **SMALL)
+    assert difference(both, without) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": 0.5}, "bias is of Perfusion's gate: rex was learnt by lora"),
+        ({"temperature": 0.5}, "temperature is of Perfusion's gate"),
+        ({"end": 0.5}, "start and end: what lora learns, as rex, acts in all steps"),
+    ],
+)
+def test_controls_that_another_method_has_not(small_base, options, message):
+    with pytest.raises(InputError, match=message):
+        drawing(small_base, ["a <rex>"], [0], [make_baseline(small_base, "lora")], **options, **SMALL)

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from checkpoints import save_checkpoint
 from etils import epath
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from perfusion_jax import Concept, Gate, InputError, insert, load_base_model
-from perfusion_jax.formats.concept_file import ConceptCard, load_concept, read_card, save_concept
+from perfusion_jax.formats.concept_file import FORMAT, ConceptCard, load_concept, read_card, save_concept
+from perfusion_jax.method import baselines
+from perfusion_jax.method.baselines import BASELINES
 from perfusion_jax.method.concept import stack
 from perfusion_jax.method.surgery import cross_attention_layers
 from perfusion_jax.runtime.errors import UnavailableError
@@ -52,6 +55,39 @@ def test_what_was_saved_is_read(file, concept, card, sd1_base):
     assert jax.tree.structure(found) == jax.tree.structure(concept)
     jax.tree.map(np.testing.assert_array_equal, found, concept)
     assert [path.name for path in file.parent.iterdir()] == ["rex.safetensors"]
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_what_other_methods_learn_is_kept_likewise(tmp_path, small_base, card, method):
+    card = dataclasses.replace(card, fingerprint=small_base.fingerprint, method=method, class_noun=True)
+    assert card.phrase == "<rex> teddy bear"
+    embedding = small_base.super_category_embedding("dog")
+    learnt = baselines.begin(method, small_base.params["unet"], embedding, jax.random.key(0), rank=3)
+    learnt = jax.tree.map(lambda leaf: leaf + 0.5, learnt)
+    file = tmp_path / "rex.safetensors"
+    save_concept(file, learnt, card)
+    found, found_card = load_concept(file, small_base)
+    assert found_card == card
+    assert jax.tree.structure(found) == jax.tree.structure(learnt)
+    jax.tree.map(np.testing.assert_array_equal, found, learnt)
+    tensors = load_file(file)
+    del tensors[max(tensors)]
+    save_file(tensors, file, {"format": FORMAT, **{k: json.dumps(v) for k, v in dataclasses.asdict(card).items()}})
+    with pytest.raises(InputError, match=r"rex.safetensors: damaged: .* is missing"):
+        load_concept(file, small_base)
+
+
+def test_a_file_of_before_there_were_other_methods_is_perfusions(file, sd1_base):
+    metadata = dict(safe_open(file, "numpy").metadata())
+    assert json.loads(metadata.pop("method")) == "perfusion"
+    del metadata["class_noun"]
+    save_file(load_file(file), file, metadata)
+    card = read_card(file)
+    assert (card.method, card.class_noun, card.phrase) == ("perfusion", False, "<rex>")
+    for method in ("hypernetwork", 3, None):
+        save_file(load_file(file), file, {**metadata, "method": json.dumps(method)})
+        with pytest.raises(InputError, match="its metadata cannot be read"):
+            read_card(file)
 
 
 def test_equal_concepts_are_equal_files(file, concept, card):

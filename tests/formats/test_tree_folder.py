@@ -53,7 +53,7 @@ def both(small_base):
     return [learnt(small_base), learnt(small_base, "tom", "cat", seed=1)]
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_plain_orbax_and_flax_draw_a_baked_tree(small_folder, small_base, both, tmp_path, devices):
     export(small_base, both, "orbax", tmp_path / "out", dtype="float32")
     rng = np.random.default_rng(0)

@@ -277,6 +277,7 @@ def test_a_shard_without_a_concept_that_can_be_learnt_does_not_stop_the_others(i
     assert "concepts/h" not in told  # none was learnt
 
 
+@pytest.mark.slow
 def test_a_round_whose_last_checkpoint_fails_is_over(inputs, finished, tmp_path, monkeypatch):
     """Its concepts are written and reported, and what comes after it begins where its log ends."""
     close = Checkpoints.close
@@ -419,6 +420,7 @@ def stopped_after(steps, config, workdir):
             train_fleet(config, epath.Path(workdir))
 
 
+@pytest.mark.slow
 def test_a_concept_that_fails_once_in_an_interrupted_round_still_takes_all_its_steps(inputs, finished, tmp_path):
     config = make_config(inputs, members=4)
     picture = inputs / "max" / "0.png"
@@ -448,6 +450,7 @@ def test_a_concept_that_fails_once_in_an_interrupted_round_still_takes_all_its_s
         assert_same(finished, tmp_path, name)
 
 
+@pytest.mark.slow
 def test_a_line_that_has_changed_in_an_interrupted_round_is_learnt_as_it_is_now(inputs, finished, tmp_path):
     table = inputs / "changing.csv"
     table.write_text((inputs / "concepts.csv").read_text().replace("max,dog,max,4", "max,dog,zoe,4"))
@@ -522,6 +525,7 @@ def test_a_shard_without_concepts_says_so(inputs, tmp_path, capsys):
     assert "0 concepts: none in this shard" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_as_many_members_are_learnt_at_once_as_fit(inputs, monkeypatch):
     config = make_config(inputs)
     evaluator = SimpleNamespace(params=[np.zeros(1_000_000), np.zeros(1_000)])

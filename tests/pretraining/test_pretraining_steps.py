@@ -90,6 +90,7 @@ def test_whitening_changes_the_latents_and_not_the_pictures():
     torch.testing.assert_close(before, after, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_scaled_latents_change_the_picture_as_much_along_any_axis():
     torch.manual_seed(0)
     small = autoencoder.build_autoencoder(SMALL).eval().double()

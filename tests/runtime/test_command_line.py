@@ -40,3 +40,16 @@ def test_memory_that_does_not_suffice_is_told_in_a_line():
     told = ended.stderr.splitlines()[-1]
     assert told.startswith("error: the memory of a device does not suffice (")
     assert told.endswith("): take less")
+
+
+def test_commands_import_no_pytorch_where_it_is_installed():
+    program = (
+        "import importlib.util, sys; from perfusion_jax.runtime import command_line\n"
+        "def main():\n"
+        "    import perfusion_jax.base_model, tensorflow_datasets\n"
+        "    print('torch' in sys.modules, importlib.util.find_spec('torch'))\n"
+        "print(importlib.util.find_spec('torch') is None)\n"
+        "command_line.run(main)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines() == ["False", "False None"], ended.stderr
