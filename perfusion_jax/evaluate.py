@@ -2,6 +2,8 @@
 
     python -m perfusion_jax.evaluate --workdir runs/fleet --out evaluation
     python -m perfusion_jax.evaluate --concept dog.safetensors --pictures dog/ --sweep bias=0.4:0.8:5 --out evaluation
+    python -m perfusion_jax.evaluate --workdir ours=runs/a --workdir lora=runs/b --sweep ours:bias=0.4:0.8:5 \\
+        --sweep lora:strength=0.4:1.2:5 --out evaluation
 
 OUT/report.html shows pictures and scores, with intervals over concepts; OUT/report.json holds the numbers. The same
 command goes on where an interrupted one was.
@@ -23,16 +25,15 @@ def main() -> None:
     from tqdm import tqdm
 
     from perfusion_jax.base_model import load_base_model, network_dtype
-    from perfusion_jax.drawing.recipe import parse_sweep, read_prompts
+    from perfusion_jax.data.table import parse_shard
+    from perfusion_jax.drawing.recipe import read_prompts
     from perfusion_jax.evaluation.report import check_plots, write_report
-    from perfusion_jax.evaluation.scores import PROMPTS, Drawing, Setting, over_devices, read_scores, score_all
-    from perfusion_jax.evaluation.subjects import check_names, of_files, of_workdir
+    from perfusion_jax.evaluation.scores import PROMPTS, Drawing, over_devices, read_scores, score_all, settings_of
+    from perfusion_jax.evaluation.subjects import check_names, of_files, of_workdirs
     from perfusion_jax.learning.judges import NONE, find_judges, open_judges
 
     given = flags.FLAGS
-    subjects = of_files(given.concept, given.pictures)
-    for workdir in given.workdir:
-        subjects += of_workdir(to_path(workdir))
+    subjects = of_files(given.concept, given.pictures) + of_workdirs(given.workdir)
     if not subjects:
         raise InputError("nothing to evaluate: give --workdir of a run or a fleet, or --concept and --pictures")
     check_names(subjects)
@@ -40,11 +41,10 @@ def main() -> None:
     for prompt in prompts:
         if prompt.count("{}") != 1:
             raise InputError(f"{given.prompts}: {prompt!r} needs one {{}}, where the concept's name goes")
-    sweep = parse_sweep(given.sweep)
-    settings = [Setting("defaults", {})]
-    if sweep:
+    settings = settings_of(given.sweep, {subject.label for subject in subjects})
+    index, count = parse_shard(given.shard) if given.shard else (0, 1)
+    if given.sweep and count == 1:
         check_plots()
-        settings = [Setting(f"{sweep[0]} {value:g}", {sweep[0]: value}) for value in sweep[1]]
     keys = {"base": given.base, "evaluator": given.evaluator, "instance_encoder": given.instance_encoder}
     judges = find_judges(ConfigDict(keys))
     if judges.evaluator == NONE:
@@ -69,20 +69,26 @@ def main() -> None:
         range(given.seed, given.seed + given.num_images),
         {"steps": given.steps, "batch_size": given.batch_size},
     )
-    work = score_all(*over_devices(base), evaluator, subjects, settings, plan, out)
-    for _ in tqdm(work, "evaluating", len(subjects) * len(settings), unit="sheet"):
+    mine = subjects[index::count]
+    work = score_all(*over_devices(base, evaluator), mine, settings, plan, out)
+    for _ in tqdm(work, "evaluating", sum(len(settings[subject.label]) for subject in mine), unit="sheet"):
         pass
-    print(write_report(out, read_scores(out), facts))
+    if count == 1:
+        lines = [line for subject in subjects for line in read_scores(out, subject)]
+        print(write_report(out, subjects, lines, facts))
+    else:
+        print(f"{len(mine)} of {len(subjects)} concepts are scored; without --shard the same command writes the report")
 
 
 def run() -> None:
     """The command."""
-    flags.DEFINE_multi_string("workdir", [], "of a run or a fleet: all that it has finished")
+    flags.DEFINE_multi_string("workdir", [], "of a run or a fleet: all that it has finished; or LABEL=FOLDER")
     flags.DEFINE_multi_string("concept", [], "concept file; may be given several times")
     flags.DEFINE_multi_string("pictures", [], "the concept's own pictures, in the order of --concept")
     flags.DEFINE_string("out", None, "the folder to write", required=True)
     flags.DEFINE_string("prompts", None, "file of prompts, one on a line, with {} for the concept; twenty if left out")
-    flags.DEFINE_string("sweep", None, "control to draw at several values, such as bias=0.4:0.8:5")
+    flags.DEFINE_multi_string("sweep", [], "control to draw at several values, [LABEL:]bias=0.4:0.8:5")
+    flags.DEFINE_string("shard", None, "I/N: draw every N-th concept from the I-th on; then report without it")
     flags.DEFINE_integer("num_images", 4, "pictures of each prompt", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of the first of them; the next has the next", lower_bound=0, upper_bound=2**31)
     flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)

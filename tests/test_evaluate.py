@@ -1,17 +1,21 @@
 """The command that evaluates: on a small model, as its users run it."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 
+import jax
 import numpy as np
 import pytest
 from exported import learnt
 from PIL import Image
 
 from perfusion_jax.formats.concept_file import save_concept
+from perfusion_jax.method import baselines
 from perfusion_jax.runtime import shipped
 
 
@@ -59,12 +63,13 @@ def test_a_fleet_is_evaluated_and_goes_on(small_folder, concepts, tmp_path):
     done = evaluate(small_folder, concepts, *given)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    lines = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
+    files = [tmp_path / "out" / "scores" / f"{name}.jsonl" for name in ("rex", "tom")]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert [(line["name"], line["setting"]) for line in lines] == [
         (name, setting) for name in ("rex", "tom") for setting in ("bias 0.3", "bias 0.7")
     ]
     assert all(len(line[key]) == 4 for line in lines for key in ("image", "text", "precision"))
-    for setting, row in report["settings"].items():
+    for setting, row in report["fronts"]["all"]["settings"].items():
         means = [np.mean(line["image"]) for line in lines if line["setting"] == setting]
         assert row["image"]["mean"] == pytest.approx(np.mean(means))
         assert row["image"]["low"] == pytest.approx(min(means))
@@ -78,16 +83,51 @@ def test_a_fleet_is_evaluated_and_goes_on(small_folder, concepts, tmp_path):
     assert "<svg" in page
 
     # What is there is not drawn again; what was lost is, to the same numbers.
-    kept = (tmp_path / "out" / "scores.jsonl").read_text()
-    (tmp_path / "out" / "scores.jsonl").write_text("\n".join(kept.splitlines()[:3]) + "\n")
+    kept = files[1].read_text()
+    files[1].write_text(kept.splitlines()[0] + "\n")
     before = (tmp_path / "out/pictures/rex/bias_0.3.png").stat().st_mtime_ns
     assert evaluate(small_folder, concepts, *given).returncode == 0
-    assert (tmp_path / "out" / "scores.jsonl").read_text() == kept
+    assert files[1].read_text() == kept
     assert (tmp_path / "out/pictures/rex/bias_0.3.png").stat().st_mtime_ns == before
 
     other = evaluate(small_folder, concepts, *given[:2], "--seed=1")
     assert other.returncode == 2
     assert f"error: {tmp_path / 'out'}: holds another evaluation" in other.stderr
+
+
+def test_methods_are_compared_over_their_runs_and_shards_share_the_work(small_folder, concepts, small_base, tmp_path):
+    """Two runs by one method and one by another, of the same concepts."""
+    others = tmp_path / "lora"
+    shutil.copytree(concepts, others)
+    embedding = small_base.super_category_embedding("dog")
+    for name in ("rex", "tom"):
+        word = baselines.begin("lora", small_base.params["unet"], embedding, jax.random.key(0))
+        card = learnt(small_base, name, "dog")[1]
+        save_concept(others / "concepts" / f"{name}.safetensors", word, dataclasses.replace(card, method="lora"))
+    given = [f"--workdir=ours={concepts}", f"--workdir=ours={concepts}", f"--workdir=lora={others}"]
+    given += ["--sweep=ours:bias=0.3:0.7:2", "--sweep=lora:strength=0.5:1:2", f"--out={tmp_path / 'out'}"]
+    done = evaluate(small_folder, concepts, *given, "--shard=1/2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("3 of 6 concepts are scored")
+    drawn = {str(file.relative_to(tmp_path / "out/scores")) for file in (tmp_path / "out/scores").rglob("*.jsonl")}
+    assert drawn == {"ours/tom.jsonl", "ours_2/tom.jsonl", "lora/tom.jsonl"}
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert evaluate(small_folder, concepts, *given).returncode == 0
+    fronts = json.loads((tmp_path / "out" / "report.json").read_text())["fronts"]
+    assert {label: list(front["settings"]) for label, front in fronts.items()} == {
+        "ours": ["bias 0.3", "bias 0.7"],
+        "lora": ["strength 0.5", "strength 1"],
+    }
+    lines = [json.loads(line) for line in (tmp_path / "out/scores/ours_2/tom.jsonl").read_text().splitlines()]
+    assert fronts["ours"]["concepts"]["bias 0.7"]["tom"]["text"] == pytest.approx(np.mean(lines[1]["text"]))
+    areas = {label: front["dominated_area"]["mean"] for label, front in fronts.items()}
+    assert fronts["ours"]["lead"] is None
+    assert fronts["lora"]["lead"]["mean"] == pytest.approx(areas["lora"] - areas["ours"])
+    shown = Pictures()
+    shown.feed((tmp_path / "out" / "report.html").read_text())
+    assert len(shown.sources) == 2 * (1 + 3 * 2)
+    assert all((tmp_path / "out" / source).exists() for source in shown.sources)
+    assert "pictures/ours_2/rex/bias_0.3.png" in shown.sources
 
 
 @pytest.mark.slow
@@ -98,7 +138,7 @@ def test_devices_share_the_drawing(small_folder, concepts, tmp_path):
         out = tmp_path / str(devices)
         done = evaluate(small_folder, concepts, *given, f"--out={out}", devices=devices)
         assert done.returncode == 0, done.stderr
-        scores.append(json.loads((out / "scores.jsonl").read_text()))
+        scores.append(json.loads((out / "scores" / "rex.jsonl").read_text()))
     for key in ("image", "text", "precision"):
         np.testing.assert_allclose(*(line[key] for line in scores), atol=0.01)
 
@@ -113,6 +153,8 @@ def test_devices_share_the_drawing(small_folder, concepts, tmp_path):
                 (("--concept={}/concepts/rex.safetensors",), "--concept is given 1 times and --pictures 0 times"),
                 (("--workdir={}", "--concept={}/concepts/rex.safetensors", "--pictures={}/rex"), "two concepts are"),
                 (("--workdir={}/rex",), "no config.json in it"),
+                (("--workdir=a={}", "--sweep=b:bias=0:1:2"), "no --workdir has the label b"),
+                (("--workdir=a={}", "--sweep=bias=0:1:2", "--sweep=bias=0:1:3"), "what has no label is swept already"),
             )
         ),
     ],

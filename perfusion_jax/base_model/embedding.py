@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 BATCH_SIZE = 64
 """Most inputs that are embedded at once."""
@@ -89,16 +91,21 @@ def embed_all(embed: Callable[[Any, np.ndarray], jax.Array], params: Any, inputs
 
     Args:
         embed: compiled function of weights and a batch, [batch, ...] to [batch, width].
-        params: its weights.
+        params: its weights. Devices on all of which they lie whole share each batch.
         inputs: [count, ...].
 
     Returns:
         [count, width].
     """
+    held = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    mesh = held.mesh if isinstance(held, NamedSharding) else None
+    ways = mesh.size if mesh is not None else 1
     pieces = []
     for start in range(0, len(inputs), BATCH_SIZE):
         batch = inputs[start : start + BATCH_SIZE]
-        size = 1 << (len(batch) - 1).bit_length()
+        size = -(-(1 << (len(batch) - 1).bit_length()) // ways) * ways
         filled = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
+        if mesh is not None:
+            filled = jax.device_put(filled, NamedSharding(mesh, P(mesh.axis_names)))
         pieces.append(np.asarray(embed(params, filled))[: len(batch)])
     return np.concatenate(pieces)

@@ -3,7 +3,7 @@
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 
 from perfusion_jax.evaluation.scores import Setting, file_name
-from perfusion_jax.evaluation.statistics import Estimate, dominated_area, estimate
+from perfusion_jax.evaluation.statistics import Estimate, area, area_difference, estimate
+from perfusion_jax.evaluation.subjects import ALL, Subject
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import write_bytes
 
@@ -32,51 +33,85 @@ img { max-width: 100%; display: block; margin: .3rem 0 1rem; }
 """
 
 
-class Summary(NamedTuple):
-    """What a report says in numbers.
+class Front(NamedTuple):
+    """What a report says in numbers of one label.
 
     Attributes:
-        settings: by label, the estimate of each of MEASURES over concepts.
-        concepts: by label and name, each concept's means.
+        settings: by setting, the estimate of each of MEASURES over concepts.
+        concepts: by setting and name, each concept's means, over all its runs.
         area: that the front of the settings dominates, text against image similarity, from 0; None of a single setting.
+        lead: how much larger the area is than the first label's, over the concepts of both; None for the first.
     """
 
     settings: dict[str, dict[str, Estimate]]
     concepts: dict[str, dict[str, dict[str, float]]]
-    area: float | None
+    area: Estimate | None
+    lead: Estimate | None
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain JSON."""
-        settings = {
-            label: {measure: each._asdict() for measure, each in row.items()} for label, row in self.settings.items()
+        return {
+            "settings": {
+                label: {key: each._asdict() for key, each in row.items()} for label, row in self.settings.items()
+            },
+            "concepts": self.concepts,
+            "dominated_area": self.area and self.area._asdict(),
+            "lead": self.lead and self.lead._asdict(),
         }
-        return {"settings": settings, "concepts": self.concepts, "dominated_area": self.area}
 
 
-def summarise(lines: Sequence[Mapping[str, Any]]) -> Summary:
-    """Means of each concept, and over concepts.
+def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Front]:
+    """Means of each concept, and over concepts, by label.
 
     Args:
-        lines: of `scores.jsonl`, at least one.
+        lines: of `scores/`, at least one.
     """
-    concepts: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, dict[str, list[dict[str, float]]]]] = {}
     for line in lines:
         means = {measure: float(np.mean(line[measure])) for measure in MEASURES}
-        concepts.setdefault(line["setting"], {})[line["name"]] = means
-    settings = {
-        label: {measure: estimate([means[measure] for means in rows.values()]) for measure in MEASURES}
-        for label, rows in concepts.items()
-    }
-    points = [(row["text"].mean, row["image"].mean) for row in settings.values()]
-    return Summary(settings, concepts, dominated_area(points, (0, 0)) if len(points) > 1 else None)
+        found.setdefault(line["label"], {}).setdefault(line["setting"], {}).setdefault(line["name"], []).append(means)
+    fronts: dict[str, Front] = {}
+    for label, by_setting in found.items():
+        concepts = {
+            setting: {
+                name: {measure: float(np.mean([run[measure] for run in runs])) for measure in MEASURES}
+                for name, runs in rows.items()
+            }
+            for setting, rows in by_setting.items()
+        }
+        settings = {
+            setting: {measure: estimate([means[measure] for means in rows.values()]) for measure in MEASURES}
+            for setting, rows in concepts.items()
+        }
+        whole = sorted(set.intersection(*(set(rows) for rows in concepts.values())))
+        swept = len(concepts) > 1 and bool(whole)
+        fronts[label] = Front(settings, concepts, area(_points(concepts, whole)) if swept else None, None)
+    first, *others = fronts.items()
+    for label, front in others:
+        both = set.intersection(*(set(rows) for one in (first[1], front) for rows in one.concepts.values()))
+        if first[1].area and front.area and both:
+            names = sorted(both)
+            lead = area_difference(_points(front.concepts, names), _points(first[1].concepts, names))
+            fronts[label] = front._replace(lead=lead)
+    return fronts
 
 
-def write_report(out: epath.Path, lines: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> epath.Path:
+def _points(concepts: Mapping[str, Mapping[str, Mapping[str, float]]], names: Iterable[str]) -> np.ndarray:
+    """Text and image similarity, float64 [concepts, settings, 2]."""
+    return np.array(
+        [[(rows[name]["text"], rows[name]["image"]) for rows in concepts.values()] for name in sorted(names)]
+    )
+
+
+def write_report(
+    out: epath.Path, subjects: Sequence[Subject], lines: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
+) -> epath.Path:
     """Writes report.json and report.html.
 
     Args:
         out: the evaluation's folder.
-        lines: of `scores.jsonl`.
+        subjects: what was evaluated.
+        lines: of `scores/`, those of all subjects.
         facts: what was evaluated and how, for readers.
 
     Returns:
@@ -86,29 +121,33 @@ def write_report(out: epath.Path, lines: Sequence[Mapping[str, Any]], facts: Map
         InputError: the files cannot be written.
         UnavailableError: storage fails.
     """
-    summary = summarise(lines)
-    write_bytes(out / "report.json", json.dumps({"facts": facts, **summary.as_json()}, indent=2).encode())
-    plot = _front(summary) if len(summary.settings) > 1 else ""
+    fronts = summarise(lines)
+    numbers = {label: front.as_json() for label, front in fronts.items()}
+    write_bytes(out / "report.json", json.dumps({"facts": facts, "fronts": numbers}, indent=2).encode())
+    plot = _plot(fronts) if any(front.area for front in fronts.values()) else ""
     file = out / "report.html"
-    write_bytes(file, _page(summary, facts, plot).encode())
+    write_bytes(file, _page(subjects, fronts, facts, plot).encode())
     return file
 
 
-def _page(summary: Summary, facts: Mapping[str, Any], plot: str) -> str:
-    names = list(dict.fromkeys(name for rows in summary.concepts.values() for name in rows))
-    parts = ["<h1>Evaluation</h1>", f"<p>{html.escape(_opening(names, facts))}</p>", _table(summary)]
+def _page(subjects: Sequence[Subject], fronts: Mapping[str, Front], facts: Mapping[str, Any], plot: str) -> str:
+    names = list(dict.fromkeys(subject.name for subject in subjects))
+    parts = ["<h1>Evaluation</h1>", f"<p>{html.escape(_opening(names, facts))}</p>", _table(fronts)]
     if plot:
-        parts.append(f'<div class="plot">{plot}</div>')
-        parts.append(f"<p>Area that the front dominates, from 0: {summary.area:.3f}</p>")
+        parts += [f'<div class="plot">{plot}</div>', _areas(fronts)]
     parts.append("<h2>Concept by concept</h2>")
     for name in names:
         parts.append(f"<h3>{html.escape(name)}</h3><small>its own pictures</small>")
-        parts.append(_picture(name, "own", f"pictures of {name}"))
-        for label, rows in summary.concepts.items():
-            if name in rows:
-                scores = ", ".join(f"{words} {rows[name][key]:.3f}" for key, words in MEASURES.items())
-                parts.append(f"<small>{html.escape(label)}: {scores}</small>")
-                parts.append(_picture(name, file_name(Setting(label, {})), f"{name}, {label}"))
+        runs = [subject for subject in subjects if subject.name == name]
+        parts.append(_picture(runs[0], "own", f"pictures of {name}"))
+        for label, front in fronts.items():
+            for setting, rows in front.concepts.items():
+                if name in rows:
+                    scores = ", ".join(f"{words} {rows[name][key]:.3f}" for key, words in MEASURES.items())
+                    parts.append(f"<small>{html.escape(_named(label, setting))}: {scores}</small>")
+                    file = file_name(Setting(setting, {}))
+                    own = [subject for subject in runs if subject.label == label]
+                    parts += [_picture(run, file, f"{name}, {_named(run.run, setting)}") for run in own]
     parts += ["<h2>How it was drawn</h2>", _facts(facts)]
     body = "\n".join(parts)
     return (
@@ -116,6 +155,10 @@ def _page(summary: Summary, facts: Mapping[str, Any], plot: str) -> str:
         '<meta name="viewport" content="width=device-width">'
         f"<title>Evaluation</title><style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
+
+
+def _named(run: str, setting: str) -> str:
+    return setting if run == ALL else f"{run}, {setting}"
 
 
 def _opening(names: Sequence[str], facts: Mapping[str, Any]) -> str:
@@ -135,24 +178,41 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return f'<table class="facts">{rows}</table>'
 
 
-def _table(summary: Summary) -> str:
+def _table(fronts: Mapping[str, Front]) -> str:
     heads = "".join(f"<th>{words}</th>" for words in MEASURES.values())
     rows = ""
-    for label, row in summary.settings.items():
-        cells = "".join(
-            f"<td>{row[measure].mean:.3f} <small>{row[measure].low:.3f}-{row[measure].high:.3f}</small></td>"
-            for measure in MEASURES
-        )
-        rows += f"<tr><td>{html.escape(label)}</td>{cells}</tr>"
-    count = max(map(len, summary.concepts.values()))
+    for label, front in fronts.items():
+        for setting, row in front.settings.items():
+            cells = "".join(f"<td>{_written(row[measure])}</td>" for measure in MEASURES)
+            rows += f"<tr><td>{html.escape(_named(label, setting))}</td>{cells}</tr>"
+    count = max(len(rows) for front in fronts.values() for rows in front.concepts.values())
     return (
         f'<div class="wide"><table><tr><th>setting</th>{heads}</tr>{rows}</table></div>'
         f"<p><small>Means over {count} concepts, with bootstrap intervals of 95&nbsp;% over concepts.</small></p>"
     )
 
 
-def _picture(name: str, file: str, words: str) -> str:
-    return f'<img loading="lazy" src="pictures/{html.escape(name)}/{html.escape(file)}.png" alt="{html.escape(words)}">'
+def _areas(fronts: Mapping[str, Front]) -> str:
+    """A table of what each front dominates."""
+    first = next(iter(fronts))
+    rows = ""
+    for label, front in fronts.items():
+        if front.area:
+            lead = _written(front.lead, "+.3f") if front.lead else ""
+            rows += f"<tr><td>{html.escape(label)}</td><td>{_written(front.area)}</td><td>{lead}</td></tr>"
+    return (
+        f"<table><tr><th>front</th><th>area it dominates, from 0</th><th>more than {html.escape(first)}</th></tr>"
+        f"{rows}</table>"
+    )
+
+
+def _written(number: Estimate, form: str = ".3f") -> str:
+    return f"{number.mean:{form}} <small>{number.low:{form}} to {number.high:{form}}</small>"
+
+
+def _picture(subject: Subject, file: str, words: str) -> str:
+    source = f"pictures/{subject.folder}/{file}.png"
+    return f'<img loading="lazy" src="{html.escape(source)}" alt="{html.escape(words)}">'
 
 
 def check_plots() -> None:
@@ -165,7 +225,7 @@ def check_plots() -> None:
         raise InputError("the plot of a sweep needs matplotlib: pip install matplotlib")
 
 
-def _front(summary: Summary) -> str:
+def _plot(fronts: Mapping[str, Front]) -> str:
     """Text against image similarity of all settings, as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -174,18 +234,22 @@ def _front(summary: Summary) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "perfusion_jax", "svg.fonttype": "path"}):
         figure = Figure(figsize=(6, 4.5), layout="constrained")
         axes = figure.subplots()
-        text, image = ([row[key] for row in summary.settings.values()] for key in ("text", "image"))
-        axes.errorbar(
-            [each.mean for each in text],
-            [each.mean for each in image],
-            xerr=np.transpose([(each.mean - each.low, each.high - each.mean) for each in text]),
-            yerr=np.transpose([(each.mean - each.low, each.high - each.mean) for each in image]),
-            fmt="o-",
-            capsize=2,
-            linewidth=1,
-        )
-        for label, x, y in zip(summary.settings, text, image, strict=True):
-            axes.annotate(label, (x.mean, y.mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        for label, front in fronts.items():
+            text, image = ([row[key] for row in front.settings.values()] for key in ("text", "image"))
+            axes.errorbar(
+                [each.mean for each in text],
+                [each.mean for each in image],
+                xerr=np.transpose([(each.mean - each.low, each.high - each.mean) for each in text]),
+                yerr=np.transpose([(each.mean - each.low, each.high - each.mean) for each in image]),
+                fmt="o-",
+                capsize=2,
+                linewidth=1,
+                label=label,
+            )
+            for setting, x, y in zip(front.settings, text, image, strict=True):
+                axes.annotate(setting, (x.mean, y.mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        if len(fronts) > 1:
+            axes.legend()
         axes.set(xlabel=MEASURES["text"], ylabel=MEASURES["image"])
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})

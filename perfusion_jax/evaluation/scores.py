@@ -1,15 +1,18 @@
-"""Drawing and scoring concepts: a line of `scores.jsonl` for each concept under each setting, and a sheet of pictures.
+"""Drawing and scoring concepts: a sheet of pictures under each setting, and a line of `scores/NAME.jsonl`.
 
-    {"name": "rex", "concept": "9f2c...", "setting": "bias 0.6", "image": [...], "text": [...], "precision": [...]}
+    {"name": "rex", "label": "perfusion", "concept": "9f2c...", "setting": "bias 0.6", "image": [...], "text": [...],
+     "precision": [...]}
 
 `concept` is the SHA-256 of its file: what is learnt anew is drawn anew. The lists have a number for each picture,
-prompt by prompt (`learning.metrics.Scores` says what they are).
+prompt by prompt (`learning.metrics.Scores` says what they are). Each concept has files of its own, so that many jobs
+can share the work.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +24,7 @@ from PIL import Image
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.drawing.generation import generate
 from perfusion_jax.drawing.grids import grid
+from perfusion_jax.drawing.recipe import parse_sweep
 from perfusion_jax.evaluation.subjects import Subject
 from perfusion_jax.formats.concept_file import load_concept
 from perfusion_jax.formats.picture_file import write_picture
@@ -56,7 +60,6 @@ PROMPTS = (
 SHOWN_SIDE = 256
 """Of pictures in sheets, at most."""
 COLUMNS = 10
-SCORES = "scores.jsonl"
 
 
 class Setting(NamedTuple):
@@ -85,44 +88,76 @@ class Drawing(NamedTuple):
     options: dict[str, Any]
 
 
-def read_scores(out: epath.Path) -> list[dict[str, Any]]:
-    """The lines that are written already.
+def settings_of(sweeps: Sequence[str], labels: Collection[str]) -> dict[str, list[Setting]]:
+    """The settings of each label.
+
+    Args:
+        sweeps: `CONTROL=FIRST:LAST:COUNT`, or `LABEL:CONTROL=FIRST:LAST:COUNT` for one label alone.
+        labels: all there are.
+
+    Raises:
+        InputError: a sweep says something else, its label is not known, or a label has two.
+    """
+    found: dict[str, list[Setting]] = {}
+    for text in sweeps:
+        match = re.fullmatch(r"(?:([A-Za-z0-9_-]+):)?(.*)", text)
+        label, sweep = (match[1] or "", parse_sweep(match[2])) if match else ("", parse_sweep(text))
+        assert sweep is not None
+        if label and label not in labels:
+            raise InputError(f"--sweep={text}: no --workdir has the label {label}")
+        if label in found:
+            raise InputError(f"--sweep={text}: {label or 'what has no label'} is swept already")
+        found[label] = [Setting(f"{sweep[0]} {value:g}", {sweep[0]: value}) for value in sweep[1]]
+    general = found.get("", [Setting("defaults", {})])
+    return {label: found.get(label, general) for label in labels}
+
+
+def read_scores(out: epath.Path, subject: Subject) -> list[dict[str, Any]]:
+    """The lines of a concept that are written already.
 
     Raises:
         InputError: the file is damaged.
         UnavailableError: storage fails.
     """
+    file = _file(out, subject)
     try:
-        return [json.loads(line) for line in read_text(out / SCORES).splitlines()]
+        return [json.loads(line) for line in read_text(file).splitlines()]
     except json.JSONDecodeError as error:
-        raise InputError(f"{out / SCORES}: not JSON on each line ({error}); delete it to draw all anew") from error
+        raise InputError(f"{file}: not JSON on each line ({error}); delete it to draw the concept anew") from error
 
 
-def over_devices(base: BaseModel) -> tuple[BaseModel, Mesh | None]:
-    """The model whole on each device of this process, and a mesh of them; None where there is one."""
+def _file(out: epath.Path, subject: Subject) -> epath.Path:
+    return out / "scores" / f"{subject.folder}.jsonl"
+
+
+def over_devices(base: BaseModel, evaluator: Evaluator) -> tuple[BaseModel, Evaluator, Mesh | None]:
+    """The model and its judges whole on each device of this process, and a mesh of them; None where there is one."""
     devices = jax.local_devices()
     if len(devices) == 1:
-        return base, None
+        return base, evaluator, None
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
-    return dataclasses.replace(base, params=place(base.params, mesh)), mesh
+    clip = dataclasses.replace(evaluator.clip, params=place(evaluator.clip.params, mesh))
+    instance = evaluator.instance
+    if instance is not None:
+        instance = dataclasses.replace(instance, params=place(instance.params, mesh))
+    return dataclasses.replace(base, params=place(base.params, mesh)), Evaluator(clip, instance), mesh
 
 
 def score_all(
     base: BaseModel,
-    mesh: Mesh | None,
     evaluator: Evaluator,
+    mesh: Mesh | None,
     subjects: Sequence[Subject],
-    settings: Sequence[Setting],
+    settings: Mapping[str, Sequence[Setting]],
     plan: Drawing,
     out: epath.Path,
 ) -> Iterator[dict[str, Any]]:
     """Draws and scores what is missing; gives each line as it is written.
 
     Args:
-        base, mesh: from `over_devices`.
-        evaluator: what pictures are judged by.
+        base, evaluator, mesh: from `over_devices`.
         subjects: the concepts.
-        settings: each concept is drawn under all of them, from the same noise.
+        settings: by label; each concept is drawn under all of its label's, from the same noise.
         plan: what is drawn.
         out: a folder, local or in a bucket.
 
@@ -130,21 +165,20 @@ def score_all(
         InputError: a concept, its pictures or a prompt cannot be used.
         UnavailableError: storage fails.
     """
-    lines = read_scores(out)
     ways = mesh.size if mesh is not None else 1
     options = {**plan.options, "batch_size": -(-plan.options["batch_size"] // ways) * ways, "mesh": mesh}
     for subject in subjects:
         with storage_errors(subject.file, "read"):
             digest = hashlib.sha256(subject.file.read_bytes()).hexdigest()
-        lines = [line for line in lines if line["name"] != subject.name or line["concept"] == digest]
-        done = {line["setting"] for line in lines if line["name"] == subject.name}
-        missing = [setting for setting in settings if setting.label not in done]
+        lines = [line for line in read_scores(out, subject) if line["concept"] == digest]
+        done = {line["setting"] for line in lines}
+        missing = [setting for setting in settings[subject.label] if setting.label not in done]
         if not missing:
             continue
         trained = load_concept(subject.file, base)
         own = subject.own(base.model.picture_side)
         embedded = evaluator.embed_instances(own)
-        folder = out / "pictures" / subject.name
+        folder = out / "pictures" / subject.folder
         write_picture(folder / "own.png", sheet(own))
         prompts = [prompt for prompt in plan.prompts for _ in plan.seeds]
         named = [prompt.replace("{}", trained.card.phrase) for prompt in prompts]
@@ -155,8 +189,9 @@ def score_all(
             write_picture(folder / f"{file_name(setting)}.png", sheet(drawn[:: len(plan.seeds)]))
             scores = score_pictures(evaluator, drawn, texts, embedded)
             facts = {name: values.round(5).tolist() for name, values in scores._asdict().items()}
-            lines.append({"name": subject.name, "concept": digest, "setting": setting.label, **facts})
-            write_bytes(out / SCORES, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+            known = {"name": subject.name, "label": subject.label, "concept": digest, "setting": setting.label}
+            lines.append({**known, **facts})
+            write_bytes(_file(out, subject), "".join(f"{json.dumps(line)}\n" for line in lines).encode())
             yield lines[-1]
 
 

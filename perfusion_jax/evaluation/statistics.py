@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 RESAMPLES = 10_000
 COVERAGE = 0.95
 
 
 class Estimate(NamedTuple):
-    """A mean over concepts, and the ends of its bootstrap interval of COVERAGE."""
+    """A number over concepts, and the ends of its bootstrap interval of COVERAGE."""
 
     mean: float
     low: float
@@ -24,24 +25,56 @@ def estimate(values: Sequence[float]) -> Estimate:
         values: at least one. Of a single one the interval is the value: nothing is known of others.
     """
     array = np.asarray(values, np.float64)
-    chosen = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
-    tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(array[chosen].mean(axis=1), [tail, 1 - tail])
-    return Estimate(float(array.mean()), float(low), float(high))
+    return _estimate(array.mean(), array[_resamples(len(array))].mean(axis=1))
 
 
-def dominated_area(points: Sequence[tuple[float, float]], worst: tuple[float, float]) -> float:
-    """The area that a front dominates: of all that is above and right of `worst`, what some point is no worse than.
+def area(scores: Float[np.ndarray, "concepts settings 2"]) -> Estimate:
+    """The area that the front of a method dominates, from 0, with its interval.
+
+    Args:
+        scores: two of each concept under each setting, of which more is better; the front is of the means over
+            concepts.
+    """
+    return _estimate(dominated_area(scores.mean(axis=0)), _areas(scores))
+
+
+def area_difference(
+    scores: Float[np.ndarray, "concepts settings 2"], others: Float[np.ndarray, "concepts other_settings 2"]
+) -> Estimate:
+    """By how much the area of one method is larger than that of another on the same concepts; as for `area`.
+
+    The interval is of the difference: what makes concepts hard for both methods is no part of it.
+    """
+    difference = dominated_area(scores.mean(axis=0)) - dominated_area(others.mean(axis=0))
+    return _estimate(difference, _areas(scores) - _areas(others))
+
+
+def dominated_area(points: Float[np.ndarray, "*many settings 2"]) -> Float[np.ndarray, "*many"]:
+    """The area that fronts dominate: of all that is above and right of 0, what some point is no worse than.
 
     Of two axes this is the hypervolume indicator (Zitzler and Thiele 1999).
 
     Args:
-        points: two scores each, of which more is better.
-        worst: the corner to measure from; points that are not above and right of it add nothing.
+        points: two scores each, of which more is better; points that are not above and right of 0 add nothing.
     """
-    area, reached = 0.0, worst[1]
-    for x, y in sorted(points, reverse=True):
-        if x > worst[0] and y > reached:
-            area += (x - worst[0]) * (y - reached)
-            reached = y
-    return area
+    order = np.argsort(-points[..., 0], axis=-1)
+    x, y = (np.take_along_axis(points[..., axis], order, axis=-1) for axis in (0, 1))
+    reached = np.maximum.accumulate(np.where(x > 0, np.maximum(y, 0.0), 0.0), axis=-1)
+    return np.sum(np.maximum(x, 0.0) * np.diff(reached, axis=-1, prepend=0.0), axis=-1)
+
+
+def _areas(scores: Float[np.ndarray, "concepts settings 2"]) -> Float[np.ndarray, " resamples"]:
+    chosen = _resamples(len(scores))
+    weights = np.zeros((RESAMPLES, len(scores)))
+    np.add.at(weights, (np.arange(RESAMPLES)[:, None], chosen), 1 / len(scores))
+    return dominated_area(np.tensordot(weights, scores, axes=1))
+
+
+def _resamples(count: int) -> Int[np.ndarray, "resamples count"]:
+    return np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+
+
+def _estimate(value: float | np.ndarray, resampled: Float[np.ndarray, " resamples"]) -> Estimate:
+    tail = (1 - COVERAGE) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return Estimate(float(value), float(low), float(high))

@@ -1,6 +1,8 @@
 """What is evaluated: learnt concepts, each with pictures of its own to compare with."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +16,10 @@ from perfusion_jax.data.table import Row, read_table
 from perfusion_jax.formats.concept_file import read_card
 from perfusion_jax.learning.workdir import CONFIG
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import read_text, storage_errors
+from perfusion_jax.runtime.files import read_text, storage_errors, to_path
+
+ALL = "all"
+"""The label of what has none."""
 
 
 class Subject(NamedTuple):
@@ -26,6 +31,8 @@ class Subject(NamedTuple):
         pictures: its own, as `config.pictures`.
         masks, captions: folders beside them, or empty.
         crop: whether pictures are cut to a square, as they were learnt.
+        label: what reports call all that was learnt in one way, such as a method's name.
+        run: the label, or where the label has several workdirs, the label and the number of this one's.
     """
 
     name: str
@@ -34,6 +41,13 @@ class Subject(NamedTuple):
     masks: str = ""
     captions: str = ""
     crop: bool = True
+    label: str = ALL
+    run: str = ALL
+
+    @property
+    def folder(self) -> str:
+        """Where its scores and sheets go, below those of all."""
+        return self.name if self.run == ALL else f"{self.run}/{self.name}"
 
     def own(self, side: int) -> np.ndarray:
         """Its own pictures, uint8 [count, side, side, 3].
@@ -43,6 +57,28 @@ class Subject(NamedTuple):
         """
         pictures = read_pictures(self.pictures, self.masks, self.captions)
         return np.stack([fit(picture, side, self.crop).pixels for picture in pictures])
+
+
+def of_workdirs(given: Sequence[str]) -> list[Subject]:
+    """The concepts that runs and fleets have finished.
+
+    Args:
+        given: workdirs, each with a label before it or without one: `FOLDER`, or `LABEL=FOLDER`. Several workdirs of
+            one label are repetitions, as by other seeds.
+
+    Raises:
+        InputError, UnavailableError: as for `of_workdir`.
+    """
+    subjects: list[Subject] = []
+    seen: Counter[str] = Counter()
+    for text in given:
+        match = re.fullmatch(r"(?:([A-Za-z0-9_-]+)=)?(.+)", text)
+        assert match is not None or not text
+        label, folder = (match[1] or ALL, match[2]) if match else (ALL, text)
+        seen[label] += 1
+        run = label if label == ALL or seen[label] == 1 else f"{label}_{seen[label]}"
+        subjects += [subject._replace(label=label, run=run) for subject in of_workdir(to_path(folder))]
+    return subjects
 
 
 def of_workdir(workdir: epath.Path) -> list[Subject]:
@@ -97,15 +133,15 @@ def of_files(files: Sequence[str], pictures: Sequence[str]) -> list[Subject]:
 
 
 def check_names(subjects: Sequence[Subject]) -> None:
-    """Sees that no two concepts are called alike.
+    """Sees that no two concepts of one run are called alike.
 
     Raises:
         InputError: two are.
     """
-    names = [subject.name for subject in subjects]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two concepts are called {name}: evaluate them apart")
+    for folder, count in Counter(subject.folder for subject in subjects).items():
+        if count > 1:
+            name = folder.rpartition("/")[2]
+            raise InputError(f"two concepts are called {name}: give their workdirs labels, or evaluate them apart")
 
 
 def _row(config: dict[str, str]) -> Row:
