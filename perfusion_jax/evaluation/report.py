@@ -85,18 +85,18 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Front]:
         }
         whole = sorted(set.intersection(*(set(rows) for rows in concepts.values())))
         swept = len(concepts) > 1 and bool(whole)
-        fronts[label] = Front(settings, concepts, area(_points(concepts, whole)) if swept else None, None)
+        fronts[label] = Front(settings, concepts, area(points(concepts, whole)) if swept else None, None)
     first, *others = fronts.items()
     for label, front in others:
         both = set.intersection(*(set(rows) for one in (first[1], front) for rows in one.concepts.values()))
         if first[1].area and front.area and both:
             names = sorted(both)
-            lead = area_difference(_points(front.concepts, names), _points(first[1].concepts, names))
+            lead = area_difference(points(front.concepts, names), points(first[1].concepts, names))
             fronts[label] = front._replace(lead=lead)
     return fronts
 
 
-def _points(concepts: Mapping[str, Mapping[str, Mapping[str, float]]], names: Iterable[str]) -> np.ndarray:
+def points(concepts: Mapping[str, Mapping[str, Mapping[str, float]]], names: Iterable[str]) -> np.ndarray:
     """Text and image similarity, float64 [concepts, settings, 2]."""
     return np.array(
         [[(rows[name]["text"], rows[name]["image"]) for rows in concepts.values()] for name in sorted(names)]
@@ -124,7 +124,7 @@ def write_report(
     fronts = summarise(lines)
     numbers = {label: front.as_json() for label, front in fronts.items()}
     write_bytes(out / "report.json", json.dumps({"facts": facts, "fronts": numbers}, indent=2).encode())
-    plot = _plot(fronts) if any(front.area for front in fronts.values()) else ""
+    plot = front_plot(fronts) if any(front.area for front in fronts.values()) else ""
     file = out / "report.html"
     write_bytes(file, _page(subjects, fronts, facts, plot).encode())
     return file
@@ -225,7 +225,7 @@ def check_plots() -> None:
         raise InputError("the plot of a sweep needs matplotlib: pip install matplotlib")
 
 
-def _plot(fronts: Mapping[str, Front]) -> str:
+def front_plot(fronts: Mapping[str, Front]) -> str:
     """Text against image similarity of all settings, as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
