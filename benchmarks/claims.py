@@ -1,35 +1,39 @@
 """The paper's claims, tried one by one (Perfusion, arXiv 2305.01644), and the methods that people would pick instead.
 
-    python benchmarks/claims.py --out claims
-    python benchmarks/claims.py --out claims --base sd15 --concepts concepts.csv
+    python benchmarks/claims.py --concepts concepts.csv --tuning others.csv --out claims
+    python benchmarks/claims.py --concepts concepts.csv --tuning others.csv --out claims --base sd15
 
-Learns every concept by every variant and seed (VARIANTS, each a fleet), draws and scores all of them from the same
-noise, measures what scores do not tell, and writes docs/evidence.md with its plots and sheets. What is done already is
-not done again. Concepts are the unit: intervals are bootstrapped over them. Needs the `evaluate` extra.
+First each method's learning rates are chosen on the concepts of --tuning, by the score that chooses the kept step. Then
+every concept is learnt by every variant and seed (VARIANTS, each a fleet). All are drawn and scored from the same
+noise. It measures what scores do not tell, and writes docs/evidence.md with its plots and sheets. What is done already
+is not done again. Concepts are the unit: intervals are bootstrapped over them. Needs the `evaluate` extra.
 """
 
 import csv
+import hashlib
 import json
-import re
+import shlex
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import app, flags, logging
-from claims_report import write_evidence
+from claims_report import Made, write_evidence
 from etils import epath
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from perfusion_jax import load_base_model
 from perfusion_jax.base_model import BaseModel, network_dtype
-from perfusion_jax.config import OVERRIDES, make_config
+from perfusion_jax.config import KEYS, OVERRIDES, make_config
 from perfusion_jax.data.masks import shrink
 from perfusion_jax.data.pictures import Picture, fit
 from perfusion_jax.data.sources import read_pictures
 from perfusion_jax.data.table import Row, read_table
 from perfusion_jax.drawing.generation import drawing, generate
 from perfusion_jax.evaluation import measures
+from perfusion_jax.evaluation.report import check_plots
 from perfusion_jax.evaluation.scores import PROMPTS, Drawing, Setting, read_scores, score_all
 from perfusion_jax.evaluation.subjects import Subject
 from perfusion_jax.formats.concept_file import TrainedConcept, load_concept, save_concept
@@ -40,12 +44,14 @@ from perfusion_jax.learning.runs import train_fleet
 from perfusion_jax.learning.workdir import make_card
 from perfusion_jax.method.baselines import Word
 from perfusion_jax.method.concept import Concept
+from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import read_text, write_bytes
 
 OUT = flags.DEFINE_string("out", "claims", "Folder of all that is learnt, drawn and measured.")
 DOCS = flags.DEFINE_string("docs", "docs", "Folder that evidence.md is written to.")
 BASE = flags.DEFINE_string("base", "emoji", "The model.")
-CONCEPTS = flags.DEFINE_string("concepts", "emoji", "Table of at least eight concepts that no setting was chosen by.")
+CONCEPTS = flags.DEFINE_string("concepts", None, "Table of concepts that no setting was chosen by, at least eight.")
+TUNING = flags.DEFINE_string("tuning", None, "Table of other concepts, to choose rates on; without it, as published.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Times that each variant is learnt.", lower_bound=1)
 CONFIG = flags.DEFINE_multi_string("config", [], "KEY=VALUE of all runs' configs, the value in JSON.")
 ONLY = flags.DEFINE_list("only", [], "Variants to learn and draw now; the report comes when all are there.")
@@ -81,6 +87,7 @@ class Variant(NamedTuple):
 
 GLOBAL = [each._replace(label=f"global {each.label}") for each in swept("bias", GLOBAL_BIASES, lock="global")]
 FEW = swept("bias", FEW_BIASES)
+DEFAULTS = [Setting("defaults", {})]
 BY_STRENGTH = swept("strength", STRENGTHS)
 VARIANTS = {
     "perfusion": Variant(
@@ -89,12 +96,12 @@ VARIANTS = {
         FEW + swept("temperature", TEMPERATURES),
     ),
     "trained-keys": Variant({"lock_keys": False}, swept("bias", BIASES), []),
-    "textual-inversion": Variant({"method": "textual_inversion"}, [Setting("defaults", {})], []),
+    "textual-inversion": Variant({"method": "textual_inversion"}, DEFAULTS, []),
     "lora-1": Variant({"method": "lora"}, BY_STRENGTH, []),
     "lora-4": Variant({"method": "lora", "rank": 4}, BY_STRENGTH, []),
     "custom-diffusion": Variant({"method": "custom_diffusion"}, BY_STRENGTH, []),
     "dreambooth": Variant({"method": "dreambooth"}, BY_STRENGTH, []),
-    "mask-found": Variant({"masks": "attention"}, [], FEW),
+    "mask-found": Variant({"masks": "zero-shot"}, [], FEW),
     "mask-none": Variant({"masks": "none"}, [], FEW),
     **{f"beta-{int(100 * beta)}": Variant({"bias": beta}, [], FEW) for beta in (0.55, 0.65, 0.85)},
     "pictures-1": Variant({}, [], FEW, pictures=1),
@@ -102,6 +109,9 @@ VARIANTS = {
     **{f"decay-{d:g}": Variant({"target_input_decay": d}, [], FEW) for d in (0.0, 0.9, 0.999)},
     "straight-through": Variant({"straight_through": True}, [], FEW),
 }
+# Times which a method's rates are tried; those of the word and of the rest keep their proportion.
+FACTORS = {label: (1.0, 3.0, 10.0, 30.0) for label in VARIANTS if "method" in VARIANTS[label].changes}
+FACTORS |= {"perfusion": (0.1, 0.3, 1.0, 3.0)}
 VARIANTS = {label.replace(".", "_"): variant for label, variant in VARIANTS.items()}
 METHODS = [label for label, variant in VARIANTS.items() if variant.full]
 
@@ -133,49 +143,116 @@ class Study(NamedTuple):
         """Of a concept."""
         return self.out / "runs" / variant / f"seed_{seed}" / "concepts" / f"{name}.safetensors"
 
-    def concept(self, name: str, variant: str = "perfusion", seed: int = 0) -> TrainedConcept:
-        """A concept, as it was learnt."""
-        return load_concept(self.file(variant, seed, name), self.base)
+    def concepts(self, variant: str = "perfusion", seed: int = 0) -> dict[str, TrainedConcept]:
+        """The concepts that a variant has learnt, without those that diverged."""
+        files = {row.name: self.file(variant, seed, row.name) for row in self.rows}
+        return {name: load_concept(file, self.base) for name, file in files.items() if file.exists()}
 
     def embedded(self) -> dict[str, np.ndarray]:
         """All concepts' own pictures as the instance encoder sees them."""
         return {row.name: self.evaluator.embed_instances(self.pixels(row.name)) for row in self.rows}
 
 
-def write_table(study: Study, count: int) -> epath.Path:
-    """Writes a table of the concepts with some of their pictures, as files."""
-    folder = study.out / f"pictures_{count or 'all'}"
+def write_table(folder: epath.Path, rows: list[Row], own: dict[str, list[Picture]], count: int) -> epath.Path:
+    """Writes a table of concepts with some of their pictures, as files; `count`: how many, 0 for all."""
     table = folder / "concepts.csv"
     if table.exists():
         return table
-    lines = []
-    for row in study.rows:
-        for number, picture in enumerate(study.own[row.name][: count or None]):
+    columns = sorted({name for row in rows for name in row.overrides if name != "crop"})  # they are cut already
+    lines = [["name", "super_category", "pictures", *columns]]
+    for row in rows:
+        for number, picture in enumerate(own[row.name][: count or None]):
             write_picture(folder / row.name / f"{number}.png", picture.pixels)
             if picture.mask is not None:
                 mask = np.round(255 * picture.mask).astype(np.uint8)
                 write_picture(folder / row.name / "masks" / f"{number}.png", np.repeat(mask[..., None], 3, axis=2))
             if picture.caption:
                 write_bytes(folder / row.name / f"{number}.txt", picture.caption.encode())
-        lines.append([row.name, row.super_category, row.name])
+        overrides = [str(row.overrides.get(name, "")) for name in columns]
+        lines.append([row.name, row.super_category, row.name, *overrides])
     with table.open("w") as file:
-        csv.writer(file).writerows([["name", "super_category", "pictures"], *lines])
+        csv.writer(file).writerows(lines)
     return table
 
 
 def given_config() -> dict[str, Any]:
-    """Values of keys from the command line."""
-    pairs = (text.split("=", 1) for text in CONFIG.value)
-    found = {key: json.loads(value) for key, value in pairs}
+    """Values of keys from the command line.
+
+    Raises:
+        UsageError: they cannot be read, or are what this program chooses.
+    """
+    found = {}
+    for text in CONFIG.value:
+        key, _, value = text.partition("=")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise app.UsageError(f"--config={text}: write KEY=VALUE, the value in JSON ({error})") from error
+        if key not in KEYS or key in ("seed", "concepts", "method"):
+            raise app.UsageError(f"--config={text}: {key} is no key, or is chosen here")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
 
 
-def learn(study: Study, label: str, seed: int) -> None:
+def make_run(changes: dict[str, Any], table: epath.Path, seed: int) -> ConfigDict:
+    """The config of a fleet; `changes`: those of its variant."""
+    if changes.get("masks") == "zero-shot":
+        changes = {**changes, "masks": "segmenter" if make_config(BASE.value).segmenter else "attention"}
+    return make_config(BASE.value, concepts=str(table), seed=seed, **(given_config() | changes))
+
+
+def learn_fleet(config: ConfigDict, workdir: epath.Path) -> None:
+    """Learns a fleet; that all of its concepts diverge is a result."""
+    try:
+        train_fleet(config, workdir)
+    except InputError:
+        lines = [json.loads(line) for line in read_text(workdir / "report.jsonl").splitlines()]
+        if not lines or any(line["state"] != "diverged" for line in lines):
+            raise
+
+
+def adapt(study: Study) -> dict[str, dict[str, float]]:
+    """Chooses each method's learning rates on other concepts, by the score that chooses the kept step."""
+    file = study.out / "tuning" / "rates.json"
+    chosen: dict[str, dict[str, float]] = json.loads(read_text(file) or "{}")
+    if TUNING.value is None:
+        return {}
+    rows, own = read_concepts(TUNING.value, study.base)
+    table = write_table(study.out / "tuning" / "concepts", rows, own, 0)
+    for label, factors in FACTORS.items():
+        if label in chosen:
+            continue
+        scores = {}
+        published = make_run(VARIANTS[label].changes, table, 0)
+        others = "weights_rate" if "method" in VARIANTS[label].changes else "values_rate"
+        plain = {name: published[name] for name in (others, "embedding_rate") if published[name]}
+        for factor in factors:
+            rates = {name: factor * rate for name, rate in plain.items()}
+            workdir = study.out / "tuning" / label / f"times_{factor:g}"
+            learn_fleet(make_run(VARIANTS[label].changes | rates, table, 0), workdir)
+            lines = [json.loads(line) for line in read_text(workdir / "report.jsonl").splitlines()]
+            # One that diverged shows nothing.
+            scores[factor] = float(np.mean([best_score(workdir, line) for line in lines]))
+            print(f"{label}, rates times {factor:g}: score {scores[factor]:.3f}", flush=True)
+        best = max(scores, key=lambda factor: scores[factor])
+        chosen[label] = {name: best * rate for name, rate in plain.items()}
+        write_bytes(file, json.dumps(chosen, indent=1).encode())
+    return chosen
+
+
+def best_score(workdir: epath.Path, line: dict[str, Any]) -> float:
+    """The score of a concept's kept step; 0 of one that diverged."""
+    if line["state"] != "done":
+        return 0.0
+    metrics = [json.loads(text) for text in read_text(workdir / "metrics.jsonl").splitlines()]
+    return max((each["score"] for each in metrics if each.get("name") == line["name"] and "score" in each), default=0.0)
+
+
+def learn(study: Study, label: str, seed: int, rates: dict[str, dict[str, float]]) -> None:
     """Learns all concepts by a variant."""
     variant = VARIANTS[label]
-    changes = given_config() | variant.changes
-    config = make_config(BASE.value, concepts=str(write_table(study, variant.pictures)), seed=seed, **changes)
-    train_fleet(config, study.out / "runs" / label / f"seed_{seed}")
+    table = write_table(study.out / f"pictures_{variant.pictures or 'all'}", study.rows, study.own, variant.pictures)
+    own = rates.get(label, {} if "method" in variant.changes else rates.get("perfusion", {}))
+    learn_fleet(make_run(own | variant.changes, table, seed), study.out / "runs" / label / f"seed_{seed}")
 
 
 def save_plain(study: Study) -> None:
@@ -184,15 +261,15 @@ def save_plain(study: Study) -> None:
         file = study.file(PLAIN, 0, row.name)
         if not file.exists():
             word = Word(study.base.super_category_embedding(row.super_category))
-            config = make_config(BASE.value, name=row.name, super_category=row.super_category)
-            config.method = "textual_inversion"
+            named = {"name": row.name, "super_category": row.super_category}
+            config = make_config(BASE.value, method="textual_inversion", **named)
             save_concept(file, word, make_card(config, study.base, step=0))
 
 
 def score(study: Study, full: bool, labels: list[str]) -> list[dict[str, Any]]:
     """Draws and scores variants by one of the protocols; returns the lines of all that is there."""
     settings = {label: v.full if full else v.few for label, v in VARIANTS.items() if label in labels}
-    settings = {label: own for label, own in settings.items() if own} | {PLAIN: [Setting("defaults", {})]}
+    settings = {label: own for label, own in settings.items() if own} | {PLAIN: DEFAULTS}
     subjects = [
         Subject(row.name, file, str(study.out / "pictures_all" / row.name), label=label, run=f"{label}_{seed}")
         for label in settings
@@ -212,126 +289,114 @@ def score(study: Study, full: bool, labels: list[str]) -> list[dict[str, Any]]:
 
 
 def size(study: Study) -> dict[str, Any]:
-    """C1: bytes of a concept and of the model's weights as they are published, in float32."""
+    """C1: bytes of a concept, and of the model's weights in float32."""
     weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(study.base.params))
-    files = {label: study.file(label, 0, study.rows[0].name).stat().length for label in METHODS}
-    return {"model": weights, "files": files}
+    return {
+        "model": weights,
+        "files": {label: study.file(label, 0, next(iter(study.concepts(label)))).stat().length for label in METHODS},
+    }
 
 
 def seconds(study: Study) -> dict[str, Any]:
-    """C2: how long a fleet of all concepts learns, and the steps that were kept."""
+    """C2: seconds that a concept learns as one of a fleet, and the steps that were kept."""
     found = {}
     for label in METHODS:
-        folder = study.out / "runs" / label / "seed_0"
-        lines = [json.loads(line) for line in read_text(folder / "report.jsonl").splitlines()]
-        kept = [study.concept(row.name, label).card.step for row in study.rows]
-        found[label] = {"fleet": max(line.get("seconds", 0) for line in lines), "kept": kept}
+        text = read_text(study.out / "runs" / label / "seed_0" / "report.jsonl")
+        shares = [line.get("chip_seconds", 0.0) for line in map(json.loads, text.splitlines())]
+        kept = [card.step for _, card in study.concepts(label).values()]
+        found[label] = {"each": float(np.mean(shares)), "kept": kept}
     return found
 
 
 def likeness(study: Study) -> dict[str, Any]:
     """The image similarity of concepts' own pictures to each other: what no method is to exceed."""
-    return {"own": [measures.likeness(own) for own in study.embedded().values()]}
+    return {name: measures.likeness(own) for name, own in study.embedded().items()}
 
 
 def variety(study: Study) -> dict[str, Any]:
-    """C10: how different pictures of one prompt are, under each lock, by concept."""
+    """C10: how different pictures of one prompt are, under each lock."""
     prompts, seeds = PROMPTS[:6], 6
-    found: dict[str, list[float]] = {"local": [], "global": []}
-    for row in study.rows:
-        trained = study.concept(row.name)
+    found: dict[str, dict[str, float]] = {"local": {}, "global": {}}
+    for name, trained in study.concepts().items():
         asked = [prompt.replace("{}", trained.card.phrase) for prompt in prompts for _ in range(seeds)]
-        for lock, values in found.items():
+        for lock, varied in found.items():
             bias = 0.5 if lock == "global" else 0.6
             drawn = generate(study.base, asked, list(range(seeds)) * len(prompts), [trained], lock=lock, bias=bias)
-            embedded = study.evaluator.clip.images(drawn)
-            values.append(measures.variety(embedded.reshape(len(prompts), seeds, -1)))
+            varied[name] = measures.variety(study.evaluator.clip.images(drawn).reshape(len(prompts), seeds, -1))
     return found
 
 
 def together(study: Study) -> dict[str, Any]:
     """C11: how often each of two and of three concepts is in a picture, and all of them; and without them learnt."""
-    known, names = study.embedded(), [row.name for row in study.rows]
-    found: dict[str, dict[str, list[float]]] = {}
+    known, learnt, plain = study.embedded(), study.concepts(), study.concepts(PLAIN)
+    names = list(learnt)
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for count, templates in ((2, PAIRS), (3, TRIPLES)):
-        shares = found.setdefault(str(count), {"each": [], "all": [], "plain": []})
-        for first in range(len(names)):
+        shares = found.setdefault(str(count), {"each": {}, "all": {}, "plain": {}})
+        for first, name in enumerate(names):
             group = [names[(first + other) % len(names)] for other in range(count)]
-            for kind in ("each", "plain"):
-                learnt = [study.concept(name, "perfusion" if kind == "each" else PLAIN) for name in group]
-                phrases = [card.phrase for _, card in learnt]
+            for kind, concepts in (("each", learnt), ("plain", plain)):
+                chosen = [concepts[other] for other in group]
+                phrases = [card.phrase for _, card in chosen]
                 asked = [template.format(*phrases) for template in templates for _ in range(4)]
-                drawn = generate(study.base, asked, [*range(4)] * len(templates), learnt)
+                drawn = generate(study.base, asked, [*range(4)] * len(templates), chosen)
                 there = measures.presence(study.evaluator.embed_instances, drawn, known)
-                each = np.stack([there[name] for name in group])
-                shares[kind].append(float(each.mean()))
+                each = np.stack([there[other] for other in group])
+                shares[kind][name] = float(each.mean())
                 if kind == "each":
-                    shares["all"].append(float(each.all(axis=0).mean()))
+                    shares["all"][name] = float(each.all(axis=0).mean())
     return found
 
 
 def looked_at(study: Study) -> dict[str, Any]:
     """C12: the share of the word's attention inside the thing, on noisy copies of its own pictures, by method."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, dict[str, float]] = {}
     for label in [*METHODS, PLAIN]:
-        for row in study.rows:
-            trained = study.concept(row.name, label)
+        for name, trained in study.concepts(label).items():
             placeholder = trained.card.placeholder
             prompt = f"a photo of a {trained.card.phrase}"
             pieces = study.base.model.tokenizer.pieces(prompt, [placeholder])
             place = next(position for position, piece in pieces if piece == placeholder)
+            noisy = {"init_strength": 0.5, "steps": 20, "attention": True, "batch_size": 1}
             shares = []
-            for picture in study.own[row.name]:
+            for picture in study.own[name]:
                 if picture.mask is None:
                     continue
-                seen = drawing(
-                    study.base,
-                    [prompt],
-                    [0],
-                    [trained],
-                    init_image=picture.pixels,
-                    init_strength=0.5,
-                    steps=20,
-                    attention=True,
-                    batch_size=1,
-                )
-                maps = next(seen).attention
+                maps = next(drawing(study.base, [prompt], [0], [trained], init_image=picture.pixels, **noisy)).attention
                 assert maps is not None
                 mask = shrink(picture.mask[None], study.base.model.vae_factor)
                 shares.append(measures.share_inside(maps[..., place], mask)[0] / mask.mean())
             if shares:
-                found.setdefault(label, []).append(float(np.mean(shares)))
+                found.setdefault(label, {})[name] = float(np.mean(shares))
     return found
 
 
 def of_eight(study: Study) -> dict[str, Any]:
     """C13: of eight pictures of a prompt, how many are good, by concept and prompt."""
     prompts, seeds = PROMPTS[:6], 8
-    found: dict[str, list[list[int]]] = {}
-    for row in study.rows:
-        own = study.evaluator.embed_instances(study.pixels(row.name))
-        texts = [prompt.replace("{}", row.super_category) for prompt in prompts for _ in range(seeds)]
+    found: dict[str, list[int]] = {}
+    known, plain = study.embedded(), study.concepts(PLAIN)
+    for name, learnt in study.concepts().items():
+        texts = [prompt.replace("{}", learnt.card.super_category) for prompt in prompts for _ in range(seeds)]
         scores = {}
-        for label in ("perfusion", PLAIN):
-            trained = study.concept(row.name, label)
+        for label, trained in (("learnt", learnt), (PLAIN, plain[name])):
             asked = [prompt.replace("{}", trained.card.phrase) for prompt in prompts for _ in range(seeds)]
             drawn = generate(study.base, asked, list(range(seeds)) * len(prompts), [trained])
-            scores[label] = score_pictures(study.evaluator, drawn, texts, own)
+            scores[label] = score_pictures(study.evaluator, drawn, texts, known[name])
         least_text = np.repeat(0.9 * scores[PLAIN].text.reshape(len(prompts), seeds).mean(axis=1), seeds)
-        least_image = measures.LIKENESS * measures.likeness(own)
-        good = (scores["perfusion"].image >= least_image) & (scores["perfusion"].text >= least_text)
-        found[row.name] = good.reshape(len(prompts), seeds).sum(axis=1).tolist()
+        least_image = np.full(len(texts), measures.LIKENESS * measures.likeness(known[name]))
+        good = measures.good_pictures(scores["learnt"].image, scores["learnt"].text, least_image, least_text)
+        found[name] = good.reshape(len(prompts), seeds).sum(axis=1).tolist()
     return found
 
 
 def gates(study: Study) -> dict[str, Any]:
     """C14: how far gates open, by the place of a token from the concept's word."""
-    found: dict[str, list[float]] = {}
-    for row in study.rows:
-        concept, card = study.concept(row.name)
+    found: dict[str, dict[str, float]] = {}
+    for name, (concept, card) in study.concepts().items():
         assert isinstance(concept, Concept)
         for place, values in measures.gates_by_position(study.base, concept, card, PROMPTS).items():
-            found.setdefault(str(place), []).append(float(values.mean()))
+            found.setdefault(str(place), {})[name] = float(values.mean())
     return found
 
 
@@ -359,59 +424,92 @@ MEASURES: dict[str, Callable[[Study], dict[str, Any]]] = {
 
 
 def measured(study: Study) -> dict[str, Any]:
-    """All measures, each kept in a file."""
+    """All measures, each kept in a file as long as the concepts are the same."""
+    files = [study.file(label, 0, row.name) for label in [*VARIANTS, PLAIN] for row in study.rows]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists())).hexdigest()
     found = {}
     for name, measure in tqdm(MEASURES.items(), "measuring"):
         file = study.out / "measures" / f"{name}.json"
-        if not file.exists():
-            write_bytes(file, json.dumps(measure(study), indent=1).encode())
-        found[name] = json.loads(file.read_text())
+        kept = json.loads(read_text(file) or "{}")
+        if kept.get("concepts") != digest:
+            kept = {"concepts": digest, "found": measure(study)}
+            write_bytes(file, json.dumps(kept, indent=1).encode())
+        found[name] = kept["found"]
     return found
 
 
 def draw_sheet(study: Study) -> tuple[list[np.ndarray], list[str], list[str]]:
     """Some concepts by each method in one place: rows of pictures, and the words beside rows and columns."""
-    shown = study.rows[:6]
-    prompt, rows = PROMPTS[1], [np.stack([study.pixels(row.name)[0] for row in shown])]
-    for label in [PLAIN, *METHODS]:
-        pictures = []
-        for row in shown:
-            trained = study.concept(row.name, label)
-            pictures.append(generate(study.base, [prompt.replace("{}", trained.card.phrase)], [0], [trained])[0])
-        rows.append(np.stack(pictures))
-    return rows, ["its own", PLAIN, *METHODS], [row.name for row in shown]
+    learnt = {label: study.concepts(label) for label in [PLAIN, *METHODS]}
+    shown = [row.name for row in study.rows if all(row.name in concepts for concepts in learnt.values())][:6]
+    rows = [np.stack([study.own[name][0].pixels for name in shown])]
+    for concepts in learnt.values():
+        asked = [(concepts[name], PROMPTS[1].replace("{}", concepts[name].card.phrase)) for name in shown]
+        rows.append(np.stack([generate(study.base, [prompt], [0], [trained])[0] for trained, prompt in asked]))
+    return rows, ["its own", *learnt], shown
+
+
+def read_concepts(table: str, base: BaseModel) -> tuple[list[Row], dict[str, list[Picture]]]:
+    """The concepts of a table, and their pictures as they are shown."""
+    rows = [row for row in read_table(table, OVERRIDES) if not row.problem]
+    side = base.model.picture_side
+    own = {}
+    for row in rows:
+        pictures = read_pictures(row.pictures, row.masks, row.captions)
+        own[row.name] = [fit(picture, side, row.overrides.get("crop", True)) for picture in pictures]
+    return rows, own
 
 
 def open_study() -> Study:
+    """Loads what all steps share.
+
+    Raises:
+        UsageError: the folder holds another study.
+    """
+    check_plots()
     out = epath.Path(OUT.value)
-    rows = [row for row in read_table(CONCEPTS.value, OVERRIDES) if not row.problem]
+    config = make_config(BASE.value, **given_config())
+    judges = find_judges(config)
     base = load_base_model(BASE.value, dtype=network_dtype())
-    judges = find_judges(make_config(BASE.value, **given_config()))
     evaluator = open_judges(judges, BASE.value, "--config={key}: {error}")
-    side = base.model.picture_side
-    own = {row.name: [fit(p, side, True) for p in read_pictures(row.pictures, row.masks, row.captions)] for row in rows}
+    rows, own = read_concepts(CONCEPTS.value, base)
+    facts = {"base": BASE.value, "config": given_config(), "seeds": SEEDS.value, "rows": [row.digest for row in rows]}
+    text = json.dumps({**facts, "tuning": TUNING.value, **judges._asdict()}, indent=1)
+    if read_text(out / "study.json") not in ("", text):
+        raise app.UsageError(f"--out: {out} holds a study of other concepts or settings: name a new folder")
+    write_bytes(out / "study.json", text.encode())
     return Study(out, base, evaluator, rows, own)
+
+
+def command() -> str:
+    """What was asked for, as it is typed."""
+    flags_of = {"concepts": CONCEPTS, "tuning": TUNING, "out": OUT, "base": BASE, "seeds": SEEDS}
+    words = [f"--{name} {shlex.quote(str(flag.value))}" for name, flag in flags_of.items() if flag.value is not None]
+    words += [f"--config {shlex.quote(each)}" for each in CONFIG.value]
+    return " ".join(["python benchmarks/claims.py", *words])
 
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes
-    study = open_study()
     labels = ONLY.value or list(VARIANTS)
-    unknown = [label for label in labels if label not in VARIANTS]
-    if unknown or not all(re.fullmatch("[a-z0-9_-]+", label) for label in VARIANTS):
-        raise app.UsageError(f"--only: no variant {unknown}; there are {', '.join(VARIANTS)}")
-    write_table(study, 0)
+    if unknown := [label for label in labels if label not in VARIANTS]:
+        raise app.UsageError(f"--only: no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+    study = open_study()
+    write_table(study.out / "pictures_all", study.rows, study.own, 0)
     save_plain(study)
+    rates = adapt(study)
     for seed in range(SEEDS.value):
         for label in labels:
             print(f"learning: {label}, seed {seed}", flush=True)
-            learn(study, label, seed)
+            learn(study, label, seed, rates)
     lines = {full: score(study, full, labels) for full in (True, False)}
     if not ONLY.value:
         docs = epath.Path(DOCS.value)
-        write_evidence(docs, lines[True], lines[False], measured(study), draw_sheet(study), BASE.value, SEEDS.value)
+        made = Made(command(), BASE.value, SEEDS.value, rates)
+        write_evidence(docs, lines[True], lines[False], measured(study), draw_sheet(study), made)
         print(docs / "evidence.md")
 
 
 if __name__ == "__main__":
+    flags.mark_flag_as_required("concepts")
     app.run(main)

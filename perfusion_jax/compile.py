@@ -12,6 +12,7 @@ import json
 from absl import flags
 from ml_collections import config_flags
 
+from perfusion_jax.config import of_method
 from perfusion_jax.runtime import command_line
 
 
@@ -23,7 +24,9 @@ def main() -> None:
     from perfusion_jax.learning.forecast import describe, text
 
     jax.config.update("jax_platforms", "cpu")
-    step = describe(flags.FLAGS.config, flags.FLAGS.topology)
+    given = flags.FLAGS
+    config = of_method(given.config, config_flags.get_override_values(given["config"]))
+    step = describe(config, given.topology)
     print(json.dumps(step, indent=2) if flags.FLAGS.json else text(step))
 
 

@@ -12,7 +12,7 @@ What follows its name and a colon is `base`: `--config my_dog.py:sd15`.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -185,7 +185,7 @@ KEYS: dict[str, Key] = {
         "perfusion",
         _one_of("perfusion", "textual_inversion", "lora", "custom_diffusion", "dreambooth"),
         "what is learnt: Perfusion's edit, or what another method learns, to compare with (docs/evaluation.md); keys "
-        "that have their default then take that method's own (METHODS in perfusion_jax/config.py)",
+        "that nobody gives then take that method's own values (METHODS in perfusion_jax/config.py)",
     ),
     "steps": Key(400, _whole(1), "optimiser steps", may_change=True, in_tables=True),
     "batch_size": Key(16, _whole(1), "samples per optimiser step", in_tables=True),
@@ -250,8 +250,10 @@ KEYS: dict[str, Key] = {
         "that training never sees",
     ),
     "pictures_per_prompt": Key(2, _whole(1), "of each validation prompt"),
-    "sampling_steps": Key(20, _whole(1), "of those pictures, by the sampler of the base model's scheduler config"),
-    "guidance_scale": Key(6.0, _number(0), "of those pictures (implementations)"),
+    "sampling_steps": Key(
+        20, _whole(1), "of those pictures, and of the prior's, by the sampler of the base model's scheduler config"
+    ),
+    "guidance_scale": Key(6.0, _number(0), "likewise (implementations)"),
     "sampling_bias": Key(0.6, _ANY_NUMBER, "beta of the gate when drawing: local lock 0.6 to 0.75 (paper)"),
     "sampling_temperature": Key(0.15, _number(0, above=True), "tau of the gate when drawing (paper)"),
     # Keeping.
@@ -282,9 +284,10 @@ BASES: dict[str, dict[str, Any]] = {
 METHODS: dict[str, dict[str, Any]] = {
     # As for Stable Diffusion: the paper's of Custom Diffusion, those of diffusers' examples of the others (Textual
     # Inversion's rate times the four samples of its step). All learn batches of one size.
-    "textual_inversion": {"embedding_rate": 2e-3, "steps": 3000},
-    "lora": {"weights_rate": 1e-4, "embedding_rate": 2e-3, "steps": 500},
+    "textual_inversion": {"masks": "none", "embedding_rate": 2e-3, "steps": 3000},
+    "lora": {"masks": "none", "weights_rate": 1e-4, "embedding_rate": 2e-3, "steps": 500},
     "custom_diffusion": {
+        "masks": "none",
         "weights_rate": 8e-5,
         "embedding_rate": 8e-5,
         "steps": 250,
@@ -293,6 +296,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "prior_pictures": 200,
     },
     "dreambooth": {
+        "masks": "none",
         "weights_rate": 5e-6,
         "train_embedding": False,
         "steps": 800,
@@ -301,10 +305,17 @@ METHODS: dict[str, dict[str, Any]] = {
         "prior_pictures": 200,
     },
 }
-"""What other methods want otherwise. None of them looks at masks."""
+"""What other methods want otherwise."""
 
+# Keys that a method does not read, and that would change what is learnt or written: to give them is a mistake.
 _OF_PERFUSION = ("lock_keys", "train_values", "straight_through", "exports")
-_OF_BASELINES = ("weights_rate", "rank", "identifier", "class_noun")
+_IDLE = {
+    "perfusion": ("weights_rate", "rank", "identifier", "class_noun"),
+    "textual_inversion": (*_OF_PERFUSION, "weights_rate", "rank"),
+    "lora": _OF_PERFUSION,
+    "custom_diffusion": (*_OF_PERFUSION, "rank"),
+    "dreambooth": (*_OF_PERFUSION, "rank"),
+}
 
 MEMORY_ADVICE = (
     "raise config.accumulation, or in a fleet lower config.members or split over more chips by the axis data of "
@@ -327,19 +338,24 @@ def make_config(base: str = "emoji", **values: Any) -> ConfigDict:
         values: of keys, where they are not the default.
     """
     defaults = {name: key.default for name, key in KEYS.items()}
-    return ConfigDict({**defaults, "base": base, **BASES.get(base, {}), **values})
+    of_method = METHODS.get(values.get("method", ""), {})
+    return ConfigDict({**defaults, "base": base, **BASES.get(base, {}), **of_method, **values})
 
 
 get_config = make_config  # this module is the config file of a run that has none
 
 
-def of_method(config: ConfigDict) -> ConfigDict:
-    """The config of a run by its method: where a key has its default, the method's own value stands."""
-    own = {"masks": "none", **METHODS[config.method]} if config.get("method") in METHODS else {}
-    defaults = make_config(config.get("base", ""))
-    return ConfigDict(
-        {**dict(config.items()), **{name: value for name, value in own.items() if config.get(name) == defaults[name]}}
-    )
+def of_method(config: ConfigDict, given: Collection[str] = ()) -> ConfigDict:
+    """The config where its method was changed after it was made, as by a flag.
+
+    Args:
+        config: as it was made, with another method.
+        given: keys that were given after it was made. They stay, and so do those that have no longer the default that
+            they have with Perfusion.
+    """
+    own, defaults = METHODS.get(config.get("method"), {}), make_config(config.get("base", ""))
+    taken = {name: own[name] for name in own if name not in given and config.get(name) == defaults[name]}
+    return ConfigDict({**dict(config.items()), **taken})
 
 
 def check(config: ConfigDict) -> None:
@@ -369,11 +385,13 @@ def check(config: ConfigDict) -> None:
         )
     if config.covariance and config.captions:
         raise InputError("config.covariance and config.captions are both given: C is read, or measured; leave one out")
-    is_baseline = config.method in METHODS
-    for name in _OF_PERFUSION if is_baseline else _OF_BASELINES:
-        if config[name] != KEYS[name].default:
-            raise InputError(f"config.{name} plays no part in config.method={config.method!r}: leave it out")
-    if is_baseline:
+    defaults = make_config(config.base)
+    idle = [*_IDLE[config.method], *(() if config.prior_pictures else ("prior_weight",))]
+    for name in idle:
+        if config[name] != defaults[name]:
+            why = "without config.prior_pictures" if name == "prior_weight" else f"in config.method={config.method!r}"
+            raise InputError(f"config.{name} plays no part {why}: leave it out")
+    if config.method in METHODS:
         if not config.train_embedding and config.method == "textual_inversion":
             raise InputError("config.train_embedding is False: textual inversion has nothing else to train")
     elif not (config.train_embedding or config.train_values or not config.lock_keys):

@@ -41,9 +41,9 @@ def main() -> None:
     for prompt in prompts:
         if prompt.count("{}") != 1:
             raise InputError(f"{given.prompts}: {prompt!r} needs one {{}}, where the concept's name goes")
-    settings = settings_of(given.sweep, {subject.label for subject in subjects})
+    settings = settings_of(given.sweep, subjects)
     index, count = parse_shard(given.shard) if given.shard else (0, 1)
-    if given.sweep and count == 1:
+    if count == 1 and (given.sweep or len(settings) > 1):
         check_plots()
     keys = {"base": given.base, "evaluator": given.evaluator, "instance_encoder": given.instance_encoder}
     judges = find_judges(ConfigDict(keys))

@@ -100,20 +100,21 @@ def test_every_key_says_what_it_means():
 def test_ablations_choose_what_is_trained(changes, trained):
     config = get()
     config.update(changes)
-    config = of_method(config)
+    config = of_method(config, changes)
     check(config)
     assert Settings.of(config).trained == trained
 
 
 def test_a_method_has_its_own_defaults_where_nothing_else_is_said():
     config = get()
-    config.update(method="dreambooth", steps=123)
-    settled = of_method(config)
+    config.update(method="dreambooth", steps=123, prior_pictures=0)
+    settled = of_method(config, {"method", "steps", "prior_pictures"})
     own = {name: settled[name] for name in METHODS["dreambooth"]}
-    assert own == {**METHODS["dreambooth"], "steps": 123}
-    assert (settled.masks, settled.name, config.steps) == ("none", config.name, 123)
-    assert of_method(settled).to_dict() == settled.to_dict()
+    assert own == {**METHODS["dreambooth"], "steps": 123, "prior_pictures": 0}  # that it is given, though the default
+    assert (settled.masks, settled.name, config.masks) == ("none", config.name, "auto")
     assert of_method(get()).to_dict() == get().to_dict()
+    made = make_config("emoji", method="dreambooth", steps=400)
+    assert (made.steps, made.weights_rate) == (400, METHODS["dreambooth"]["weights_rate"])
 
 
 @pytest.mark.parametrize(
@@ -125,13 +126,16 @@ def test_a_method_has_its_own_defaults_where_nothing_else_is_said():
         ("dreambooth", {"exports": ("lora",)}, "config.exports plays no part"),
         ("textual_inversion", {"train_embedding": False}, "has nothing else to train"),
         ("ti", {}, "config.method is 'ti'; it must be one of 'perfusion'"),
+        ("dreambooth", {"rank": 4}, "config.rank plays no part"),
+        ("textual_inversion", {"weights_rate": 0.1}, "config.weights_rate plays no part"),
+        ("lora", {"prior_weight": 0.5}, "config.prior_weight plays no part without config.prior_pictures"),
     ],
 )
 def test_keys_that_play_no_part_in_a_method_are_refused(method, changes, message):
     config = get()
     config.update(method=method, **changes)
     with pytest.raises(InputError, match=re.escape(message)):
-        check(of_method(config))
+        check(of_method(config, {"method", *changes}))
 
 
 def test_a_workdir_keeps_its_config():

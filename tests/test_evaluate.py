@@ -106,6 +106,10 @@ def test_methods_are_compared_over_their_runs_and_shards_share_the_work(small_fo
         save_concept(others / "concepts" / f"{name}.safetensors", word, dataclasses.replace(card, method="lora"))
     given = [f"--workdir=ours={concepts}", f"--workdir=ours={concepts}", f"--workdir=lora={others}"]
     given += ["--sweep=ours:bias=0.3:0.7:2", "--sweep=lora:strength=0.5:1:2", f"--out={tmp_path / 'out'}"]
+    refused = evaluate(small_folder, concepts, *given[:3], "--sweep=bias=0.3:0.7:2", f"--out={tmp_path / 'out'}")
+    assert refused.returncode == 2
+    assert "--sweep: bias is of Perfusion's edit: rex was learnt by lora" in refused.stderr
+    assert not (tmp_path / "out").exists()
     done = evaluate(small_folder, concepts, *given, "--shard=1/2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("3 of 6 concepts are scored")

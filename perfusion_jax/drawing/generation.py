@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from math import isfinite
 from operator import index
 from typing import Any, NamedTuple, TypeVar
@@ -28,7 +28,7 @@ from perfusion_jax.drawing.denoising import (
     to_pixels,
 )
 from perfusion_jax.drawing.samplers import Plan, make_plan, settle
-from perfusion_jax.formats.concept_file import TrainedConcept
+from perfusion_jax.formats.concept_file import PERFUSION, ConceptCard, TrainedConcept
 from perfusion_jax.method import concept as concept_lib
 from perfusion_jax.method.baselines import Word, add
 from perfusion_jax.method.edit import Gate
@@ -190,7 +190,8 @@ def generate(
         prompts: one per picture; they may name concepts by `<name>`.
         seeds: one per picture, whole numbers from 0 to 2**32 - 1. A picture depends on its own prompt, its seed and the
             options alone.
-        concepts: what the prompts may name. A concept acts only on prompts that name it.
+        concepts: what the prompts may name. A concept acts only on prompts that name it; but what other methods than
+            Perfusion have added to the UNet acts on all of them, and on what guidance leads away from.
         options: those of `drawing`, all by name. Numbers may be of Python, NumPy or JAX.
 
     Returns:
@@ -238,12 +239,13 @@ def drawing(
         steps: sampling steps; 50, 20, 30 or 30 of these if left out.
         guidance: guidance scale, 1 or less for none; that of the first concept if left out, 6 without concepts.
         guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1.
-        negative_prompt: what guidance leads away from. It goes through the frozen weights and names no concept. Left
-            out, it is the empty prompt, or zeros where the model says so (`force_zeros_for_empty_prompt`).
+        negative_prompt: what guidance leads away from. It goes through no edit and names no concept. Left out, it is
+            the empty prompt, or zeros where the model says so (`force_zeros_for_empty_prompt`).
         bias, temperature: of the gates, one for all concepts or one for each; the concepts' own if left out.
         strength: of the concepts, likewise; 1, the paper's edit, if left out. 0 leaves the model alone, but for the
             words of concepts that another method has learnt.
-        start, end: between which fractions of the steps a concept acts, likewise; all of them if left out.
+        start, end: between which fractions of the steps a concept acts, likewise; all of them if left out. These two,
+            `bias` and `temperature` are of Perfusion's edit, and refused where all concepts are of other methods.
         lock: `local`, or `global`: all keys come from the prompt with the super-categories in place of the concepts.
         height, width: in pixels; the model's own, or those of `init_image`, if left out.
         init_image: a picture to start from instead of noise, uint8 [height, width, 3].
@@ -278,24 +280,29 @@ def drawing(
     ids = base.model.tokenizer(prompts, [card.placeholder for _, card in concepts])
     unprompted = _unprompted(base.model, negative_prompt, batch_size) if guidance > 1 else None
     in_slots, phase_of_step = None, np.zeros(steps - skipped, np.int32)
-    base, concepts = _with_baselines(base, concepts, strength, {"bias": bias, "temperature": temperature}, (start, end))
+    of_edit = {"bias": bias, "temperature": temperature, "start": start, "end": end}
+    if not any(card.method == PERFUSION for _, card in concepts):
+        for _, card in concepts:
+            check_controls(card, [name for name, given in of_edit.items() if given is not None])
+    strengths = per_concept("strength", strength, [1.0] * len(concepts)) if concepts else []
+    words = _words(base, concepts)
     if concepts:
-        gates = _gates(concepts, bias, temperature, strength)
+        gates = _gates(words, bias, temperature, strength)
         windows = per_concept("start", start, [0.0] * len(concepts)), per_concept("end", end, [1.0] * len(concepts))
-        in_slots, phase_of_step = _in_slots(
-            base, concepts, gates, np.arange(skipped, steps) / steps, windows, ids, lock
-        )
+        in_slots, phase_of_step = _in_slots(base, words, gates, np.arange(skipped, steps) / steps, windows, ids, lock)
     init_latents = None if init_image is None else _latents_of(base, init_image)
     scales = Guidance(jnp.float32(guidance), jnp.float32(guidance_rescale))
 
     def batches() -> Iterator[Drawn]:
+        # Here, so that of a sweep's drawings each has its own only while it is drawn.
+        params = {**base.params, "unet": _changed(base.params["unet"], concepts, strengths)}
         for first in range(0, len(ids), batch_size):
             count = len(ids[first : first + batch_size])
             rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # one batch size is compiled
             images, seen = draw_batch(
                 mesh,
                 base.model,
-                base.params,
+                params,
                 ids[rows],
                 unprompted,
                 np.asarray(seeds, np.uint32)[rows],
@@ -316,35 +323,38 @@ def drawing(
 _added = jax.jit(add)
 
 
-def _with_baselines(
-    base: BaseModel,
-    concepts: Sequence[TrainedConcept],
-    strength: Control,
-    gates: Mapping[str, Control],
-    window: tuple[Control, Control],
-) -> tuple[BaseModel, list[TrainedConcept]]:
-    """Adds what other methods than Perfusion have learnt to the base model; their concepts are then words alone.
+def check_controls(card: ConceptCard, controls: Collection[str]) -> None:
+    """Sees that what is given acts on a concept.
 
     Raises:
-        InputError: a control is given that acts on none of the concepts, or on which a method does not act.
+        InputError: it was learnt by a method that has no such control.
     """
-    others = [card for concept, card in concepts if isinstance(concept, Word)]
-    if not others:
-        return base, list(concepts)
-    for name, given in gates.items():
-        if given is not None and len(others) == len(concepts):
-            raise InputError(f"{name} is of Perfusion's gate: {others[0].name} was learnt by {others[0].method}")
-    if window != (None, None):
-        raise InputError(f"start and end: what {others[0].method} learns, as {others[0].name}, acts in all steps")
-    strengths = per_concept("strength", strength, [1.0] * len(concepts))
-    unet, words = base.params["unet"], []
-    for (concept, card), own in zip(concepts, strengths, strict=True):
-        if isinstance(concept, Word):
-            unet = _added(unet, concept, own)
-            nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), base.model.new_concept_shapes())
-            concept = dataclasses.replace(nothing, embedding=concept.embedding)
-        words.append(TrainedConcept(concept, card))
-    return dataclasses.replace(base, params={**base.params, "unet": unet}), words
+    if card.method == PERFUSION:
+        return
+    for name in ("bias", "temperature", "start", "end"):
+        if name in controls:
+            raise InputError(f"{name} is of Perfusion's edit: {card.name} was learnt by {card.method}, which has none")
+
+
+def _words(base: BaseModel, concepts: Sequence[TrainedConcept]) -> list[TrainedConcept]:
+    """The concepts, those of other methods than Perfusion as words alone: their edit is zero, which acts on nothing."""
+    if not any(isinstance(concept, Word) for concept, _ in concepts):
+        return list(concepts)
+    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), base.model.new_concept_shapes())
+    return [
+        TrainedConcept(dataclasses.replace(nothing, embedding=concept.embedding), card)
+        if isinstance(concept, Word)
+        else TrainedConcept(concept, card)
+        for concept, card in concepts
+    ]
+
+
+def _changed(unet_params: Params, concepts: Sequence[TrainedConcept], strengths: Sequence[float]) -> Params:
+    """The UNet with what other methods than Perfusion have learnt added to it."""
+    for (concept, _), strength in zip(concepts, strengths, strict=True):
+        if isinstance(concept, Word) and concept.changes:
+            unet_params = _added(unet_params, concept, strength)
+    return unet_params
 
 
 def _unprompted(model: Architecture, negative_prompt: str | None, batch_size: int) -> Unprompted:

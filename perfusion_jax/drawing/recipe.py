@@ -22,7 +22,7 @@ from perfusion_jax.drawing.generation import Drawn, drawing, skipped_steps
 from perfusion_jax.drawing.grids import grid
 from perfusion_jax.drawing.prompts import without_syntax
 from perfusion_jax.drawing.samplers import settle
-from perfusion_jax.formats.concept_file import TrainedConcept, load_concept, read_card
+from perfusion_jax.formats.concept_file import PERFUSION, TrainedConcept, load_concept, read_card
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
 from perfusion_jax.formats.tree_folder import load_tree
 from perfusion_jax.runtime.errors import InputError
@@ -223,8 +223,11 @@ def warn_of_unnamed(recipe: Recipe) -> None:
     """Says on stderr which concepts have no effect, for no prompt names them."""
     for entry in recipe.concepts:
         if not any(f"<{entry['name']}>" in prompt for prompt in recipe.prompts):
+            method = read_card(entry["file"]).method
+            adds = method not in (PERFUSION, "textual_inversion")
+            effect = f"has its effect all the same, for {method} changes the model" if adds else "has no effect"
             print(
-                f"warning: no prompt names <{entry['name']}>: the concept {entry['name']} has no effect",
+                f"warning: no prompt names <{entry['name']}>: the concept {entry['name']} {effect}",
                 file=sys.stderr,
             )
 

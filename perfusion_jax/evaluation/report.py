@@ -39,7 +39,8 @@ class Front(NamedTuple):
     Attributes:
         settings: by setting, the estimate of each of MEASURES over concepts.
         concepts: by setting and name, each concept's means, over all its runs.
-        area: that the front of the settings dominates, text against image similarity, from 0; None of a single setting.
+        area: that the front of the settings dominates, text against image similarity, from 0; None of a single setting
+            where there is nothing to compare with.
         lead: how much larger the area is than the first label's, over the concepts of both; None for the first.
     """
 
@@ -84,8 +85,8 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Front]:
             for setting, rows in concepts.items()
         }
         whole = sorted(set.intersection(*(set(rows) for rows in concepts.values())))
-        swept = len(concepts) > 1 and bool(whole)
-        fronts[label] = Front(settings, concepts, area(points(concepts, whole)) if swept else None, None)
+        compared = bool(whole) and (len(concepts) > 1 or len(found) > 1)
+        fronts[label] = Front(settings, concepts, area(points(concepts, whole)) if compared else None, None)
     first, *others = fronts.items()
     for label, front in others:
         both = set.intersection(*(set(rows) for one in (first[1], front) for rows in one.concepts.values()))

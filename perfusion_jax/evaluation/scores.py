@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +22,11 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 from perfusion_jax.base_model import BaseModel
-from perfusion_jax.drawing.generation import generate
+from perfusion_jax.drawing.generation import check_controls, generate
 from perfusion_jax.drawing.grids import grid
 from perfusion_jax.drawing.recipe import parse_sweep
 from perfusion_jax.evaluation.subjects import Subject
-from perfusion_jax.formats.concept_file import load_concept
+from perfusion_jax.formats.concept_file import load_concept, read_card
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.learning.metrics import Evaluator, score_pictures
 from perfusion_jax.pod.mesh import place
@@ -88,16 +88,19 @@ class Drawing(NamedTuple):
     options: dict[str, Any]
 
 
-def settings_of(sweeps: Sequence[str], labels: Collection[str]) -> dict[str, list[Setting]]:
+def settings_of(sweeps: Sequence[str], subjects: Sequence[Subject]) -> dict[str, list[Setting]]:
     """The settings of each label.
 
     Args:
         sweeps: `CONTROL=FIRST:LAST:COUNT`, or `LABEL:CONTROL=FIRST:LAST:COUNT` for one label alone.
-        labels: all there are.
+        subjects: what is to be drawn.
 
     Raises:
-        InputError: a sweep says something else, its label is not known, or a label has two.
+        InputError: a sweep says something else, its label is not known, a label has two, or one of its concepts was
+            learnt by a method that has no such control.
+        UnavailableError: storage fails.
     """
+    labels = {subject.label for subject in subjects}
     found: dict[str, list[Setting]] = {}
     for text in sweeps:
         match = re.fullmatch(r"(?:([A-Za-z0-9_-]+):)?(.*)", text)
@@ -109,7 +112,15 @@ def settings_of(sweeps: Sequence[str], labels: Collection[str]) -> dict[str, lis
             raise InputError(f"--sweep={text}: {label or 'what has no label'} is swept already")
         found[label] = [Setting(f"{sweep[0]} {value:g}", {sweep[0]: value}) for value in sweep[1]]
     general = found.get("", [Setting("defaults", {})])
-    return {label: found.get(label, general) for label in labels}
+    settings = {label: found.get(label, general) for label in labels}
+    for subject in subjects if sweeps else ():
+        try:
+            check_controls(
+                read_card(subject.file), {name for each in settings[subject.label] for name in each.controls}
+            )
+        except InputError as error:
+            raise InputError(f"--sweep: {error}; sweep its strength, as LABEL:strength=FIRST:LAST:COUNT") from error
+    return settings
 
 
 def read_scores(out: epath.Path, subject: Subject) -> list[dict[str, Any]]:

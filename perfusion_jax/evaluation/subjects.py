@@ -16,7 +16,7 @@ from perfusion_jax.data.table import Row, read_table
 from perfusion_jax.formats.concept_file import read_card
 from perfusion_jax.learning.workdir import CONFIG
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import read_text, storage_errors, to_path
+from perfusion_jax.runtime.files import is_local, read_text, storage_errors, to_path
 
 ALL = "all"
 """The label of what has none."""
@@ -63,8 +63,8 @@ def of_workdirs(given: Sequence[str]) -> list[Subject]:
     """The concepts that runs and fleets have finished.
 
     Args:
-        given: workdirs, each with a label before it or without one: `FOLDER`, or `LABEL=FOLDER`. Several workdirs of
-            one label are repetitions, as by other seeds.
+        given: workdirs, each with a label before it or without one: `FOLDER`, or `LABEL=FOLDER` where there is no
+            folder of that whole name. Several workdirs of one label are repetitions, as by other seeds.
 
     Raises:
         InputError, UnavailableError: as for `of_workdir`.
@@ -72,9 +72,9 @@ def of_workdirs(given: Sequence[str]) -> list[Subject]:
     subjects: list[Subject] = []
     seen: Counter[str] = Counter()
     for text in given:
-        match = re.fullmatch(r"(?:([A-Za-z0-9_-]+)=)?(.+)", text)
-        assert match is not None or not text
-        label, folder = (match[1] or ALL, match[2]) if match else (ALL, text)
+        match = re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", text, re.DOTALL)
+        whole = match is None or (is_local(to_path(text)) and to_path(text).exists())
+        label, folder = (ALL, text) if match is None or whole else (match[1], match[2])
         seen[label] += 1
         run = label if label == ALL or seen[label] == 1 else f"{label}_{seen[label]}"
         subjects += [subject._replace(label=label, run=run) for subject in of_workdir(to_path(folder))]

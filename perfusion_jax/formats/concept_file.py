@@ -29,6 +29,8 @@ from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import storage_errors, to_path, write_bytes
 
 FORMAT = "perfusion_jax concept 1"
+PERFUSION = "perfusion"
+"""What cards call the method itself; others are keys of `method.baselines.BASELINES`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class ConceptCard:
     guidance_scale: float
     step: int
     licence: str = ""
-    method: str = "perfusion"
+    method: str = PERFUSION
     class_noun: bool = False
 
     @property
@@ -158,9 +160,9 @@ def card_from(file: epath.Path, written: Mapping[str, Any]) -> ConceptCard:
     """
     try:
         # Files of before there were other methods say nothing of them.
-        fields = {"method": "perfusion", "class_noun": False, **written}
+        fields = {"method": PERFUSION, "class_noun": False, **written}
         fields = {field.name: fields[field.name] for field in dataclasses.fields(ConceptCard)}
-        if fields["method"] not in ("perfusion", *BASELINES) or not isinstance(fields["class_noun"], bool):
+        if fields["method"] not in (PERFUSION, *BASELINES) or not isinstance(fields["class_noun"], bool):
             raise ValueError(f"method is {fields['method']!r}, class_noun {fields['class_noun']!r}")
         for key in ("name", "super_category", "base_model", "licence"):
             if not isinstance(fields[key], str):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from perfusion_jax.base_model import BaseModel
-from perfusion_jax.formats.concept_file import TrainedConcept
+from perfusion_jax.formats.concept_file import PERFUSION, TrainedConcept
 from perfusion_jax.formats.lora import bundle_bytes, embedding_bytes, lora_bytes, word_name
 from perfusion_jax.formats.model_card import Card, Example, example_file
 from perfusion_jax.formats.picture_file import write_picture
@@ -168,7 +168,7 @@ def export(
     if len(set(names)) < len(names):
         raise InputError(f"two concepts are called {max(names, key=names.count)}: call one of them otherwise")
     for _, card in concepts:
-        if card.method != "perfusion":
+        if card.method != PERFUSION:
             raise InputError(f"{card.name}: learnt by {card.method}, to compare with: only Perfusion's are exported")
         if not base.has_fingerprint(card.fingerprint):
             raise InputError(

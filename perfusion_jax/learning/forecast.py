@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from perfusion_jax.base_model import Architecture, load_architecture, network_dtype
-from perfusion_jax.config import MEMORY_ADVICE, check, is_fleet, of_method
+from perfusion_jax.config import MEMORY_ADVICE, check, is_fleet
 from perfusion_jax.learning.fleet_step import make_fleet_step, member_shapes, step_shapes
 from perfusion_jax.learning.resources import mesh_of
 from perfusion_jax.learning.step import Settings
@@ -67,7 +67,6 @@ def describe(config: ConfigDict, topology: str) -> dict[str, Any]:
     Raises:
         InputError: the config or the topology is impossible, or the step does not fit.
     """
-    config = of_method(config)
     check(config)
     if not is_fleet(config):
         raise InputError("--config is of one concept: take configs/fleet.py")

@@ -32,7 +32,7 @@ from perfusion_jax.learning.rounds import Member, Round
 from perfusion_jax.learning.scoring import Validation
 from perfusion_jax.learning.step import Learning
 from perfusion_jax.learning.workdir import Log, make_card
-from perfusion_jax.method.baselines import Learnt
+from perfusion_jax.method.baselines import BASELINES, Learnt
 from perfusion_jax.pod import distributed
 from perfusion_jax.pod.chips import chips_of
 from perfusion_jax.pod.slots import read_members, slot_owners, stack_members
@@ -99,8 +99,7 @@ def learn_round(
     members, learning = _stack(resources, current, prepared, shape)
     compiled = resources.compiled(current.settings, slots, *shape)
     with closing(Checkpoints(records.checkpoints, config.keep_checkpoints)) as checkpoints:
-        scores_choose = config.validate_every and config.validation_prompts and resources.evaluator
-        best = nothing_scored(learning.concept, slots, resources.mesh) if scores_choose else None
+        best = nothing_scored(learning.concept, slots, resources.mesh) if resources.keeps_best else None
         state, step = RoundState(learning, best), 0
         del learning, best
         if restored := checkpoints.restore(state, logging.warning):
@@ -272,11 +271,15 @@ class Loop:
             if self.records.alone:
                 learning = read_members(self.state.learning, [slot])[slot]
                 raise InputError(
-                    f"{self._divergence(slot, learning)}: in a new --workdir, lower config.values_rate and "
+                    f"{self._divergence(slot, learning)}: in a new --workdir, lower config.{self._rate} and "
                     f"config.embedding_rate, or try config.dtype='float32'; earlier checkpoints: "
                     f"{self.records.checkpoints}"
                 )
             self._diverged.add(slot)
+
+    @property
+    def _rate(self) -> str:
+        return "weights_rate" if self.current.settings.method in BASELINES else "values_rate"
 
     def _divergence(self, slot: int, learning: Learning) -> str:
         """Says how a concept has diverged; `learning`: as it was before that step, on the host."""
@@ -366,7 +369,7 @@ class Loop:
         }
         if learning.diverged:
             error = (
-                f"{self._divergence(slot, learning)}: lower values_rate and embedding_rate, or try "
+                f"{self._divergence(slot, learning)}: lower {self._rate} and embedding_rate, or try "
                 "config.dtype='float32'"
             )
             return report_line(member.row, "diverged", **facts, error=error)

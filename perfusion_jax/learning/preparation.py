@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from perfusion_jax.base_model import BaseModel, whole_sizes
+from perfusion_jax.base_model import BaseModel
 from perfusion_jax.base_model.clipseg import load_segmenter
 from perfusion_jax.config import KEYS
 from perfusion_jax.data.captions import with_slots
@@ -30,10 +30,11 @@ from perfusion_jax.data.examples import (
 from perfusion_jax.data.masks import attention_masks, shrink
 from perfusion_jax.data.pictures import Picture, fit
 from perfusion_jax.data.sources import read_pictures
-from perfusion_jax.drawing.generation import generate
 from perfusion_jax.learning.resources import Resources
 from perfusion_jax.learning.rounds import Round
+from perfusion_jax.learning.scoring import check_validation
 from perfusion_jax.learning.step import Learning, start
+from perfusion_jax.learning.workdir import phrase
 from perfusion_jax.method import baselines
 from perfusion_jax.method.baselines import BASELINES, Learnt
 from perfusion_jax.runtime.errors import InputError, UnavailableError, is_runtime_error
@@ -68,7 +69,8 @@ def prepare_data(config: ConfigDict, base: BaseModel, pictures: Sequence[Picture
     side = config.size or base.model.picture_side
     if side % base.model.vae_factor:
         raise InputError(f"config.size is {side}; it must be a multiple of {base.model.vae_factor}")
-    named = f"{PLACEHOLDER} {config.super_category}" if config.class_noun else PLACEHOLDER
+    check_validation(config, base.model)
+    named = phrase(config, PLACEHOLDER)
     longest = named.replace(PLACEHOLDER, config.super_category)
     shorten = partial(base.model.tokenizer.shorten, phrase=longest)
     chosen = config.name != KEYS["name"].default
@@ -83,39 +85,7 @@ def prepare_data(config: ConfigDict, base: BaseModel, pictures: Sequence[Picture
     )
     sizes = np.array([picture.sizes for picture in pictures], np.float32)
     ids = prompt_ids(base.model, pictures, config.templates, named)
-    examples = make_examples(latents, masks, sizes, ids)
-    if config.prior_pictures:
-        drawn_as = (side, config.sampling_steps, config.guidance_scale)
-        prior = draw_prior(base, config.super_category, tuple(config.templates), config.prior_pictures, *drawn_as)
-        examples = examples._replace(prior=prior)
-    return Data(pixels, prompts_used(pictures, config.templates), examples)
-
-
-# Concepts of one kind share them.
-@lru_cache(maxsize=8)
-def draw_prior(
-    base: BaseModel, super_category: str, templates: tuple[str, ...], count: int, side: int, steps: int, guidance: float
-) -> Examples:
-    """Draws pictures of a kind by the frozen model, to learn beside a concept's own (prior preservation).
-
-    DreamBooth, arXiv 2208.12242, section 3.2. They depend on the model and the arguments alone.
-
-    Args:
-        base: the model.
-        super_category: the word or words for this kind of thing.
-        templates: prompts with one `{}` each, in which it stands.
-        count: of pictures.
-        side: of them, in pixels.
-        steps: of sampling.
-        guidance: its scale.
-    """
-    prompts = [template.replace("{}", super_category) for template in templates]
-    drawn_by = [prompts[number % len(prompts)] for number in range(count)]
-    pixels = generate(base, drawn_by, range(count), steps=steps, guidance=guidance, height=side, width=side)
-    latents = encode(base, pixels)
-    sizes = np.tile(whole_sizes(side, side), (count, 1))
-    ids = np.tile(base.model.tokenizer(prompts, [PLACEHOLDER]), (count, 1, 1))
-    return make_examples(latents, np.ones(latents.mean.shape[:-1], np.float32), sizes, ids)
+    return Data(pixels, prompts_used(pictures, config.templates), make_examples(latents, masks, sizes, ids))
 
 
 # Loaded and compiled once for all concepts.
@@ -205,6 +175,11 @@ def prepare(resources: Resources, current: Round, held: Sequence[int], cancelled
             key, mask_key = jax.random.split(concept_key(config))
             pictures = read_pictures(row.pictures, row.masks, row.captions)
             data = prepare_data(config, resources.base, pictures, mask_key)
+            if config.prior_pictures:
+                kind = (config.super_category, tuple(config.templates), config.prior_pictures)
+                drawn_as = (resources.side_of(config), config.sampling_steps, config.guidance_scale)
+                prior = resources.prior(*kind, *drawn_as, cancelled)
+                data = data._replace(examples=data.examples._replace(prior=prior))
             concept = _begin(resources, config, data.prompts, jax.random.fold_in(mask_key, 1))
             _warn_of_pieces(resources.base, config)
         except Exception as error:  # storage raises what it likes; one concept must not end the others
@@ -245,4 +220,6 @@ def _warn_of_pieces(base: BaseModel, config: ConfigDict) -> None:
 
 def _without_mirrored(examples: Examples) -> Examples:
     """Puts each picture as it is where its mirror image stands: a flip then changes nothing."""
-    return examples._replace(**{name: getattr(examples, name)[:, [0, 0]] for name in ("mean", "std", "masks")})
+    prior = examples.prior and _without_mirrored(examples.prior)
+    as_they_are = {name: getattr(examples, name)[:, [0, 0]] for name in ("mean", "std", "masks")}
+    return examples._replace(**as_they_are, prior=prior)

@@ -13,11 +13,13 @@ from ml_collections import ConfigDict
 
 from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
 from perfusion_jax.config import is_fleet
+from perfusion_jax.data.examples import Examples
 from perfusion_jax.data.measuring import find_or_measure
 from perfusion_jax.formats import covariance_file
 from perfusion_jax.learning.fleet_step import make_fleet_step, member_shapes, step_components, step_shapes
 from perfusion_jax.learning.judges import load_evaluator
 from perfusion_jax.learning.metrics import Evaluator
+from perfusion_jax.learning.prior import draw_prior
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.method.baselines import BASELINES
 from perfusion_jax.pod import distributed
@@ -66,6 +68,7 @@ class Resources:
         drawing_base, drawing_mesh: the model that draws, and what devices of this process share that; None for one.
         mesh: of all devices.
         compiled: the compiled step by (settings, slots, pictures, prompts, side).
+        prior: pictures of a kind, by the arguments of `prior.draw_prior` but the model; those of a kind are drawn once.
     """
 
     config: ConfigDict
@@ -78,10 +81,16 @@ class Resources:
     drawing_mesh: Mesh | None
     mesh: Mesh
     compiled: Callable[..., jax.stages.Compiled]
+    prior: Callable[..., Examples]
 
     def side_of(self, config: ConfigDict) -> int:
         """Side of a concept's pictures in pixels."""
         return config.size or self.base.model.picture_side
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether scores choose the step that is kept."""
+        return bool(self.config.validate_every and self.config.validation_prompts and self.evaluator)
 
 
 def mesh_of(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -132,6 +141,10 @@ def load_resources(config: ConfigDict) -> Resources:
         step: Any = make_fleet_step(base.model, settings, mesh)
         return step.lower(*step_shapes(base.model, shapes, slots)).compile()
 
+    @functools.cache
+    def prior(*arguments: Any) -> Examples:
+        return draw_prior(base, *arguments)
+
     mesh_whitening = place(whitening, mesh)
     # A single concept that is never looked at needs none, which may be a download.
     looks = config.validation_prompts and (config.validate_every or is_fleet(config))
@@ -147,4 +160,5 @@ def load_resources(config: ConfigDict) -> Resources:
         drawing_mesh=drawing_mesh,
         mesh=mesh,
         compiled=compiled,
+        prior=prior,
     )

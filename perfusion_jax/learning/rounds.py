@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from perfusion_jax.config import MEMORY_ADVICE
 from perfusion_jax.data.sources import count_pictures
 from perfusion_jax.data.table import Row
-from perfusion_jax.learning.fleet_step import check_split
+from perfusion_jax.learning.fleet_step import check_split, member_shapes
 from perfusion_jax.learning.report import OpenRound
 from perfusion_jax.learning.resources import Resources
 from perfusion_jax.learning.step import Settings
@@ -166,11 +166,14 @@ def _fit(resources: Resources, settings: Settings, side: int, pictures: int, slo
 def _bytes_for(resources: Resources, settings: Settings, side: int, pictures: int) -> Callable[[int], int]:
     """Memory that the step takes on a chip, in bytes, by the number of members at each place of the concept axis."""
     places, prompts = resources.mesh.shape["concept"], len(resources.config.templates)
+    padded = rounded_up(max(1, pictures))
+    _, learning = member_shapes(resources.base.model, settings, padded, prompts, side)
+    # Of a DreamBooth the best so far is as large as the model.
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(learning.concept)) * resources.keeps_best
 
     @functools.cache
     def taken(members: int) -> int:
-        padded = rounded_up(max(1, pictures))
-        return bytes_per_chip(resources.compiled(settings, members * places, padded, prompts, side))
+        return members * kept + bytes_per_chip(resources.compiled(settings, members * places, padded, prompts, side))
 
     return taken
 

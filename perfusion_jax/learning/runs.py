@@ -30,7 +30,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from perfusion_jax.config import OVERRIDES, PER_CONCEPT, check, member_config, of_method
+from perfusion_jax.config import OVERRIDES, PER_CONCEPT, check, member_config
 from perfusion_jax.data.table import Row, read_table
 from perfusion_jax.learning.checkpoints import Checkpoints
 from perfusion_jax.learning.diagnostics import Diagnostics, Profiler
@@ -67,7 +67,6 @@ def train_one(config: ConfigDict, workdir: epath.Path, diagnostics: Diagnostics 
         UnavailableError: storage or the hub fails.
         Stopped: it was told to stop, and has saved.
     """
-    config = of_method(config)
     check(config)
     row = Row(**{name: config[name] for name in PER_CONCEPT}, masks="", captions="", overrides={}, cells={}, where="")
     records = Records(workdir, workdir, report=None)
@@ -105,7 +104,6 @@ def train_fleet(
         UnavailableError: storage fails.
         Stopped: it was told to stop, and has saved.
     """
-    config = of_method(config)
     check(config)
     index, count = shard
     table = distributed.from_first(lambda: read_table(config.concepts, OVERRIDES)[index::count])

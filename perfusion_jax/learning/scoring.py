@@ -15,7 +15,7 @@ from perfusion_jax.drawing.samplers import make_plan, settle
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.learning.metrics import Evaluator, Scores, score_pictures
-from perfusion_jax.learning.workdir import make_card
+from perfusion_jax.learning.workdir import make_card, phrase
 from perfusion_jax.method.baselines import Learnt
 from perfusion_jax.runtime.errors import InputError
 
@@ -27,8 +27,7 @@ def check_validation(config: ConfigDict, model: Architecture) -> None:
         InputError: one is too long, or the model's schedule has fewer steps than are to be taken.
     """
     try:
-        named = f"{PLACEHOLDER} {config.super_category}" if config.class_noun else PLACEHOLDER
-        prompts = [prompt.replace("{}", named) for prompt in config.validation_prompts]
+        prompts = [prompt.replace("{}", phrase(config, PLACEHOLDER)) for prompt in config.validation_prompts]
         model.tokenizer(prompts, [PLACEHOLDER])
     except InputError as error:
         raise InputError(f"config.validation_prompts: {error}") from error

@@ -163,7 +163,7 @@ def draw_batch(key: Key[Array, ""], examples: Examples, model: Architecture, set
     )
 
 
-def _frozen_and_read(
+def _weights_and_context(
     model: Architecture,
     params: dict[str, Params],
     encoding: Encoding,
@@ -209,7 +209,7 @@ def loss(
         assert whitening is not None
         through = concept_encoding - jax.lax.stop_gradient(concept_encoding)
         concept = concept.with_target_input(concept.target_input + through, whitening)
-    unet, context = _frozen_and_read(model, params, encoding, batch.sizes, concept, settings)
+    unet, context = _weights_and_context(model, params, encoding, batch.sizes, concept, settings)
     noisy = model.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     prediction = model.denoise(unet, noisy.astype(model.unet.dtype), batch.timesteps, context)
     target = model.schedule.target(batch.latents, batch.noise, batch.timesteps)
@@ -240,10 +240,12 @@ def loss_and_gradient(
         float32.
     """
     concept = learning.concept
-    own = jax.random.fold_in(key, learning.step)
-    batches = [draw_batch(own, examples, model, settings)]
-    if examples.prior is not None:
-        batches.append(draw_batch(jax.random.fold_in(own, 1), examples.prior, model, settings))
+    of_step = jax.random.fold_in(key, learning.step)
+    if examples.prior is None:
+        batches = [draw_batch(of_step, examples, model, settings)]
+    else:
+        own, other = jax.random.split(of_step)
+        batches = [draw_batch(own, examples, model, settings), draw_batch(other, examples.prior, model, settings)]
 
     def split(*arrays: Array) -> Array:
         return jnp.concatenate([one.reshape(settings.accumulation, -1, *one.shape[1:]) for one in arrays], axis=1)

@@ -142,6 +142,11 @@ def _step_of(line: str) -> float:
         return float("inf")  # cut off by a kill
 
 
+def phrase(config: ConfigDict, placeholder: str) -> str:
+    """What prompts call a concept: its placeholder, and its kind after it if the config says so."""
+    return f"{placeholder} {config.super_category}" if config.class_noun else placeholder
+
+
 def make_card(config: ConfigDict, base: BaseModel, step: int) -> ConceptCard:
     """What a concept's file says of it, learnt for a number of optimiser steps."""
     return ConceptCard(

@@ -240,9 +240,9 @@ def test_perfusion_beside_another_method(small_base):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bias": 0.5}, "bias is of Perfusion's gate: rex was learnt by lora"),
-        ({"temperature": 0.5}, "temperature is of Perfusion's gate"),
-        ({"end": 0.5}, "start and end: what lora learns, as rex, acts in all steps"),
+        ({"bias": 0.5}, "bias is of Perfusion's edit: rex was learnt by lora, which has none"),
+        ({"temperature": 0.5}, "temperature is of Perfusion's edit"),
+        ({"end": 0.5}, "end is of Perfusion's edit"),
     ],
 )
 def test_controls_that_another_method_has_not(small_base, options, message):
