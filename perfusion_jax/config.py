@@ -394,6 +394,11 @@ def check(config: ConfigDict) -> None:
     if config.method in METHODS:
         if not config.train_embedding and config.method == "textual_inversion":
             raise InputError("config.train_embedding is False: textual inversion has nothing else to train")
+        if not config.weights_rate and "weights_rate" in METHODS[config.method]:
+            raise InputError(
+                f"config.weights_rate is 0: {config.method} would learn nothing of the UNet; the flag --config.method, "
+                "and make_config(method=...), give it a rate"
+            )
     elif not (config.train_embedding or config.train_values or not config.lock_keys):
         raise InputError("config.train_embedding and config.train_values are False: nothing is left to train")
 

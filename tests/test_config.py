@@ -128,6 +128,7 @@ def test_a_method_has_its_own_defaults_where_nothing_else_is_said():
         ("ti", {}, "config.method is 'ti'; it must be one of 'perfusion'"),
         ("dreambooth", {"rank": 4}, "config.rank plays no part"),
         ("textual_inversion", {"weights_rate": 0.1}, "config.weights_rate plays no part"),
+        ("lora", {"weights_rate": 0.0}, "config.weights_rate is 0: lora would learn nothing of the UNet"),
         ("lora", {"prior_weight": 0.5}, "config.prior_weight plays no part without config.prior_pictures"),
     ],
 )

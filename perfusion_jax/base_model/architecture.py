@@ -206,6 +206,11 @@ class Architecture:
             jax.ShapeDtypeStruct((width, width), jnp.float32),
         )
 
+    def word_alone(self, embedding: jax.Array) -> Concept:
+        """Returns a concept that is a word, [token_width], and no edit: an edit of zeros acts on nothing."""
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), self.new_concept_shapes())
+        return dataclasses.replace(zeros, embedding=jnp.asarray(embedding, jnp.float32))
+
     def baseline_shapes(self, method: str, rank: int = 1) -> Word:
         """Returns the shapes and dtypes of what another method learns on this model, as of `jax.ShapeDtypeStruct`.
 

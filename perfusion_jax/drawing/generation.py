@@ -1,6 +1,5 @@
 """`generate`: prompts, seeds and concepts to pictures, in batches of one size so that nothing compiles twice."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from math import isfinite
@@ -285,7 +284,7 @@ def drawing(
         for _, card in concepts:
             check_controls(card, [name for name, given in of_edit.items() if given is not None])
     strengths = per_concept("strength", strength, [1.0] * len(concepts)) if concepts else []
-    words = _words(base, concepts)
+    words = _words(base.model, concepts)
     if concepts:
         gates = _gates(words, bias, temperature, strength)
         windows = per_concept("start", start, [0.0] * len(concepts)), per_concept("end", end, [1.0] * len(concepts))
@@ -336,16 +335,13 @@ def check_controls(card: ConceptCard, controls: Collection[str]) -> None:
             raise InputError(f"{name} is of Perfusion's edit: {card.name} was learnt by {card.method}, which has none")
 
 
-def _words(base: BaseModel, concepts: Sequence[TrainedConcept]) -> list[TrainedConcept]:
-    """The concepts, those of other methods than Perfusion as words alone: their edit is zero, which acts on nothing."""
-    if not any(isinstance(concept, Word) for concept, _ in concepts):
-        return list(concepts)
-    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), base.model.new_concept_shapes())
+def _words(model: Architecture, concepts: Sequence[TrainedConcept]) -> list[TrainedConcept]:
+    """The concepts, those of other methods than Perfusion as words alone."""
     return [
-        TrainedConcept(dataclasses.replace(nothing, embedding=concept.embedding), card)
-        if isinstance(concept, Word)
-        else TrainedConcept(concept, card)
-        for concept, card in concepts
+        trained._replace(concept=model.word_alone(trained.concept.embedding))
+        if isinstance(trained.concept, Word)
+        else trained
+        for trained in concepts
     ]
 
 

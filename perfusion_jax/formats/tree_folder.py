@@ -106,7 +106,8 @@ def load_tree(folder: str | Path, base: BaseModel) -> tuple[BaseModel, list[Trai
         tree = checkpointer.restore(path / TREE)
     unet = jax.tree.map(jnp.asarray, tree["unet"])
     kernels = jax.tree.map(lambda leaf: leaf.astype(base.model.dtype), remove(unet))
-    concepts = _empty(tree["words"], base) if record["baked"] else _concepts(unet, tree["words"])
+    words = tree["words"]
+    concepts = [base.model.word_alone(word) for word in words] if record["baked"] else _concepts(unet, words)
     learnt = [TrainedConcept(concept, card) for concept, card in zip(concepts, cards, strict=True)]
     return dataclasses.replace(base, params={**base.params, "unet": kernels}), learnt
 
@@ -140,9 +141,3 @@ def _concepts(unet: Params, words: np.ndarray) -> list[Concept]:
         value_outputs={layer: weights["to_v"][TARGET_OUTPUTS] for layer, weights in layers.items()},
     )
     return [jax.tree.map(lambda leaf, number=number: leaf[number], stacked) for number in range(len(words))]
-
-
-def _empty(words: np.ndarray, base: BaseModel) -> list[Concept]:
-    """Concepts that are words and no edit."""
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), base.model.new_concept_shapes())
-    return [dataclasses.replace(zeros, embedding=jnp.asarray(word)) for word in words]
