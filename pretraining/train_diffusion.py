@@ -22,6 +22,7 @@ from pretraining import model, places, stream, things, tokenizer, training_tools
 from pretraining.scenes import World
 
 SAMPLES = flags.DEFINE_integer("samples", 4_000_000, "Samples to train on in the constant phase.")
+RATE = flags.DEFINE_float("rate", 1.0, "Factor of the learning rates.", lower_bound=0)
 DECAY_SAMPLES = flags.DEFINE_integer("decay_samples", 0, "If set: samples of the decay phase to run now.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Samples a step.")
 USES = flags.DEFINE_integer("uses", 4, "How often a scene is used on average.")
@@ -150,7 +151,7 @@ def run(folder: pathlib.Path, settings: training.Settings) -> None:
             break
         if cores is not None and trainer.step % 10 == 0:
             cores.adapt()
-        factor = training.rate_factor(trainer.step, trainer.decay_start, decay_steps, settings)
+        factor = RATE.value * training.rate_factor(trainer.step, trainer.decay_start, decay_steps, settings)
         batch = noised(next(source), training.SEED + 1, trainer.step)
         losses.append(training.train_step(trainer.model, trainer.optimizer, factor, batch))
         trainer.step += 1
