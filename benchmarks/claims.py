@@ -291,10 +291,9 @@ def score(study: Study, full: bool, labels: list[str]) -> list[dict[str, Any]]:
 def size(study: Study) -> dict[str, Any]:
     """C1: bytes of a concept, and of the model's weights in float32."""
     weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(study.base.params))
-    return {
-        "model": weights,
-        "files": {label: study.file(label, 0, next(iter(study.concepts(label)))).stat().length for label in METHODS},
-    }
+    learnt = {label: list(study.concepts(label)) for label in METHODS}
+    files = {label: study.file(label, 0, names[0]).stat().length for label, names in learnt.items() if names}
+    return {"model": weights, "files": files}
 
 
 def seconds(study: Study) -> dict[str, Any]:
@@ -304,7 +303,8 @@ def seconds(study: Study) -> dict[str, Any]:
         text = read_text(study.out / "runs" / label / "seed_0" / "report.jsonl")
         shares = [line.get("chip_seconds", 0.0) for line in map(json.loads, text.splitlines())]
         kept = [card.step for _, card in study.concepts(label).values()]
-        found[label] = {"each": float(np.mean(shares)), "kept": kept}
+        if kept:
+            found[label] = {"each": float(np.mean(shares)), "kept": kept}
     return found
 
 

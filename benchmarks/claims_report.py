@@ -223,8 +223,8 @@ class Evidence:
 
     def c12(self) -> tuple[str, str]:
         found = self.measured["looked_at"]
-        if not found:
-            return "attention stays on the object", "Cannot be told here: the concepts have no masks."
+        if not {"perfusion", "dreambooth"} <= found.keys():
+            return "attention stays on the object", "Cannot be told here: no masks, or all concepts diverged."
         rows = [[label, written(estimate(list(shares.values())), ".2f")] for label, shares in found.items()]
         held = difference(found["perfusion"], found["dreambooth"])
         return (

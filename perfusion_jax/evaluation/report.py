@@ -227,7 +227,12 @@ def check_plots() -> None:
 
 
 def front_plot(fronts: Mapping[str, Front]) -> str:
-    """Text against image similarity of all settings, as SVG."""
+    """Text against image similarity of all settings, as SVG.
+
+    Raises:
+        InputError: matplotlib is not there.
+    """
+    check_plots()
     import matplotlib
     from matplotlib.figure import Figure
 
