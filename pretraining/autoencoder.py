@@ -98,7 +98,7 @@ def train_step(
     Returns:
         (reconstruction loss, Kullback-Leibler term in nats per latent)
     """
-    with torch.autocast(pictures.device.type, torch.bfloat16):
+    with training_tools.autocast(pictures.device):
         posterior = autoencoder.encode(pictures).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
         noise = training_tools.normal(mean.shape, generator, mean.device)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from perfusion_jax.emoji_world.muon import MuonAndAdam
-from pretraining import captions, places, scenes, things, tokenizer
+from pretraining import captions, places, scenes, things, tokenizer, training_tools
 
 WIDTH = 160
 
@@ -69,7 +69,7 @@ def train_step(
         word_tokens: of "a photo of a ..." for each of `things.kinds()`, int [kinds, length].
         targets: of `kind_targets`, float [batch, kinds].
     """
-    with torch.autocast(pictures.device.type, torch.bfloat16):
+    with training_tools.autocast(pictures.device):
         output = model(input_ids=torch.cat([tokens, word_tokens]), pixel_values=pictures)
     scores, word_scores = output.logits_per_image.float().split([len(tokens), len(word_tokens)], dim=1)
     # Two scenes with the same caption are both right answers to it.

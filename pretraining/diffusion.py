@@ -185,7 +185,7 @@ def make_batch(
 
 def weighted_error(model: TextToLatents, batch: Batch) -> torch.Tensor:
     """Mean squared error of the predicted velocity under `batch.weights`. Scalar."""
-    with torch.autocast(batch.velocity.device.type, torch.bfloat16):
+    with training_tools.autocast(batch.velocity.device):
         prediction = model(batch)
     return (batch.weights * (prediction.float() - batch.velocity).square()).mean()
 

@@ -106,7 +106,7 @@ def contrast(embeddings: torch.Tensor) -> torch.Tensor:
 
 def train_step(model: ViTModel, optimizer: MuonAndAdam, factor: float, pictures: torch.Tensor) -> torch.Tensor:
     """One step on scenes as of `family_plan`; returns the loss."""
-    with torch.autocast(pictures.device.type, torch.bfloat16):
+    with training_tools.autocast(pictures.device):
         embeddings = model(pixel_values=pictures).last_hidden_state[:, 0]
     loss = contrast(embeddings)
     loss.backward()

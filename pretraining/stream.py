@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPTokenizer
 
-from pretraining import captions, codes, scenes
+from pretraining import captions, codes, scenes, training_tools
 from pretraining.captions import Texts
 from pretraining.diffusion import cover_cells
 from pretraining.tokenizer import MODEL_MAX_LENGTH
@@ -133,7 +133,7 @@ class Stream:
         painted = self.world.paint(plan.things)
         pictures, masks = self.world.draw(plan, painted)
         device = pictures.device
-        with torch.autocast(device.type, torch.bfloat16):
+        with training_tools.autocast(device):
             latents = self.autoencoder.encode(pictures).latent_dist.mean
         generator = torch.Generator().manual_seed((self.seed + 7 << 32) + step)
         (told,) = torch.nonzero(codable >= 0, as_tuple=True)

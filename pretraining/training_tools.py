@@ -10,10 +10,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from perfusion_jax.emoji_world.muon import bfloat16_is_quick
+
 
 def device() -> torch.device:
     """CUDA where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Within it, networks compute in bfloat16 where that is quick, else in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_quick(device))
 
 
 def normal(shape: torch.Size | tuple[int, ...], generator: torch.Generator, where: torch.device) -> torch.Tensor:

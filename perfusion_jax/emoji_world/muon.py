@@ -15,6 +15,14 @@ MATCH_ADAM = 0.2
 """Root mean square of an update before the learning rate, as AdamW's is in practice (arXiv 2502.16982)."""
 
 
+def bfloat16_is_quick(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 faster than in float32: a card, or a CPU that has AVX-512.
+
+    Other CPUs do it in software, a hundred times slower.
+    """
+    return device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def orthogonalise(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
     """Replace the singular values of each matrix by ones, nearly.
 
@@ -23,10 +31,10 @@ def orthogonalise(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
         rounds: Newton-Schulz iterations.
 
     Returns:
-        bfloat16 array of the same shape.
+        Array of the same shape, bfloat16 where that is quick, else float32.
     """
     a, b, c = NEWTON_SCHULZ
-    result = matrices.to(torch.bfloat16)
+    result = matrices.to(torch.bfloat16 if bfloat16_is_quick(matrices.device) else torch.float32)
     tall = result.shape[1] > result.shape[2]
     result = result.mT if tall else result
     result = result / (result.norm(dim=(1, 2), keepdim=True) + 1e-7)
