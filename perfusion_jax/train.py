@@ -57,17 +57,17 @@ def main() -> None:
     import jax
 
     from perfusion_jax.learning.diagnostics import Diagnostics, parse_profile
-    from perfusion_jax.learning.runs import train_fleet, train_one
+    from perfusion_jax.learning.runs import Session, train_fleet, train_one
     from perfusion_jax.pod import distributed
 
     given = flags.FLAGS
     config = of_method(given.config, config_flags.get_override_values(given["config"]))
     workdir = epath.Path(given.workdir)
-    diagnostics = Diagnostics(parse_profile(given.profile), given.debug_nans)
+    session = Session(Diagnostics(parse_profile(given.profile), given.debug_nans))
     if not is_fleet(config):
         if given.shard or given.distributed:
             raise InputError("--shard and --distributed are for fleets: config.concepts names none")
-        tell_result(config, train_one(config, workdir, diagnostics))
+        tell_result(config, train_one(config, workdir, session))
         return
     with ExitStack() as stack:
         if given.distributed:
@@ -78,7 +78,7 @@ def main() -> None:
             # A bucket is slow in what a limit of size needs, and in keeping what compiles in no time.
             jax.config.update("jax_compilation_cache_max_size", -1)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-        train_fleet(config, workdir, parse_shard(given.shard) if given.shard else (0, 1), diagnostics)
+        train_fleet(config, workdir, parse_shard(given.shard) if given.shard else (0, 1), session)
 
 
 def run() -> None:

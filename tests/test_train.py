@@ -23,7 +23,7 @@ from perfusion_jax import InputError
 from perfusion_jax.formats.concept_file import load_concept
 from perfusion_jax.learning import step as training
 from perfusion_jax.learning.diagnostics import Diagnostics
-from perfusion_jax.learning.runs import train_one
+from perfusion_jax.learning.runs import Session, train_one
 from perfusion_jax.runtime.files import locked
 
 ROOT = Path(__file__).parents[1]
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_ends_with_an_error_and_keeps_what_was_saved(c
     monkeypatch.setattr(training, "train_step", breaking)
     # The true step is sound, so its operations are not to blame.
     with pytest.raises(InputError, match=r"was not finite at step 4 \(repeated by itself, the step was finite\)"):
-        train_one(config, workdir, Diagnostics(debug_nans=True))
+        train_one(config, workdir, Session(Diagnostics(debug_nans=True)))
     assert (workdir / "checkpoints" / "3").exists()
     assert not (workdir / "concepts").exists()
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
@@ -80,6 +80,22 @@ class Work:
         return self.flops / step_seconds / self.peak if self.peak and self.flops else None
 
 
+class Progress(NamedTuple):
+    """How far a run has come.
+
+    Attributes:
+        position: steps taken, those of all concepts together.
+        total: steps there are.
+        rate: steps a second; None before it is known.
+        words: what is being done, or how it goes.
+    """
+
+    position: int
+    total: int
+    rate: float | None
+    words: str
+
+
 class Bar:
     """The progress over all steps of a run.
 
@@ -93,6 +109,7 @@ class Bar:
     def __init__(self, total: int, concepts: int, name: str, shown: bool = True):
         self._steps_each = total / concepts
         self._concepts = concepts
+        self._words = ""
         self._bar = tqdm(total=total, unit="step", desc=name, disable=not shown)
 
     def close(self) -> None:
@@ -123,8 +140,14 @@ class Bar:
         """Counts steps taken."""
         self._bar.update(steps)
 
+    def read(self) -> Progress:
+        """How far it has come."""
+        facts = self._bar.format_dict
+        return Progress(self.position, facts["total"], facts["rate"], self._words)
+
     def say(self, words: str) -> None:
         """Shows what is being done."""
+        self._words = words
         self._bar.set_postfix_str(words)
 
     def show(self, loss: float, samples_per_second: float | None, utilisation: float | None) -> None:
@@ -137,4 +160,5 @@ class Bar:
         rate = self._bar.format_dict["rate"]
         if rate and self._concepts > 1:
             words.append(f"{3600 * rate / self._steps_each:.0f} concepts/h")
-        self._bar.set_postfix_str(", ".join(words), refresh=False)
+        self._words = ", ".join(words)
+        self._bar.set_postfix_str(self._words, refresh=False)

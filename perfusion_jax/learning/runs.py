@@ -22,7 +22,8 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -50,13 +51,31 @@ from perfusion_jax.runtime.errors import InputError, Stopped, UnavailableError, 
 from perfusion_jax.runtime.files import entries, locked, storage_errors, write_bytes
 
 
-def train_one(config: ConfigDict, workdir: epath.Path, diagnostics: Diagnostics | None = None) -> epath.Path:
+class Session(NamedTuple):
+    """How a run is watched, and told to stop.
+
+    Attributes:
+        diagnostics: what is asked for of them.
+        stop: whether it is time to save and stop; None: when the process gets SIGTERM or Ctrl-C.
+        bar: makes what shows the progress, with the arguments of `Bar`.
+    """
+
+    diagnostics: Diagnostics = Diagnostics()
+    stop: Callable[[], bool] | None = None
+    bar: Callable[..., Bar] = Bar
+
+
+AT_A_TERMINAL = Session()
+"""Nothing is asked for, and signals stop it."""
+
+
+def train_one(config: ConfigDict, workdir: epath.Path, session: Session = AT_A_TERMINAL) -> epath.Path:
     """Learns the concept of a config, or goes on with it.
 
     Args:
         config: of one concept.
         workdir: where results go.
-        diagnostics: what is asked for of them; None for nothing.
+        session: how it is watched, and told to stop.
 
     Returns:
         The concept's file.
@@ -80,7 +99,7 @@ def train_one(config: ConfigDict, workdir: epath.Path, diagnostics: Diagnostics 
         if taken >= config.steps and result.exists():
             print(f"finished already, after {taken} steps: {result}")
         else:
-            _learn(config, records, [member], [member], diagnostics or Diagnostics())
+            _learn(config, records, [member], [member], session)
     return result
 
 
@@ -88,7 +107,7 @@ def train_fleet(
     config: ConfigDict,
     workdir: epath.Path,
     shard: tuple[int, int] = (0, 1),
-    diagnostics: Diagnostics | None = None,
+    session: Session = AT_A_TERMINAL,
 ) -> None:
     """Learns what is missing of a table.
 
@@ -96,7 +115,7 @@ def train_fleet(
         config: one that names `concepts` (`configs/fleet.py`).
         workdir: shared by all processes, and by all jobs that have a part of the table.
         shard: (I, N): every N-th concept from the I-th on. Each job keeps its report in `shard_I_of_N/`.
-        diagnostics: what is asked for of them; None for nothing.
+        session: how it is watched, and told to stop.
 
     Raises:
         InputError: the config, table or workdir cannot be used, or not one concept was learnt and there are no other
@@ -125,7 +144,7 @@ def train_fleet(
         todo = [member for member in members if not report.is_over(member.name)]
         _warn_of_changed_rows(rows, report)
         if todo:
-            _learn(config, Records(workdir, folder, report), members, todo, diagnostics or Diagnostics())
+            _learn(config, Records(workdir, folder, report), members, todo, session)
     _summarise(rows, report, workdir, is_part=count > 1)
 
 
@@ -190,7 +209,7 @@ def _learn(
     records: Records,
     members: list[Member],
     todo: list[Member],
-    diagnostics: Diagnostics,
+    session: Session,
 ) -> None:
     """Learns members round by round.
 
@@ -206,12 +225,12 @@ def _learn(
     steps = sum(member.config.steps for member in todo)
     name = config.name if records.alone else "fleet"
     with (
-        distributed.stopping() as stop,
+        distributed.stopping() if session.stop is None else nullcontext(session.stop) as stop,
         ThreadPoolExecutor(1, "prepare") as executor,
-        closing(Profiler(str(records.folder / "profile"), diagnostics.profile)) as profiler,
-        closing(Bar(steps, len(todo), name, shown=distributed.is_first())) as bar,
+        closing(Profiler(str(records.folder / "profile"), session.diagnostics.profile)) as profiler,
+        closing(session.bar(steps, len(todo), name, shown=distributed.is_first())) as bar,
     ):
-        watch = Watch(bar=bar, profiler=profiler, debug_nans=diagnostics.debug_nans)
+        watch = Watch(bar=bar, profiler=profiler, debug_nans=session.diagnostics.debug_nans)
         job = _Job(resources=resources, records=records, watch=watch, stop=stop, executor=executor)
         try:
             job.learn(rounds)
