@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ OPTIONS = (
     *("sampler", "steps", "guidance", "guidance_rescale", "negative_prompt", "lock", "height", "width"),
     *("init_strength", "batch_size"),
 )
+
+_DEFAULTS = {"guidance_rescale": 0.0, "lock": "local", "init_strength": 0.8}
 
 
 class Recipe(NamedTuple):
@@ -167,25 +169,106 @@ def recipe_of_flags(arguments: flags.FlagValues) -> Recipe:
     Raises:
         InputError: a flag's value is not of its kind.
     """
-    prompts = [_plain(prompt) for prompt in read_prompts(arguments.prompt, arguments.prompts)]
-    count = arguments.num_images
-    options = {name: getattr(arguments, name) for name in OPTIONS if name != "batch_size"}
+    options = {name: getattr(arguments, name) for name in OPTIONS}
     options |= {name: numbers(name, options[name]) for name in CONTROLS}
-    if options["negative_prompt"] is not None:
-        options["negative_prompt"] = _plain(options["negative_prompt"])
-    options["batch_size"] = min(arguments.batch_size, count * len(prompts))
-    return Recipe(
-        base={"source": arguments.base, "revision": arguments.revision, "variant": arguments.variant},
-        concepts=read_concepts(arguments.concept),
-        prompts=[prompt for prompt in prompts for _ in range(count)],
-        seeds=list(range(arguments.seed, arguments.seed + count)) * len(prompts),
-        columns=count if len(prompts) > 1 else math.ceil(math.sqrt(count)),
-        options=options,
+    return make_recipe(
+        {"source": arguments.base, "revision": arguments.revision, "variant": arguments.variant},
+        read_concepts(arguments.concept),
+        read_prompts(arguments.prompt, arguments.prompts),
+        arguments.num_images,
+        arguments.seed,
+        options,
         init_image=arguments.init_image,
         sweep=parse_sweep(arguments.sweep),
-        versions={library: version(library) for library in LIBRARIES},
         tree=arguments.tree,
     )
+
+
+def make_recipe(
+    base: dict[str, str | None],
+    concepts: list[dict[str, str]],
+    prompts: Sequence[str],
+    count: int,
+    seed: int,
+    options: Mapping[str, Any],
+    init_image: str | None = None,
+    sweep: tuple[str, list[float]] | None = None,
+    tree: str | None = None,
+) -> Recipe:
+    """The recipe of some pictures of each prompt.
+
+    Args:
+        base, concepts, init_image, sweep, tree: as in a `Recipe`.
+        prompts: what other programs read in them is taken out, and a warning says so.
+        count: pictures of each prompt.
+        seed: of the first; the next has the next.
+        options: all of OPTIONS.
+    """
+    prompts, options = [_plain(prompt) for prompt in prompts], dict(options)
+    if options["negative_prompt"] is not None:
+        options["negative_prompt"] = _plain(options["negative_prompt"])
+    options["batch_size"] = min(options["batch_size"], count * len(prompts))
+    return Recipe(
+        base=base,
+        concepts=concepts,
+        prompts=[prompt for prompt in prompts for _ in range(count)],
+        seeds=list(range(seed, seed + count)) * len(prompts),
+        columns=count if len(prompts) > 1 else math.ceil(math.sqrt(count)),
+        options=options,
+        init_image=init_image,
+        sweep=sweep,
+        versions={library: version(library) for library in LIBRARIES},
+        tree=tree,
+    )
+
+
+def command_of(recipe: Recipe, out: str) -> list[str]:
+    """The words of the command that draws a recipe of one prompt anew; those of options that are the default are left
+    out.
+
+    Args:
+        recipe: what is drawn.
+        out: the file to write.
+    """
+    given: dict[str, Any] = {
+        "base": None if recipe.base["source"] == "emoji" else recipe.base["source"],
+        "revision": recipe.base["revision"],
+        "variant": recipe.base["variant"],
+        "tree": recipe.tree,
+        "prompt": recipe.prompts[0],
+        "num_images": len(recipe.prompts),
+        "seed": recipe.seeds[0],
+        **{name: value for name, value in recipe.options.items() if value != _DEFAULTS.get(name)},
+        "init_image": recipe.init_image,
+    }
+    if not recipe.init_image:
+        given.pop("init_strength", None)
+    if recipe.sweep:
+        name, values = recipe.sweep
+        given["sweep"] = f"{name}={values[0]:g}:{values[-1]:g}:{len(values)}"
+    words = ["python", "-m", "perfusion_jax.sample"]
+    for entry in recipe.concepts:
+        words += ["--concept", f"{entry['name']}={entry['file']}"]
+    for name, value in given.items():
+        if value is not None:
+            text = ",".join(f"{number:g}" for number in value) if isinstance(value, list) else f"{value}"
+            words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+    return [*words, "--out", out]
+
+
+def read_recipe(file: str | os.PathLike[str]) -> Recipe:
+    """What a picture says of how it was drawn; nothing that it names is looked at.
+
+    Raises:
+        InputError: it does not say.
+        UnavailableError: storage fails.
+    """
+    record = load_recipe(file)
+    # Pictures of before trees say nothing of them.
+    known = record.get("format") == FORMAT and record.keys() | {"tree"} == set(Recipe._fields)
+    if not known or not isinstance(record["options"], dict) or record["options"].keys() != set(OPTIONS):
+        raise InputError(f"{file}: it was drawn by another version of perfusion_jax: {json.dumps(record)}")
+    return Recipe(**record)
 
 
 def recipe_of_picture(file: str | os.PathLike[str], base_given: bool, base: str) -> Recipe:
@@ -200,12 +283,7 @@ def recipe_of_picture(file: str | os.PathLike[str], base_given: bool, base: str)
         InputError: it does not say, or names a base model that the user did not, or a concept is not what it was.
         UnavailableError: storage fails.
     """
-    record = load_recipe(file)
-    # Pictures of before trees say nothing of them.
-    known = record.get("format") == FORMAT and record.keys() | {"tree"} == set(Recipe._fields)
-    if not known or not isinstance(record["options"], dict) or record["options"].keys() != set(OPTIONS):
-        raise InputError(f"{file}: it was drawn by another version of perfusion_jax: {json.dumps(record)}")
-    recipe = Recipe(**record)
+    recipe = read_recipe(file)
     source = recipe.base["source"]
     if source != "emoji" and not (base_given and base == source):
         # A picture from somewhere must not decide what is fetched from where.

@@ -93,9 +93,8 @@ def save_concept(file: str | Path, concept: Learnt, card: ConceptCard) -> None:
     """
     if concept.embedding.ndim != 1:
         raise InputError(f"{file}: {len(concept.embedding)} stacked concepts; a file holds one")
-    metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in dataclasses.asdict(card).items()}}
     tensors = {name: np.asarray(tensor, np.float32) for name, tensor in by_name(concept).items()}
-    write_bytes(file, tensor_bytes(tensors, metadata))
+    write_bytes(file, tensor_bytes(tensors, _metadata(card)))
 
 
 def read_card(file: str | Path) -> ConceptCard:
@@ -106,6 +105,20 @@ def read_card(file: str | Path) -> ConceptCard:
         UnavailableError: storage fails.
     """
     return _read(to_path(file))[0]
+
+
+def write_renamed(file: str | Path, target: str | Path, name: str) -> None:
+    """Writes a copy of a concept file that gives its concept another name.
+
+    Raises:
+        InputError, UnavailableError: the file cannot be read, or the copy cannot be written.
+    """
+    card, tensors = _read(to_path(file))
+    write_bytes(target, tensor_bytes(tensors, _metadata(dataclasses.replace(card, name=name))))
+
+
+def _metadata(card: ConceptCard) -> dict[str, str]:
+    return {"format": FORMAT, **{key: json.dumps(value) for key, value in dataclasses.asdict(card).items()}}
 
 
 def load_concept(file: str | Path, base: BaseModel) -> TrainedConcept:
