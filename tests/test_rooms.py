@@ -13,8 +13,8 @@ FLOORS = (
     {"formats", "data"},
     {"drawing", "config"},
     {"learning"},
-    {"evaluation"},
-    {"train", "sample", "evaluate", "export", "covariance", "compile"},
+    {"evaluation", "web"},
+    {"train", "sample", "evaluate", "export", "covariance", "compile", "studio"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What the package offers as a whole.

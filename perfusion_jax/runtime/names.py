@@ -28,3 +28,6 @@ SHORT_NAMES = {
     "sdxl": OnHub("stabilityai/stable-diffusion-xl-base-1.0", "fp16"),
 }
 """Base models that have a short name."""
+
+STUDIO = ".studio"
+"""The studio's own folder among its runs."""

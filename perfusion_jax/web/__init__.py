@@ -1,0 +1,1 @@
+"""The studio: what its page shows, and what its buttons call."""

@@ -1,0 +1,198 @@
+"""Draws for the page, picture by picture, and says where each picture looked at each word of its prompt."""
+
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
+from perfusion_jax.drawing.generation import Drawn, drawing
+from perfusion_jax.drawing.recipe import OPTIONS, Recipe, init_pixels, load_concepts, make_recipe
+from perfusion_jax.drawing.samplers import settle
+from perfusion_jax.formats.picture_file import write_picture
+from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.web.library import Entry
+
+DRAWINGS = "drawings"
+"""Folder of all pictures that were drawn, among the runs."""
+
+
+class Word(NamedTuple):
+    """A word of a prompt, as the model reads it.
+
+    Attributes:
+        text: the word.
+        looks: how much each part of the picture looked at it, from its least, 0, to its most, 255: uint8 [height /
+            f, width / f].
+        least, most: these two as shares of all attention.
+    """
+
+    text: str
+    looks: np.ndarray
+    least: float
+    most: float
+
+
+class Picture(NamedTuple):
+    """A picture that was drawn.
+
+    Attributes:
+        file: where it lies; it says how it was drawn.
+        pixels: uint8 [height, width, 3].
+        words: of its prompt.
+        label: what is particular to it.
+    """
+
+    file: Path
+    pixels: np.ndarray
+    words: list[Word]
+    label: str
+
+
+class Easel:
+    """The base model, loaded when it is first needed, with which one drawing is made at a time.
+
+    Args:
+        runs: the studio's folder.
+        base: keyword arguments of `load_base_model`.
+    """
+
+    def __init__(self, runs: Path, base: Mapping[str, str | None]):
+        self.runs = runs
+        self.source = dict(base)
+        self._busy = threading.Lock()
+        self._loading = threading.Lock()
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model.
+
+        Raises:
+            InputError, UnavailableError: it cannot be loaded.
+        """
+        with self._loading:
+            return self._base
+
+    @cached_property
+    def _base(self) -> BaseModel:
+        return load_base_model(dtype=network_dtype(), **self.source)  # type: ignore[arg-type]
+
+    @property
+    def quick_sampler(self) -> str:
+        """What the page draws with unless it is told: DPM-Solver++ in place of DDIM, of whose steps it needs less than
+        half; else the model's own, which is empty.
+        """
+        return "dpm++" if settle(self.base.model.schedule, None, None)[0] == "ddim" else ""
+
+    def can_draw(self, entry: Entry) -> bool:
+        """Whether a concept was learnt on this base model."""
+        return self.base.has_fingerprint(entry.card.fingerprint)
+
+    def recipe(
+        self,
+        prompt: str,
+        entries: Sequence[Entry],
+        count: int,
+        seed: int,
+        options: Mapping[str, Any],
+        init_image: str | None = None,
+        sweep: tuple[str, list[float]] | None = None,
+    ) -> Recipe:
+        """What is to be drawn.
+
+        Args:
+            prompt: names the concepts.
+            entries: those.
+            count, seed, sweep: as for `make_recipe`.
+            options: some of OPTIONS; those that are left out are None or the default.
+            init_image: a file of the studio's own.
+        """
+        concepts = [
+            {"name": entry.call, "file": str(entry.file), "sha256": hashlib.sha256(entry.file.read_bytes()).hexdigest()}
+            for entry in entries
+        ]
+        default = {"guidance_rescale": 0.0, "lock": "local", "init_strength": 0.8, "batch_size": 1}
+        whole = {name: options.get(name, default.get(name)) for name in OPTIONS}
+        return make_recipe(self.source, concepts, [prompt], count, seed, whole, init_image, sweep)
+
+    def draw(self, recipe: Recipe) -> Iterator[Picture]:
+        """Draws a recipe picture by picture, and keeps each in the folder of drawings.
+
+        Raises:
+            InputError: it cannot be drawn, or written.
+        """
+        base, concepts = load_concepts(recipe, self.base)
+        options = dict(recipe.options)
+        if recipe.init_image:
+            options["init_image"] = init_pixels(recipe, base)
+        name, values = recipe.sweep or ("", [0.0])
+        settings = [({**options, name: value}, f"{name} {value:g}") if name else (options, "") for value in values]
+        # All of them first, for what cannot be drawn is refused here.
+        drawings = [
+            (drawing(base, recipe.prompts, recipe.seeds, concepts, attention=True, **each), each, label)
+            for each, label in settings
+        ]
+        placeholders = [card.placeholder for _, card in concepts]
+        pieces = base.model.tokenizer.pieces(recipe.prompts[0], placeholders)
+        for batches, each, label in drawings:
+            number = 0
+            while True:
+                with self._busy:  # others may draw in between
+                    drawn = next(batches, None)
+                if drawn is None:
+                    break
+                for picture, words in zip(drawn.pixels, _looks(drawn, pieces), strict=True):
+                    seed = recipe.seeds[number]
+                    record = recipe._replace(
+                        prompts=[recipe.prompts[number]],
+                        seeds=[seed],
+                        columns=1,
+                        options={key: each[key] for key in OPTIONS},
+                        sweep=None,
+                    )
+                    file = self._write(picture, record)
+                    yield Picture(file, picture, words, ", ".join(filter(None, (f"seed {seed}", label))))
+                    number += 1
+
+    def _write(self, pixels: np.ndarray, record: Recipe) -> Path:
+        folder = self.runs / DRAWINGS
+        numbers = [int(file.stem) for file in folder.glob("*.png") if file.stem.isdecimal()]
+        file = folder / f"{max(numbers, default=0) + 1:06d}.png"
+        write_picture(file, pixels, record._asdict())
+        return file
+
+    def drawn_before(self, most: int) -> list[Path]:
+        """The latest drawings, the newest first."""
+        return sorted((self.runs / DRAWINGS).glob("[0-9]*.png"), reverse=True)[:most]
+
+
+def _looks(drawn: Drawn, pieces: Sequence[tuple[int, str]]) -> list[list[Word]]:
+    """Of each picture the words, with where it looked at each."""
+    assert drawn.attention is not None
+    found = []
+    for seen in drawn.attention:
+        words = []
+        for position, text in pieces:
+            share = seen[:, :, position]
+            least, most = float(share.min()), float(share.max())
+            looks = np.round(255 * (share - least) / max(most - least, 1e-9)).astype(np.uint8)
+            words.append(Word(text, looks, least, most))
+        found.append(words)
+    return found
+
+
+def entries_of(recipe: Recipe, entries: Sequence[Entry]) -> list[Entry]:
+    """The library's concepts that a picture was drawn with, wherever they lie and whatever they are called now.
+
+    Raises:
+        InputError: one of them is not in the library.
+    """
+    digests = {hashlib.sha256(entry.file.read_bytes()).hexdigest(): entry for entry in entries}
+    missing = next((each["name"] for each in recipe.concepts if each["sha256"] not in digests), None)
+    if missing is not None:
+        raise InputError(f"<{missing}>, with which it was drawn, is not in the library, or has changed since")
+    return [digests[each["sha256"]] for each in recipe.concepts]

@@ -1,0 +1,340 @@
+"""What is to be learnt: a queue that one thread works off, kept in a file, so that a killed studio goes on.
+
+Things that wait and can be learnt together are made one fleet. A run is the commands' own: what a person stops here
+goes on by the command, and the other way round.
+"""
+
+import dataclasses
+import json
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from perfusion_jax.config import KEYS, OVERRIDES, PER_CONCEPT, is_fleet, make_config, to_json
+from perfusion_jax.learning.progress import Bar, Progress
+from perfusion_jax.learning.runs import Session, train_fleet, train_one
+from perfusion_jax.learning.workdir import CONFIG, has_results
+from perfusion_jax.runtime.errors import InputError, Stopped, is_jax_runtime_error, out_of_memory
+from perfusion_jax.runtime.files import read_text, storage_errors, write_bytes
+from perfusion_jax.runtime.names import STUDIO
+
+WAITING, LEARNING, STOPPED, FAILED, DONE = "waiting", "learning", "stopped", "failed", "done"
+TABLE = "concepts.jsonl"
+# Keys in which the members of a fleet may differ.
+_OWN = (*PER_CONCEPT, *OVERRIDES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that is to be learnt.
+
+    Attributes:
+        run: its workdir's name among the runs.
+        names: of its concepts.
+        kinds: their super-categories.
+        config: as JSON.
+        state: WAITING, LEARNING, STOPPED, FAILED or DONE.
+        error: why it failed.
+    """
+
+    run: str
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    config: dict[str, Any]
+    state: str = WAITING
+    error: str = ""
+
+    @property
+    def settings(self) -> ConfigDict:
+        """The config of the run, its lists as tuples again."""
+        return ConfigDict(
+            {key: tuple(value) if isinstance(value, list) else value for key, value in self.config.items()}
+        )
+
+
+class _Watched(Bar):
+    """A bar on the studio's terminal that the page looks at as well."""
+
+    def __init__(self, watch: Callable[[Bar], None], *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        watch(self)
+
+
+class Jobs:
+    """The queue, and the thread that learns.
+
+    Args:
+        runs: the studio's folder.
+    """
+
+    def __init__(self, runs: Path):
+        self.runs = runs
+        self._file = runs / STUDIO / "queue.json"
+        self._changed = threading.Condition()
+        self._jobs = self._read()
+        self._stop = threading.Event()
+        self._closing = False
+        self._bar: Bar | None = None
+        self._thread = threading.Thread(target=self._work, name="learning", daemon=True)
+
+    def start(self) -> None:
+        """Begins to learn what waits."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Saves what is being learnt, to go on when the studio starts again."""
+        with self._changed:
+            self._closing = True
+            self._stop.set()
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def snapshot(self) -> list[Job]:
+        """All jobs, in the order in which they are learnt."""
+        with self._changed:
+            return list(self._jobs)
+
+    def progress(self) -> Progress | None:
+        """How far the run that is being learnt has come; None between runs."""
+        bar = self._bar
+        return None if bar is None else bar.read()
+
+    def add(self, config: ConfigDict) -> Job:
+        """Puts a concept at the end of the queue.
+
+        Raises:
+            InputError: there is a run of its name.
+        """
+        with self._changed:
+            self.check_free(config.name)
+            job = Job(config.name, (config.name,), (config.super_category,), json.loads(to_json(config)))
+            self._jobs.append(job)
+            self._keep()
+            return job
+
+    def check_free(self, name: str) -> None:
+        """Sees that a name can be taken.
+
+        Raises:
+            InputError: there is a run of it, or it waits for its turn.
+        """
+        if (self.runs / name).exists() or any(name in job.names for job in self._unfinished()):
+            raise InputError(f"there is a run called {name} already: take another name")
+
+    def adopt(self, run: str) -> Job:
+        """Goes on with a run that a command has begun.
+
+        Args:
+            run: one of those that `interrupted` names.
+
+        Raises:
+            InputError: it is none of them, or its config cannot be read.
+        """
+        if run not in self.interrupted():
+            raise InputError(f"{run}: no run that can be gone on with")
+        file = self.runs / run / CONFIG
+        try:
+            config = json.loads(read_text(epath.Path(file)))
+            known = {key: config[key] for key in KEYS}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: not the config of a run of this version ({error!r})") from error
+        job = Job(run, (known["name"],), (known["super_category"],), known)
+        if known["concepts"]:
+            job = dataclasses.replace(job, names=(known["concepts"],), kinds=("",))
+        with self._changed:
+            self._jobs.append(job)
+            self._keep()
+        return job
+
+    def interrupted(self) -> list[str]:
+        """Runs that have learnt something, have not come to their end, and are not in the queue."""
+        queued = {job.run for job in self.snapshot() if job.state != DONE}
+        found = []
+        for file in sorted(self.runs.glob(f"*/{CONFIG}")):
+            workdir = file.parent
+            if workdir.name in queued or workdir.name.startswith(".") or not has_results(epath.Path(workdir)):
+                continue
+            try:
+                config = json.loads(file.read_text())
+                ended = (
+                    not json.loads(read_text(epath.Path(workdir / "round.json")) or "{}").get("members")
+                    if config["concepts"]
+                    else (workdir / "concepts" / f"{config['name']}.safetensors").exists()
+                )
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError, OSError):
+                continue  # not a run of ours, or damaged: the command tells more of it
+            if not ended:
+                found.append(workdir.name)
+        return found
+
+    def stop(self, run: str) -> None:
+        """Stops a run, which saves first; or takes one that waits out of the line."""
+        with self._changed:
+            job = self._find(run)
+            if job.state == LEARNING:
+                self._stop.set()
+            elif job.state == WAITING:
+                self._put(job, state=STOPPED)
+
+    def go_on(self, run: str) -> None:
+        """Lets a run that was stopped, or has failed, wait for its turn again."""
+        with self._changed:
+            job = self._find(run)
+            if job.state in (STOPPED, FAILED):
+                self._put(job, state=WAITING, error="")
+                self._changed.notify_all()
+
+    def forget(self, run: str) -> None:
+        """Takes a run out of the queue; what it has learnt stays in its workdir.
+
+        Raises:
+            InputError: it is being learnt.
+        """
+        with self._changed:
+            job = self._find(run)
+            if job.state == LEARNING:
+                raise InputError(f"{run} is being learnt: stop it first")
+            self._jobs.remove(job)
+            self._keep()
+
+    def _find(self, run: str) -> Job:
+        for job in self._unfinished():
+            if job.run == run:
+                return job
+        raise InputError(f"{run}: no such run in the queue; it may have come to its end meanwhile")
+
+    def _unfinished(self) -> list[Job]:
+        return [job for job in self._jobs if job.state != DONE]
+
+    def _put(self, job: Job, **changes: Any) -> Job:
+        """Replaces a job; the lock must be held."""
+        changed = dataclasses.replace(job, **changes)
+        self._jobs[self._jobs.index(job)] = changed
+        self._keep()
+        return changed
+
+    def _read(self) -> list[Job]:
+        text = read_text(epath.Path(self._file))
+        try:
+            jobs = [
+                Job(**{**each, "names": tuple(each["names"]), "kinds": tuple(each["kinds"])})
+                for each in json.loads(text or "[]")
+            ]
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise InputError(f"{self._file}: damaged ({error!r}); delete it: the runs themselves stay") from error
+        # One that was being learnt when the studio was killed goes on.
+        return [dataclasses.replace(job, state=WAITING) if job.state == LEARNING else job for job in jobs]
+
+    def _keep(self) -> None:
+        self._changed.notify_all()
+        write_bytes(self._file, json.dumps([dataclasses.asdict(job) for job in self._jobs], indent=1).encode())
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or any(job.state == WAITING for job in self._jobs))
+                if self._closing:
+                    return
+                self._stop.clear()
+                job = self._put(self._next(), state=LEARNING)
+            state, error = self._learn(job)
+            with self._changed:
+                self._bar = None
+                if state == STOPPED and self._closing:
+                    state = LEARNING  # goes on when the studio starts again
+                self._put(job, state=state, error=error)
+
+    def _next(self) -> Job:
+        """The first that waits, as a fleet with all others that can be learnt with it; the lock must be held."""
+        waiting = [job for job in self._jobs if job.state == WAITING]
+        first = waiting[0]
+        together = [
+            job for job in waiting if _together(first, job) and not has_results(epath.Path(self.runs / job.run))
+        ]
+        if first not in together or len(together) < 2:
+            return first
+        run = f"{first.run}-and-{len(together) - 1}-more"
+        while (self.runs / run).exists():
+            run += "-"
+        fleet = make_fleet(self.runs / run, together)
+        self._jobs = [fleet if job is first else job for job in self._jobs if job is first or job not in together]
+        return fleet
+
+    def _learn(self, job: Job) -> tuple[str, str]:
+        """Learns a run; returns its state after that, and what went wrong."""
+
+        def watch(bar: Bar) -> None:
+            self._bar = bar
+
+        session = Session(
+            stop=self._stop.is_set, bar=lambda *arguments, **options: _Watched(watch, *arguments, **options)
+        )
+        config, workdir = job.settings, epath.Path(self.runs / job.run)
+        try:
+            if is_fleet(config):
+                train_fleet(config, workdir, session=session)
+            else:
+                train_one(config, workdir, session)
+        except Stopped:
+            return STOPPED, ""
+        except InputError as error:
+            return FAILED, str(error)
+        except Exception as error:  # the page must tell of it, and the next run be learnt
+            reason = out_of_memory(error) if is_jax_runtime_error(error) else ""
+            if reason:
+                return FAILED, f"the memory of a device does not suffice ({reason})"
+            logging.error("%s", "".join(traceback.format_exception(error)))
+            return (
+                FAILED,
+                f"a fault of the program (see the terminal): {type(error).__name__}: {error}",
+            )
+        return DONE, ""
+
+
+def _together(one: Job, other: Job) -> bool:
+    """Whether two single concepts can be members of one fleet."""
+    if one.config["concepts"] or other.config["concepts"]:
+        return False
+    return all(one.config[key] == other.config[key] for key in KEYS if key not in _OWN)
+
+
+def make_fleet(workdir: Path, jobs: Sequence[Job]) -> Job:
+    """One run of several concepts, its table written into its workdir.
+
+    Raises:
+        InputError, UnavailableError: it cannot be written.
+    """
+    shared = jobs[0].config
+    default = make_config(shared["base"])
+    rows = [
+        {
+            **{key: job.config[key] for key in PER_CONCEPT},
+            **{key: job.config[key] for key in OVERRIDES if job.config[key] != shared[key]},
+        }
+        for job in jobs
+    ]
+    table = workdir / TABLE
+    with storage_errors(table, "written"):
+        workdir.mkdir(parents=True)
+    write_bytes(table, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    config = {**shared, "concepts": str(table), **{key: default[key] for key in PER_CONCEPT}}
+    names, kinds = (tuple(getattr(job, field)[0] for job in jobs) for field in ("names", "kinds"))
+    return Job(workdir.name, names, kinds, config)
+
+
+def command_of(job: Job, runs: Path) -> list[str]:
+    """The words of the command that learns a run, or goes on with it."""
+    default = json.loads(to_json(make_config(job.config["base"])))
+    words = ["python", "-m", "perfusion_jax.train", "--workdir", str(runs / job.run)]
+    for key, value in job.config.items():
+        if (key == "base" and value != "emoji") or (key in KEYS and value != default[key]):
+            given = tuple(value) if isinstance(value, list) else value
+            words.append(f"--config.{key}={given}")
+    return words

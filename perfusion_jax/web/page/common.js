@@ -1,0 +1,136 @@
+// What the tabs share: elements, requests, notes, pictures, and the state of the studio.
+
+export const find = (selector) => document.querySelector(selector);
+
+/** An element with properties and children; text is never read as HTML. */
+export function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name === "class") element.className = value;
+    else if (name === "data") Object.assign(element.dataset, value);
+    else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name.includes("-") || name === "role" || name === "for") element.setAttribute(name, value);
+    else element[name] = value;
+  }
+  element.append(...children.filter((child) => child !== null && child !== ""));
+  return element;
+}
+
+/** Shows a line to the person: "" (a plain one), "warning" or "error"; nothing where there are no words. */
+export function say(place, words, kind = "") {
+  place.replaceChildren(...(words ? [make("p", { class: `note ${kind}`, role: kind === "error" ? "alert" : "status" }, words)] : []));
+}
+
+async function answer(response) {
+  const text = await response.text();
+  let sent;
+  try { sent = JSON.parse(text); } catch { sent = { error: text || `the studio answered ${response.status}` }; }
+  if (!response.ok) throw new Error(sent.error ?? `the studio answered ${response.status}`);
+  return sent;
+}
+
+const failed = (error) => { throw error instanceof TypeError ? new Error("The studio does not answer. What was being learnt is saved; start it again, and this page goes on.") : error; };
+
+export const post = (path, values) =>
+  fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) }).then(answer).catch(failed);
+
+export function send(path, files) {
+  const form = new FormData();
+  for (const file of files) form.append("files", file, file.name);
+  return fetch(path, { method: "POST", body: form }).then(answer).catch(failed);
+}
+
+/** Calls `each` with every object of a stream of lines of JSON. */
+export async function stream(path, values, signal, each) {
+  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values), signal };
+  const response = await fetch(path, options).catch(failed);
+  if (!response.ok) await answer(response);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) each(JSON.parse(line));
+  }
+}
+
+// The state of the studio, asked for every other second; listeners are called where it has changed.
+const listeners = [];
+export let state = { entries: [], jobs: [], interrupted: [], grid: "", drawings: [] };
+let seen = "";
+export const listen = (listener) => listeners.push(listener);
+export async function refresh() {
+  try {
+    const sent = await fetch("/api/state").catch(failed).then(answer);
+    find("#connection").hidden = true;
+    const text = JSON.stringify(sent);
+    if (text === seen) return;
+    seen = text;
+    state = sent;
+    for (const listener of listeners) listener();
+  } catch (error) {
+    find("#connection").textContent = error.message;
+    find("#connection").hidden = false;
+  }
+}
+
+/** A command line to copy. */
+export function command(words, label) {
+  const line = words.map((word) => (/^[\w@%+=:,./<>-]+$/.test(word) && !/[<>]/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`)).join(" ");
+  const button = make("button", { type: "button" }, "Copy");
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(line);
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+  return make("details", { class: "command" }, make("summary", {}, label), make("pre", { tabIndex: 0 }, line), button);
+}
+
+/** A place that drawn pictures are added to, with the words of their prompt: to hover or focus one shows where they looked. */
+export function pictures(place, prompt, isStrip) {
+  const words = make("p", { class: "words", role: "group", "aria-label": "Words: hover or focus one to see where the pictures looked at it" });
+  const figures = make("div", { class: isStrip ? "pictures strip" : "pictures" });
+  const show = (number) => {
+    figures.querySelectorAll(".looks").forEach((cover) => { cover.hidden = cover.dataset.word !== String(number); });
+    [...words.children].forEach((word, each) => word.setAttribute("aria-pressed", String(each === number)));
+  };
+  let begun = false;
+  return (picture) => {
+    if (!begun) {
+      begun = true;
+      words.replaceChildren(...picture.words.map((word, number) => {
+        const share = (value) => `${Math.round(100 * value)} %`;
+        const title = `${share(word.least)} to ${share(word.most)} of the attention`;
+        const on = () => show(number), off = () => show(-1);
+        return make("button", { type: "button", title, "aria-pressed": "false", onmouseenter: on, onfocus: on, onmouseleave: off, onblur: off }, word.text);
+      }));
+      place.replaceChildren(words, figures);
+    }
+    const address = `/drawings/${picture.file}`;
+    const covers = picture.words.map((word, number) => make("img", { class: "looks", src: word.looks, alt: "", hidden: true, data: { word: number } }));
+    const small = Math.max(picture.width, picture.height) < 256 ? " small" : "";
+    figures.append(make("figure", {},
+      make("div", { class: `frame${small}` }, make("img", { src: address, alt: `${prompt}, ${picture.label}`, width: picture.width, height: picture.height }), ...covers),
+      make("figcaption", {}, make("span", {}, picture.label), make("a", { href: address, download: picture.file }, picture.file))));
+  };
+}
+
+/** The number in a field, or null where it is empty. */
+export const number = (selector) => { const value = find(selector).value; return value === "" ? null : Number(value); };
+
+/** Asks a question; true if the answer is yes. */
+export function ask(words, yes) {
+  const dialog = find("#ask-dialog");
+  find("#ask-words").textContent = words;
+  find("#ask-yes").textContent = yes;
+  return new Promise((resolve) => {
+    const end = (answer) => () => { dialog.close(); resolve(answer); };
+    find("#ask-yes").onclick = end(true);
+    find("#ask-no").onclick = end(false);
+    dialog.oncancel = () => resolve(false);
+    dialog.showModal();
+    find("#ask-no").focus();
+  });
+}

@@ -1,0 +1,94 @@
+// The tab that keeps what was learnt: cards, renaming, exporting, deleting, comparing.
+import { ask, find, listen, make, number, pictures, post, refresh, say, state, stream } from "./common.js";
+
+const message = find("#library-message");
+let chosen = "";
+
+const address = (entry) => `/grid?key=${encodeURIComponent(entry.key)}&at=${entry.grid}`;
+function card(entry) {
+  const picture = entry.grid ? make("img", { src: address(entry), alt: "" }) : make("span", { class: "blank" });
+  return make("button", { type: "button", class: "card", "aria-pressed": String(entry.key === chosen), data: { key: entry.key }, onclick: () => choose(entry.key) },
+    picture, make("strong", {}, `<${entry.call}>`), make("span", {}, `a ${entry.kind}`), entry.drawable ? "" : make("small", {}, "of another base model"));
+}
+function choose(key) {
+  chosen = key;
+  say(message, "");
+  find("#exported").replaceChildren();
+  show();
+  const entry = state.entries.find((each) => each.key === key);
+  if (entry) find("#new-name").value = entry.name;
+}
+function show() {
+  const focused = document.activeElement?.dataset?.key;
+  const cards = state.entries.map(card);
+  find("#cards").replaceChildren(...(cards.length ? cards : [make("p", { class: "empty" }, "Nothing has been learnt yet.")]));
+  if (focused) document.querySelector(`.card[data-key="${CSS.escape(focused)}"]`)?.focus();
+  const entry = state.entries.find((each) => each.key === chosen);
+  find("#details").hidden = !entry;
+  if (entry) {
+    const rows = Object.entries(entry.facts).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
+    const picture = entry.grid ? make("img", { class: "grid-picture", src: address(entry), alt: "What it was scored by; its own pictures are on the left" }) : "";
+    find("#facts").replaceChildren(make("h2", {}, entry.name), picture, make("dl", {}, ...rows));
+    find("#export-form").hidden = !entry.gated || !entry.drawable;
+  }
+  find("#compare-form").hidden = state.entries.filter((each) => each.drawable).length < 2;
+  for (const side of ["left", "right"]) {
+    const select = find(`#${side}`), before = select.value;
+    const options = state.entries.filter((each) => each.drawable).map((each) => make("option", { value: each.key }, each.call));
+    select.replaceChildren(...options);
+    if (options.some((option) => option.value === before)) select.value = before;
+    else if (side === "right" && options.length > 1) select.selectedIndex = 1;
+  }
+}
+async function doing(work) {
+  try { await work(); } catch (error) { say(message, error.message, "error"); }
+}
+find("#rename-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  doing(async () => {
+    const key = await post("/api/rename", { key: chosen, name: find("#new-name").value });
+    await refresh();
+    choose(key);
+    say(message, "It has its new name.");
+  });
+});
+find("#export-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const kind = find("#export-kind").value;
+  say(message, "Writing…");
+  doing(async () => {
+    const { folder, files } = await post("/api/export", { key: chosen, to: kind });
+    const call = state.entries.find((each) => each.key === chosen)?.call;
+    say(message, `Written to ${folder}. Its README.md says which words to write in which tool.`);
+    find("#exported").replaceChildren(...files.map((file) => make("li", {}, make("a", { href: `/exports/${call}/${kind}/${encodeURIComponent(file)}`, download: file }, file))));
+  });
+});
+find("#delete-button").addEventListener("click", () => doing(async () => {
+  const entry = state.entries.find((each) => each.key === chosen);
+  if (!(await ask(`Delete ${entry.name}, its pictures, and its run if that has learnt nothing else?`, "Yes"))) return;
+  if (!(await ask(`Nothing brings ${entry.name} back. Really?`, "Delete for good"))) return;
+  await post("/api/delete", { key: chosen });
+  choose("");
+  await refresh();
+}));
+
+let comparing = null;
+find("#compare-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  comparing?.abort();
+  const own = (comparing = new AbortController()), place = find("#compare-message"), prompt = find("#compare-prompt").value;
+  if (prompt.split("{}").length !== 2) return say(place, "The prompt must have one {} where the concept goes.", "error");
+  say(place, "Drawing.");
+  try {
+    for (const side of ["left", "right"]) {
+      const entry = state.entries.find((each) => each.key === find(`#${side}`).value), words = prompt.replace("{}", entry.phrase);
+      const add = pictures(find(`#of-${side}`), words, false);
+      const sent = { prompt: words, count: number("#compare-count"), seed: number("#compare-seed"), concepts: {} };
+      await stream("/api/draw", sent, own.signal, (each) => { if (each.error) throw new Error(each.error); if (each.file) add(each); });
+    }
+    say(place, "");
+  } catch (error) {
+    if (!own.signal.aborted) say(place, error.message, "error");
+  }
+});
+listen(show);

@@ -1,0 +1,28 @@
+// The page: its tabs, and the clock that asks for the studio's state.
+import { find, refresh } from "./common.js";
+import "./draw.js";
+import "./learn.js";
+import "./library.js";
+
+const tabs = [...document.querySelectorAll('[role="tab"]')];
+export function open(name, focus = false) {
+  for (const tab of tabs) {
+    const chosen = tab.id === `tab-${name}`;
+    tab.setAttribute("aria-selected", String(chosen));
+    tab.tabIndex = chosen ? 0 : -1;
+    find(`#${tab.getAttribute("aria-controls")}`).hidden = !chosen;
+    if (chosen && focus) tab.focus();
+  }
+  history.replaceState(null, "", `#${name}`);
+}
+tabs.forEach((tab, place) => {
+  tab.addEventListener("click", () => open(tab.getAttribute("aria-controls")));
+  tab.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (step) open(tabs[(place + step + tabs.length) % tabs.length].getAttribute("aria-controls"), true);
+  });
+});
+const asked = location.hash.slice(1);
+open(["draw", "learn", "library"].includes(asked) ? asked : "draw");
+await refresh();
+setInterval(refresh, 2000);

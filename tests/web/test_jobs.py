@@ -1,0 +1,214 @@
+"""The studio's queue."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from perfusion_jax import InputError
+from perfusion_jax.config import OVERRIDES, make_config, to_json
+from perfusion_jax.data.table import read_table
+from perfusion_jax.runtime.errors import Stopped
+from perfusion_jax.web import jobs
+from perfusion_jax.web.jobs import Jobs, command_of
+
+
+def config(name, **changes):
+    return make_config(name=name, super_category="dog", pictures=f"/pictures/{name}", **changes)
+
+
+class Learner:
+    """Stands for the functions that learn: a run takes until it is let end, or told to stop."""
+
+    def __init__(self, monkeypatch):
+        self.begun, self.errors, self.end = [], {}, threading.Event()
+        monkeypatch.setattr(jobs, "train_one", self.learn)
+        monkeypatch.setattr(jobs, "train_fleet", self.learn)
+
+    def learn(self, config, workdir, session):
+        bar = session.bar(10, 1, workdir.name)
+        bar.advance(3)
+        bar.say("compiling")
+        self.begun.append((workdir.name, config))
+        while not self.end.is_set():
+            if session.stop():
+                raise Stopped
+            time.sleep(0.005)
+        if workdir.name in self.errors:
+            raise self.errors[workdir.name]
+
+
+@pytest.fixture
+def learner(monkeypatch):
+    learner = Learner(monkeypatch)
+    yield learner
+    learner.end.set()
+
+
+@pytest.fixture
+def queue(tmp_path, learner):
+    queue = Jobs(tmp_path)
+    yield queue
+    queue.close()
+
+
+def wait(condition):
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def states(queue):
+    return {job.run: job.state for job in queue.snapshot()}
+
+
+def test_what_is_added_is_learnt_and_its_progress_is_seen(queue, learner):
+    queue.start()
+    queue.add(config("rex", steps=10))
+    wait(lambda: queue.progress() is not None and queue.progress().words)
+    assert states(queue) == {"rex": "learning"}
+    progress = queue.progress()
+    assert (progress.position, progress.total, progress.words) == (3, 10, "compiling")
+    ((run, learnt),) = learner.begun
+    assert run == "rex"
+    assert to_json(learnt) == to_json(config("rex", steps=10))
+    learner.end.set()
+    wait(lambda: states(queue) == {"rex": "done"})
+    assert queue.progress() is None
+
+
+def test_things_that_wait_are_learnt_as_one_fleet_where_they_can_be(queue, learner, tmp_path):
+    queue.add(config("rex", steps=20))
+    queue.add(config("tom", steps=30, flip=False))
+    queue.add(config("cup", dtype="bfloat16"))  # of another network: by itself
+    queue.start()
+    wait(lambda: learner.begun)
+    run, learnt = learner.begun[0]
+    assert run == "rex-and-1-more"
+    assert states(queue) == {"rex-and-1-more": "learning", "cup": "waiting"}
+    rows = {row.name: row for row in read_table(learnt.concepts, OVERRIDES)}
+    assert (rows["rex"].overrides, rows["tom"].overrides) == ({}, {"steps": 30, "flip": False})
+    assert rows["tom"].super_category == "dog"
+    assert rows["tom"].pictures == "/pictures/tom"
+    assert learnt.steps == 20
+    assert not learnt.pictures
+    learner.end.set()
+    wait(lambda: set(states(queue).values()) == {"done"})
+    assert [name for name, _ in learner.begun] == ["rex-and-1-more", "cup"]
+
+
+def test_a_run_is_stopped_goes_on_and_is_taken_out(queue, learner):
+    queue.start()
+    queue.add(config("rex"))
+    wait(lambda: learner.begun)
+    with pytest.raises(InputError, match="stop it first"):
+        queue.forget("rex")
+    queue.stop("rex")
+    wait(lambda: states(queue) == {"rex": "stopped"})
+    queue.go_on("rex")
+    wait(lambda: len(learner.begun) == 2)
+    queue.stop("rex")
+    wait(lambda: states(queue) == {"rex": "stopped"})
+    queue.forget("rex")
+    assert states(queue) == {}
+
+
+def test_one_that_waits_is_taken_out_of_the_line(queue, learner):
+    queue.start()
+    queue.add(config("rex"))
+    wait(lambda: learner.begun)
+    queue.add(config("tom"))
+    queue.stop("tom")
+    learner.end.set()
+    wait(lambda: states(queue)["rex"] == "done")
+    assert states(queue) == {"rex": "done", "tom": "stopped"}
+
+
+def test_what_the_command_would_say_is_kept_and_the_next_is_learnt(queue, learner):
+    learner.errors["rex"] = InputError("x.png: not a picture")
+    learner.errors["tom"] = RuntimeError("ours")
+    learner.end.set()
+    queue.start()
+    for name in ("rex", "tom", "cup"):
+        queue.add(config(name, seed=len(name), dtype="float32" if name == "tom" else "auto"))
+        wait(lambda name=name: states(queue)[name] in ("failed", "done"))
+    found = {job.run: (job.state, job.error) for job in queue.snapshot()}
+    assert found["rex"] == ("failed", "x.png: not a picture")
+    assert found["tom"] == ("failed", "a fault of the program (see the terminal): RuntimeError: ours")
+    assert found["cup"] == ("done", "")
+    learner.errors.clear()
+    queue.go_on("rex")
+    wait(lambda: states(queue)["rex"] == "done")
+
+
+def test_a_studio_that_is_closed_or_killed_goes_on_with_what_it_learnt(tmp_path, learner):
+    first = Jobs(tmp_path)
+    first.start()
+    first.add(config("rex"))
+    wait(lambda: learner.begun)
+    killed = Jobs(tmp_path)  # as its file is while the first still learns
+    assert states(killed) == {"rex": "waiting"}
+    first.close()
+    again = Jobs(tmp_path)
+    assert states(again) == {"rex": "waiting"}
+    again.start()
+    wait(lambda: len(learner.begun) == 2)
+    assert to_json(learner.begun[1][1]) == to_json(config("rex"))
+    learner.end.set()
+    wait(lambda: states(again) == {"rex": "done"})
+    again.close()
+    assert states(Jobs(tmp_path)) == {"rex": "done"}
+
+
+def test_a_damaged_queue_is_told_and_left_alone(tmp_path):
+    file = tmp_path / ".studio" / "queue.json"
+    file.parent.mkdir()
+    file.write_text('[{"run": 1}]')
+    with pytest.raises(InputError, match=r"queue\.json: damaged .*delete it"):
+        Jobs(tmp_path)
+    assert file.read_text() == '[{"run": 1}]'
+
+
+def test_names_that_are_taken_are_refused(queue, tmp_path):
+    (tmp_path / "rex").mkdir()
+    with pytest.raises(InputError, match="a run called rex already"):
+        queue.add(config("rex"))
+    queue.add(config("tom"))
+    with pytest.raises(InputError, match="a run called tom already"):
+        queue.add(config("tom"))
+
+
+def test_a_run_that_a_command_began_is_gone_on_with(queue, learner, tmp_path):
+    begun = {"rex": config("rex"), "old": config("old"), "whole": config("whole")}
+    for name, each in begun.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(to_json(each))
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 2}\n')
+    (tmp_path / "old" / "config.json").write_text(json.dumps({"name": "old", "concepts": ""}))  # of another version
+    (tmp_path / "whole" / "concepts").mkdir()
+    (tmp_path / "whole" / "concepts" / "whole.safetensors").touch()
+    (tmp_path / "fleet").mkdir()
+    (tmp_path / "fleet" / "config.json").write_text(to_json(make_config(concepts="table.csv")))
+    (tmp_path / "fleet" / "report.jsonl").write_text('{"name": "a", "state": "done"}\n')
+    (tmp_path / "fleet" / "round.json").write_text('{"members": ["b"]}')
+    assert queue.interrupted() == ["fleet", "old", "rex"]
+    with pytest.raises(InputError, match="not the config of a run of this version"):
+        queue.adopt("old")
+    with pytest.raises(InputError, match="no run that can be gone on with"):
+        queue.adopt("../rex")
+    queue.start()
+    queue.adopt("rex")
+    wait(lambda: learner.begun)
+    assert to_json(learner.begun[0][1]) == to_json(begun["rex"])
+    assert queue.interrupted() == ["fleet", "old"]
+
+
+def test_the_command_of_a_job_learns_the_same(tmp_path, queue):
+    job = queue.add(config("rex", steps=7, mesh=(1, 1), templates=("a {}", "my {}")))
+    words = command_of(job, tmp_path)
+    assert words[:5] == ["python", "-m", "perfusion_jax.train", "--workdir", str(tmp_path / "rex")]
+    assert "--config.steps=7" in words
+    assert "--config.templates=('a {}', 'my {}')" in words
+    assert not any(word.startswith("--config.bias") for word in words)
