@@ -182,7 +182,7 @@ def test_a_slider_changes_the_picture_and_compiles_nothing(page, learnt, runs):
     assert page.input_value("#prompt") == "a photo of a <rex>"
     (first,) = draw(page, "a photo of a <rex>")
     compiled = sorted(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).iterdir())
-    slider = page.locator("#strength-rex")
+    slider = page.locator("#slider-strength-rex")
     slider.focus()
     page.keyboard.press("Home")  # as if it were moved by the keyboard: strength 0
     (second,) = wait_for_drawing(page, [first])

@@ -8,10 +8,12 @@ What other methods learn (`method.baselines`) is kept likewise: `embedding`, and
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -27,8 +29,10 @@ from perfusion_jax.formats.tensor_file import read_header, tensor_bytes
 from perfusion_jax.method.baselines import BASELINES, Learnt
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import storage_errors, to_path, write_bytes
+from perfusion_jax.runtime.names import PLACEHOLDER
 
 FORMAT = "perfusion_jax concept 1"
+FORMER = "renamed_from"  # metadata of a file that was given another name
 PERFUSION = "perfusion"
 """What cards call the method itself; others are keys of `method.baselines.BASELINES`."""
 
@@ -114,7 +118,24 @@ def write_renamed(file: str | Path, target: str | Path, name: str) -> None:
         InputError, UnavailableError: the file cannot be read, or the copy cannot be written.
     """
     card, tensors = _read(to_path(file))
-    write_bytes(target, tensor_bytes(tensors, _metadata(dataclasses.replace(card, name=name))))
+    metadata = _metadata(dataclasses.replace(card, name=name)) | {FORMER: json.dumps(digests(file))}
+    write_bytes(target, tensor_bytes(tensors, metadata))
+
+
+def digests(file: str | Path) -> list[str]:
+    """SHA-256 of a concept file, and of what it was before it was given other names.
+
+    Raises:
+        InputError, UnavailableError: it cannot be read.
+    """
+    path = to_path(file)
+    with storage_errors(path, "read"):
+        data = path.read_bytes()
+    try:
+        former = json.loads(read_header(data).get("__metadata__", {}).get(FORMER, "[]"))
+    except ValueError:
+        former = []
+    return [hashlib.sha256(data).hexdigest(), *(str(each) for each in former if isinstance(former, list))]
 
 
 def _metadata(card: ConceptCard) -> dict[str, str]:
@@ -180,7 +201,12 @@ def card_from(file: epath.Path, written: Mapping[str, Any]) -> ConceptCard:
         for key in ("name", "super_category", "base_model", "licence"):
             if not isinstance(fields[key], str):
                 raise TypeError(f"{key} is {fields[key]!r}")
+        # It names files and folders, too: no path may be one.
+        if not PLACEHOLDER.fullmatch(f"<{fields['name']}>"):
+            raise ValueError(f"name is {fields['name']!r}")
         numbers = {key: float(fields[key]) for key in ("bias", "temperature", "guidance_scale")}
+        if not all(map(isfinite, numbers.values())):
+            raise ValueError(f"not finite: {numbers}")
         fingerprint = tuple(float(number) for number in fields["fingerprint"])
         return ConceptCard(**{**fields, **numbers, "fingerprint": fingerprint, "step": int(fields["step"])})
     except KeyError as error:

@@ -1,8 +1,7 @@
 """Draws for the page, picture by picture, and says where each picture looked at each word of its prompt."""
 
-import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
 from perfusion_jax.drawing.generation import Drawn, drawing
 from perfusion_jax.drawing.recipe import OPTIONS, Recipe, init_pixels, load_concepts, make_recipe
 from perfusion_jax.drawing.samplers import settle
+from perfusion_jax.formats.concept_file import digests
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.web.library import Entry
@@ -65,7 +65,9 @@ class Easel:
         self.runs = runs
         self.source = dict(base)
         self._busy = threading.Lock()
+        self._writing = threading.Lock()
         self._loading = threading.Lock()
+        self.failure = ""  # why the base model cannot be loaded
 
     @property
     def base(self) -> BaseModel:
@@ -75,7 +77,12 @@ class Easel:
             InputError, UnavailableError: it cannot be loaded.
         """
         with self._loading:
-            return self._base
+            try:
+                base, self.failure = self._base, ""
+            except InputError as error:
+                self.failure = str(error)
+                raise
+            return base
 
     @cached_property
     def _base(self) -> BaseModel:
@@ -89,7 +96,9 @@ class Easel:
         return "dpm++" if settle(self.base.model.schedule, None, None)[0] == "ddim" else ""
 
     def can_draw(self, entry: Entry) -> bool:
-        """Whether a concept was learnt on this base model."""
+        """Whether a concept was learnt on this base model; no where that could not be loaded."""
+        if self.failure:
+            return False
         return self.base.has_fingerprint(entry.card.fingerprint)
 
     def recipe(
@@ -112,15 +121,18 @@ class Easel:
             init_image: a file of the studio's own.
         """
         concepts = [
-            {"name": entry.call, "file": str(entry.file), "sha256": hashlib.sha256(entry.file.read_bytes()).hexdigest()}
-            for entry in entries
+            {"name": entry.call, "file": str(entry.file), "sha256": digests(entry.file)[0]} for entry in entries
         ]
         default = {"guidance_rescale": 0.0, "lock": "local", "init_strength": 0.8, "batch_size": 1}
         whole = {name: options.get(name, default.get(name)) for name in OPTIONS}
         return make_recipe(self.source, concepts, [prompt], count, seed, whole, init_image, sweep)
 
-    def draw(self, recipe: Recipe) -> Iterator[Picture]:
+    def draw(self, recipe: Recipe, wanted: Callable[[], bool] = lambda: True) -> Iterator[Picture]:
         """Draws a recipe picture by picture, and keeps each in the folder of drawings.
+
+        Args:
+            recipe: what to draw.
+            wanted: whether it still is; asked before each picture.
 
         Raises:
             InputError: it cannot be drawn, or written.
@@ -142,7 +154,7 @@ class Easel:
             number = 0
             while True:
                 with self._busy:  # others may draw in between
-                    drawn = next(batches, None)
+                    drawn = next(batches, None) if wanted() else None
                 if drawn is None:
                     break
                 for picture, words in zip(drawn.pixels, _looks(drawn, pieces), strict=True):
@@ -160,9 +172,10 @@ class Easel:
 
     def _write(self, pixels: np.ndarray, record: Recipe) -> Path:
         folder = self.runs / DRAWINGS
-        numbers = [int(file.stem) for file in folder.glob("*.png") if file.stem.isdecimal()]
-        file = folder / f"{max(numbers, default=0) + 1:06d}.png"
-        write_picture(file, pixels, record._asdict())
+        with self._writing:
+            numbers = [int(file.stem) for file in folder.glob("*.png") if file.stem.isdecimal()]
+            file = folder / f"{max(numbers, default=0) + 1:06d}.png"
+            write_picture(file, pixels, record._asdict())
         return file
 
     def drawn_before(self, most: int) -> list[Path]:
@@ -191,8 +204,8 @@ def entries_of(recipe: Recipe, entries: Sequence[Entry]) -> list[Entry]:
     Raises:
         InputError: one of them is not in the library.
     """
-    digests = {hashlib.sha256(entry.file.read_bytes()).hexdigest(): entry for entry in entries}
-    missing = next((each["name"] for each in recipe.concepts if each["sha256"] not in digests), None)
+    known = {digest: entry for entry in entries for digest in digests(entry.file)}
+    missing = next((each["name"] for each in recipe.concepts if each["sha256"] not in known), None)
     if missing is not None:
         raise InputError(f"<{missing}>, with which it was drawn, is not in the library, or has changed since")
-    return [digests[each["sha256"]] for each in recipe.concepts]
+    return [known[each["sha256"]] for each in recipe.concepts]

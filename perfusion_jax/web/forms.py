@@ -20,7 +20,7 @@ from perfusion_jax.runtime.errors import InputError
 # opened.
 _NOT_BY_HAND = (
     *("name", "super_category", "pictures", "concepts", "base", "revision", "variant", "members", "mesh"),
-    *("covariance", "captions", "segmenter"),
+    *("covariance", "captions", "segmenter", "steps", "seed", "masks", "crop", "flip", "licence"),
 )
 _ENCODERS = ("evaluator", "instance_encoder")  # of which one may do without
 
@@ -149,7 +149,8 @@ def thing_config(source: Mapping[str, str | None], form: Form, name: str, pictur
     own: dict[str, Any] = {
         "steps": form.whole("steps", 1, 1_000_000),
         "seed": form.whole("seed", 0, 2**31),
-        "masks": form.one_of("masks", ("auto", "attention", "none")),
+        # Left out, it is what is usual for the method.
+        "masks": mask if (mask := form.one_of("masks", ("auto", "attention", "none"))) != "auto" else None,
         "crop": form.flag("crop", True),
         "flip": form.flag("flip", True),
         "licence": form.text("licence"),
@@ -157,5 +158,8 @@ def thing_config(source: Mapping[str, str | None], form: Form, name: str, pictur
     given = {key: value for key, value in own.items() if value is not None} | parse_keys(form.text("keys"))
     more = {key: source[key] for key in ("revision", "variant") if source[key]}
     config = make_config(source["source"] or "", name=name, super_category=kind, pictures=pictures, **{**more, **given})
-    check(config)
+    try:
+        check(config)
+    except TypeError as error:  # of what no rule has thought of
+        raise InputError(f"the keys of the config cannot be used: {error}") from error
     return config

@@ -54,11 +54,6 @@ class Preview:
     pixels: np.ndarray
     mask: np.ndarray
 
-    @property
-    def shaded(self) -> np.ndarray:
-        """The picture, dark where the loss does not look: uint8, the same shape."""
-        return (self.pixels * (0.15 + 0.85 * self.mask[..., None])).astype(np.uint8)
-
 
 def new_draft(runs: Path, files: Sequence[str | Path], names: Sequence[str]) -> Path:
     """Copies pictures into a draft's folder, as picture_01.jpg and so on.
@@ -75,7 +70,7 @@ def new_draft(runs: Path, files: Sequence[str | Path], names: Sequence[str]) -> 
         raise InputError("no pictures: drop 3 to 10 of them here")
     if len(files) > MOST_PICTURES:
         raise InputError(f"{len(files)} pictures: a concept is learnt from 3 to 10, and at most {MOST_PICTURES}")
-    endings = [_ending(Path(file), name) for file, name in zip(files, names, strict=True)]
+    endings = [ending_of(Path(file), name) for file, name in zip(files, names, strict=True)]
     drafts = runs / STUDIO / "drafts"
     with storage_errors(drafts, "written"):
         drafts.mkdir(parents=True, exist_ok=True)
@@ -88,7 +83,7 @@ def new_draft(runs: Path, files: Sequence[str | Path], names: Sequence[str]) -> 
     return draft
 
 
-def _ending(file: Path, name: str) -> str:
+def ending_of(file: Path, name: str) -> str:
     """What the file's name has to end in, by its content; only its head is read.
 
     Raises:

@@ -9,6 +9,8 @@ import json
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from logging import WARNING, LogRecord
+from logging import Handler as StandardHandler
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,19 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from perfusion_jax.config import KEYS, OVERRIDES, PER_CONCEPT, is_fleet, make_config, to_json
+from perfusion_jax.config import KEYS, METHODS, OVERRIDES, PER_CONCEPT, is_fleet, make_config, to_json
+from perfusion_jax.data.table import read_table
 from perfusion_jax.learning.progress import Bar, Progress
+from perfusion_jax.learning.report import Report
 from perfusion_jax.learning.runs import Session, train_fleet, train_one
 from perfusion_jax.learning.workdir import CONFIG, has_results
 from perfusion_jax.runtime.errors import InputError, Stopped, is_jax_runtime_error, out_of_memory
-from perfusion_jax.runtime.files import read_text, storage_errors, write_bytes
+from perfusion_jax.runtime.files import locked, read_text, storage_errors, write_bytes
 from perfusion_jax.runtime.names import STUDIO
+from perfusion_jax.web.library import TABLE
 
+THREAD = "learning"
 WAITING, LEARNING, STOPPED, FAILED, DONE = "waiting", "learning", "stopped", "failed", "done"
-TABLE = "concepts.jsonl"
 # Keys in which the members of a fleet may differ.
 _OWN = (*PER_CONCEPT, *OVERRIDES)
 
@@ -66,6 +71,19 @@ class _Watched(Bar):
         watch(self)
 
 
+class _Kept(StandardHandler):
+    """Keeps what the thread that learns warns of, for the page."""
+
+    def __init__(self, jobs: "Jobs"):
+        super().__init__(WARNING)
+        self._jobs = jobs
+
+    def emit(self, record: LogRecord) -> None:
+        """Keeps it."""
+        if record.threadName == THREAD or (record.threadName or "").startswith("prepare"):
+            self._jobs.warnings.append(record.getMessage())
+
+
 class Jobs:
     """The queue, and the thread that learns.
 
@@ -76,19 +94,23 @@ class Jobs:
     def __init__(self, runs: Path):
         self.runs = runs
         self._file = runs / STUDIO / "queue.json"
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._jobs = self._read()
         self._stop = threading.Event()
         self._closing = False
         self._bar: Bar | None = None
-        self._thread = threading.Thread(target=self._work, name="learning", daemon=True)
+        self.warnings: list[str] = []  # of the run that is being learnt, or was the last
+        self._kept = _Kept(self)
+        self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
 
     def start(self) -> None:
         """Begins to learn what waits."""
+        logging.get_absl_logger().addHandler(self._kept)
         self._thread.start()
 
     def close(self) -> None:
         """Saves what is being learnt, to go on when the studio starts again."""
+        logging.get_absl_logger().removeHandler(self._kept)
         with self._changed:
             self._closing = True
             self._stop.set()
@@ -115,8 +137,7 @@ class Jobs:
         with self._changed:
             self.check_free(config.name)
             job = Job(config.name, (config.name,), (config.super_category,), json.loads(to_json(config)))
-            self._jobs.append(job)
-            self._keep()
+            self._append(job)
             return job
 
     def check_free(self, name: str) -> None:
@@ -125,7 +146,10 @@ class Jobs:
         Raises:
             InputError: there is a run of it, or it waits for its turn.
         """
-        if (self.runs / name).exists() or any(name in job.names for job in self._unfinished()):
+        # Nor one that differs by capitals alone, which some file systems take for the same.
+        taken = {folder.name.casefold() for folder in self.runs.iterdir()}
+        taken |= {each.casefold() for job in self._unfinished() for each in job.names}
+        if name.casefold() in taken:
             raise InputError(f"there is a run called {name} already: take another name")
 
     def adopt(self, run: str) -> Job:
@@ -139,6 +163,7 @@ class Jobs:
         """
         if run not in self.interrupted():
             raise InputError(f"{run}: no run that can be gone on with")
+        # It holds while this looks, for only what is added here could be in the queue.
         file = self.runs / run / CONFIG
         try:
             config = json.loads(read_text(epath.Path(file)))
@@ -149,29 +174,25 @@ class Jobs:
         if known["concepts"]:
             job = dataclasses.replace(job, names=(known["concepts"],), kinds=("",))
         with self._changed:
-            self._jobs.append(job)
-            self._keep()
+            if any(each.run == run for each in self._unfinished()):
+                raise InputError(f"{run} is in the queue already")
+            self._append(job)
         return job
 
     def interrupted(self) -> list[str]:
-        """Runs that have learnt something, have not come to their end, and are not in the queue."""
+        """Runs that have learnt something, have not come to their end, and are neither in the queue nor at work."""
         queued = {job.run for job in self.snapshot() if job.state != DONE}
         found = []
         for file in sorted(self.runs.glob(f"*/{CONFIG}")):
             workdir = file.parent
-            if workdir.name in queued or workdir.name.startswith(".") or not has_results(epath.Path(workdir)):
+            if workdir.name in queued or workdir.name.startswith("."):
                 continue
             try:
-                config = json.loads(file.read_text())
-                ended = (
-                    not json.loads(read_text(epath.Path(workdir / "round.json")) or "{}").get("members")
-                    if config["concepts"]
-                    else (workdir / "concepts" / f"{config['name']}.safetensors").exists()
-                )
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError, OSError):
-                continue  # not a run of ours, or damaged: the command tells more of it
-            if not ended:
-                found.append(workdir.name)
+                if has_results(epath.Path(workdir)) and not _has_ended(workdir, json.loads(file.read_text())):
+                    with locked(epath.Path(workdir / "lock"), "wait"):
+                        found.append(workdir.name)
+            except (InputError, ValueError, KeyError, TypeError, AttributeError, OSError):
+                continue  # at work, damaged, or not a run of ours: the command tells more of it
         return found
 
     def stop(self, run: str) -> None:
@@ -198,11 +219,27 @@ class Jobs:
             InputError: it is being learnt.
         """
         with self._changed:
-            job = self._find(run)
+            finished = [job for job in self._jobs if job.run == run and job.state == DONE]
+            job = finished[0] if finished else self._find(run)
             if job.state == LEARNING:
                 raise InputError(f"{run} is being learnt: stop it first")
             self._jobs.remove(job)
             self._keep()
+
+    def forget_ended(self, run: str) -> None:
+        """Takes a run that has come to its end out of the queue, if it is there."""
+        with self._changed:
+            if any(job.run == run and job.state == DONE for job in self._jobs):
+                self.forget(run)
+
+    def _append(self, job: Job) -> None:
+        """Puts a job at the end; the lock must be held."""
+        self._jobs.append(job)
+        try:
+            self._keep()
+        except InputError:
+            self._jobs.remove(job)
+            raise
 
     def _find(self, run: str) -> Job:
         for job in self._unfinished():
@@ -217,7 +254,10 @@ class Jobs:
         """Replaces a job; the lock must be held."""
         changed = dataclasses.replace(job, **changes)
         self._jobs[self._jobs.index(job)] = changed
-        self._keep()
+        try:
+            self._keep()
+        except InputError as error:  # the queue goes on as it is; a studio that is started again has an older one
+            logging.error("%s", error)
         return changed
 
     def _read(self) -> list[Job]:
@@ -229,8 +269,14 @@ class Jobs:
             ]
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise InputError(f"{self._file}: damaged ({error!r}); delete it: the runs themselves stay") from error
-        # One that was being learnt when the studio was killed goes on.
-        return [dataclasses.replace(job, state=WAITING) if job.state == LEARNING else job for job in jobs]
+        found = []
+        for job in jobs:
+            if not isinstance(job.config, dict) or job.config.keys() != KEYS.keys():
+                job = dataclasses.replace(job, state=FAILED, error="it was put here by another version: take it out")
+            elif job.state == LEARNING:  # when the studio was killed
+                job = dataclasses.replace(job, state=WAITING)
+            found.append(job)
+        return found
 
     def _keep(self) -> None:
         self._changed.notify_all()
@@ -243,13 +289,19 @@ class Jobs:
                 if self._closing:
                     return
                 self._stop.clear()
-                job = self._put(self._next(), state=LEARNING)
-            state, error = self._learn(job)
+                self.warnings = []
+                waiting = next(job for job in self._jobs if job.state == WAITING)
+                try:
+                    job = self._put(self._next(), state=LEARNING)
+                except InputError as error:  # a fleet that cannot be written
+                    self._put(waiting, state=FAILED, error=str(error))
+                    continue
+            state, problem = self._learn(job)
             with self._changed:
                 self._bar = None
                 if state == STOPPED and self._closing:
                     state = LEARNING  # goes on when the studio starts again
-                self._put(job, state=state, error=error)
+                self._put(job, state=state, error=problem)
 
     def _next(self) -> Job:
         """The first that waits, as a fleet with all others that can be learnt with it; the lock must be held."""
@@ -261,8 +313,8 @@ class Jobs:
         if first not in together or len(together) < 2:
             return first
         run = f"{first.run}-and-{len(together) - 1}-more"
-        while (self.runs / run).exists():
-            run += "-"
+        while any(folder.name.casefold() == run.casefold() for folder in self.runs.iterdir()):
+            run += "-again"
         fleet = make_fleet(self.runs / run, together)
         self._jobs = [fleet if job is first else job for job in self._jobs if job is first or job not in together]
         return fleet
@@ -280,8 +332,8 @@ class Jobs:
         try:
             if is_fleet(config):
                 train_fleet(config, workdir, session=session)
-            else:
-                train_one(config, workdir, session)
+                return _outcome(Report(workdir / "report.jsonl"))
+            train_one(config, workdir, session)
         except Stopped:
             return STOPPED, ""
         except InputError as error:
@@ -296,6 +348,19 @@ class Jobs:
                 f"a fault of the program (see the terminal): {type(error).__name__}: {error}",
             )
         return DONE, ""
+
+
+def _outcome(report: Report) -> tuple[str, str]:
+    """The state of a fleet that has come to its end, and what went wrong with those that were not learnt."""
+    wrong = [f"{name}: {line['error']}" for name, line in report.lines.items() if line["state"] != "done"]
+    return (FAILED if wrong else DONE), "\n".join(wrong)
+
+
+def _has_ended(workdir: Path, config: dict[str, Any]) -> bool:
+    if not config["concepts"]:
+        return (workdir / "concepts" / f"{config['name']}.safetensors").exists()
+    report = Report(epath.Path(workdir / "report.jsonl"))
+    return all(report.is_over(row.name) for row in read_table(config["concepts"], OVERRIDES))
 
 
 def _together(one: Job, other: Job) -> bool:
@@ -331,10 +396,10 @@ def make_fleet(workdir: Path, jobs: Sequence[Job]) -> Job:
 
 def command_of(job: Job, runs: Path) -> list[str]:
     """The words of the command that learns a run, or goes on with it."""
-    default = json.loads(to_json(make_config(job.config["base"])))
+    default, of_method = json.loads(to_json(make_config())), METHODS.get(job.config["method"], {})
     words = ["python", "-m", "perfusion_jax.train", "--workdir", str(runs / job.run)]
     for key, value in job.config.items():
-        if (key == "base" and value != "emoji") or (key in KEYS and value != default[key]):
+        if key in KEYS and (value != default[key] or key in of_method):
             given = tuple(value) if isinstance(value, list) else value
             words.append(f"--config.{key}={given}")
     return words

@@ -1,13 +1,15 @@
 """The concepts of a folder of runs: found, renamed and deleted.
 
 A run's workdir is as the commands leave it. The page names a concept by its key, which is looked up among those that
-were found: nothing that a page sends is ever made into a path.
+were found. Of what a page sends, a new name alone becomes part of a path, when it was checked.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,9 @@ from perfusion_jax.learning.workdir import CONFIG, METRICS
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import locked, read_text, storage_errors, write_bytes
 from perfusion_jax.runtime.names import PLACEHOLDER
+
+TABLE = "concepts.jsonl"
+"""The table of a fleet that the studio made, in its workdir."""
 
 _REPORT = "report.jsonl"
 _SCORES = ("score", "image_similarity", "text_similarity", "prompt_precision")
@@ -51,7 +56,25 @@ class Entry:
     @property
     def alone(self) -> bool:
         """Whether its run is of this concept alone."""
-        return not (self.workdir / _REPORT).exists()
+        return not (self.workdir / _REPORT).exists() and not shards(self.workdir)
+
+
+def shards(workdir: Path) -> list[Path]:
+    """The folders of the jobs of a fleet that was split."""
+    return sorted(workdir.glob("shard_*_of_*"))
+
+
+@contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Holds the locks of a run, so that no job is at work in it.
+
+    Raises:
+        InputError: one is.
+    """
+    with ExitStack() as stack:
+        for folder in (workdir, *shards(workdir)):
+            stack.enter_context(locked(epath.Path(folder / "lock"), "stop it first"))
+        yield
 
 
 def find_entries(runs: Path) -> list[Entry]:
@@ -68,17 +91,22 @@ def find_entries(runs: Path) -> list[Entry]:
             found.append((file, _card(file, stat.st_mtime_ns, stat.st_size)))
         except (InputError, OSError):  # half copied, or of another program: nothing to draw with
             continue
-    names = [card.name for _, card in found]
+    names = Counter(card.name for _, card in found)
     entries: list[Entry] = []
+    calls: set[str] = set()
+    logged: dict[Path, list[dict[str, Any]]] = {}  # of each run, read once
     for file, card in found:
         workdir = file.parents[1]
         call = card.name
-        if names.count(call) > 1 and workdir.name != call:
+        if names[call] > 1 and workdir.name != call:
             call = f"{call}-{re.sub('[^A-Za-z0-9_-]', '-', workdir.name)}"
-        while any(entry.call == call for entry in entries):
+        while call in calls:
             call += "-2"
+        calls.add(call)
         key = f"{workdir.name}/{file.stem}"
-        entries.append(Entry(key, call, file, workdir, card, _grid(workdir, card), _scores(workdir, card)))
+        if workdir not in logged:
+            logged[workdir] = _logged(workdir)
+        entries.append(Entry(key, call, file, workdir, card, _grid(workdir, card), _scores(card, logged[workdir])))
     return entries
 
 
@@ -104,21 +132,22 @@ def _grid(workdir: Path, card: ConceptCard) -> Path | None:
     samples = workdir / "samples"
     step = f"step_{card.step:06d}.png"
     candidates = [samples / card.name / step, samples / f"{card.name}.png"]
-    if not (workdir / _REPORT).exists():
-        candidates.append(samples / step)
+    candidates.append(samples / step)  # of a run of one concept
     return next((file for file in candidates if file.is_file()), None)
 
 
-def _scores(workdir: Path, card: ConceptCard) -> dict[str, float]:
+def _logged(workdir: Path) -> list[dict[str, Any]]:
+    """What a run says of its scores: lines of its report, or of all its shards', or else of its log."""
+    reports = [folder / _REPORT for folder in (workdir, *shards(workdir)) if (folder / _REPORT).exists()]
+    return [line for file in reports or [workdir / METRICS] for line in _lines(file)]
+
+
+def _scores(card: ConceptCard, logged: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Of the step that was kept; empty where nothing was scored."""
-    report = workdir / _REPORT
-    fleet = report.exists()
     found: dict[str, Any] = {}
-    for line in _lines(report if fleet else workdir / METRICS):
-        if (fleet and line.get("name") == card.name) or (
-            not fleet and line.get("step") == card.step and "score" in line
-        ):
-            found = line
+    for line in logged:
+        own = line["name"] == card.name if "name" in line else line.get("step") == card.step
+        found = line if own and "score" in line else found
     return {name: found[name] for name in _SCORES if isinstance(found.get(name), float)}
 
 
@@ -152,28 +181,44 @@ def rename(entry: Entry, name: str) -> str:
         InputError: the name is taken or cannot be one, or a job is at work in the run.
         UnavailableError: storage fails.
     """
-    name, before = check_name(name), entry.card.name
-    file = entry.file.with_name(f"{name}.safetensors")
+    name, before, workdir = check_name(name), entry.card.name, entry.workdir
     if name == before:
         return entry.key
-    with locked(epath.Path(entry.workdir / "lock"), "stop it first"), storage_errors(entry.workdir, "written"):
-        if file.exists():
-            raise InputError(f"{file}: there is a concept of that name in this run already")
+    file = entry.file.with_name(f"{name}.safetensors")
+    with held(workdir), storage_errors(workdir, "written"):
         alone = entry.alone
+        folder = next((each for each in shards(workdir) if _has_line(each, before)), workdir)
+        _check_free_in(workdir, name)
         write_renamed(entry.file, file, name)
-        for folder, ending in (("samples", ".png"), ("samples", ""), ("exports", "")):
-            old = entry.workdir / folder / f"{before}{ending}"
+        for place, ending in (("samples", ".png"), ("samples", ""), ("exports", "")):
+            old = workdir / place / f"{before}{ending}"
             if old.exists():
                 old.replace(old.with_name(f"{name}{ending}"))
         if alone:
-            _rename_in_config(entry.workdir / CONFIG, name)
+            _rename_in_config(workdir / CONFIG, name)
         else:
             # The line of the old name stays: by it the fleet's command knows that nothing is missing.
-            report = Report(epath.Path(entry.workdir / _REPORT))
+            report = Report(epath.Path(folder / _REPORT))
             if before in report.lines:
                 report.add([{**report.lines[before], "name": name}])
         entry.file.unlink()
-    return f"{entry.workdir.name}/{name}"
+    return f"{workdir.name}/{name}"
+
+
+def _has_line(folder: Path, name: str) -> bool:
+    return any(line.get("name") == name for line in _lines(folder / _REPORT))
+
+
+def _check_free_in(workdir: Path, name: str) -> None:
+    """Sees that nothing in a run is called so, nor will be: a member of a fleet that is still to be learnt.
+
+    Raises:
+        InputError: something is.
+    """
+    taken = {line.get("name") for line in _logged(workdir)} | {line.get("name") for line in _lines(workdir / TABLE)}
+    files = [workdir / "concepts" / f"{name}.safetensors", workdir / "samples" / name, workdir / "exports" / name]
+    if name in taken or any(file.exists() for file in (*files, workdir / "samples" / f"{name}.png")):
+        raise InputError(f"{workdir}: there is a {name} in this run already: take another name")
 
 
 def _rename_in_config(file: Path, name: str) -> None:
@@ -185,13 +230,13 @@ def _rename_in_config(file: Path, name: str) -> None:
 
 
 def delete(entry: Entry) -> None:
-    """Deletes a concept: with all of its run if that has learnt nothing else, else its file, pictures and exports.
+    """Deletes a concept: with its run if that is of this concept alone, else its file, pictures and exports.
 
     Raises:
         InputError: a job is at work in the run, or it cannot be deleted.
         UnavailableError: storage fails.
     """
-    with locked(epath.Path(entry.workdir / "lock"), "stop it first"), storage_errors(entry.workdir, "deleted"):
+    with held(entry.workdir), storage_errors(entry.workdir, "deleted"):
         others = [file for file in entry.file.parent.glob("*.safetensors") if file != entry.file]
         if entry.alone and not others:
             shutil.rmtree(entry.workdir)

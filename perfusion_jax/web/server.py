@@ -45,11 +45,12 @@ _HEADERS = {
     "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
 
 
-def told(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """What the page says of an error; a fault of the program leaves its traceback on the terminal."""
     if isinstance(error, InputError):
         return str(error)
@@ -75,12 +76,10 @@ def make_app(studio: Studio, password: str | None, local: bool) -> Starlette:
 
         async def route(request: Request) -> Response:
             try:
-                form = Form(json.loads(await _body(request)))
+                form = Form(await _json(request))
                 return JSONResponse(await run_in_threadpool(function, form))
-            except json.JSONDecodeError:
-                return _refused("what was sent is not JSON")
             except Exception as error:
-                return _refused(told(error))
+                return _refused(message_of(error))
 
         return route
 
@@ -97,7 +96,7 @@ def make_app(studio: Studio, password: str | None, local: bool) -> Starlette:
         try:
             return JSONResponse(await run_in_threadpool(studio.state))
         except Exception as error:
-            return _refused(told(error))
+            return _refused(message_of(error))
 
     async def drop(request: Request) -> Response:
         """Pictures that are dropped, each streamed to a file that is deleted when they have been taken in."""
@@ -108,7 +107,7 @@ def make_app(studio: Studio, password: str | None, local: bool) -> Starlette:
                 files, names = await _receive(request, Path(folder))
                 return JSONResponse(await run_in_threadpool(studio.drop, files, names))
         except Exception as error:
-            return _refused(told(error))
+            return _refused(message_of(error))
 
     async def restore(request: Request) -> Response:
         uploads = studio.runs / STUDIO / "uploads"
@@ -116,22 +115,19 @@ def make_app(studio: Studio, password: str | None, local: bool) -> Starlette:
         try:
             if request.query_params.get("drawing"):
                 found = await run_in_threadpool(studio.drawing, request.query_params["drawing"])
-                return JSONResponse(await run_in_threadpool(studio.restore, found))
+                return JSONResponse(await run_in_threadpool(studio.restore, found, found.name))
             with tempfile.TemporaryDirectory(dir=uploads) as folder:
                 files, names = await _receive(request, Path(folder))
                 if not files:
                     raise InputError("no picture was sent")
-                try:
-                    return JSONResponse(await run_in_threadpool(studio.restore, files[0]))
-                except InputError as error:
-                    raise InputError(str(error).replace(str(files[0]), names[0])) from error
+                return JSONResponse(await run_in_threadpool(studio.restore, files[0], names[0]))
         except Exception as error:
-            return _refused(told(error))
+            return _refused(message_of(error))
 
     async def draw(request: Request) -> Response:
         try:
-            form = Form(json.loads(await _body(request)))
-        except (InputError, json.JSONDecodeError) as error:
+            form = Form(await _json(request))
+        except InputError as error:
             return _refused(str(error))
 
         def lines() -> Iterator[str]:
@@ -139,7 +135,7 @@ def make_app(studio: Studio, password: str | None, local: bool) -> Starlette:
                 for each in studio.draw(form):
                     yield json.dumps(each, default=_cover) + "\n"
             except Exception as error:
-                yield json.dumps({"error": told(error)}) + "\n"
+                yield json.dumps({"error": message_of(error)}) + "\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
@@ -187,6 +183,8 @@ def _guard(password: str | None) -> Callable[..., Awaitable[Response]]:
             return PlainTextResponse("this was sent by a page of another site", 403, _HEADERS)
         response = await forward(request)
         response.headers.update(_HEADERS)
+        if "at" in request.query_params or request.url.path.startswith("/drawings/"):  # a picture that stays as it is
+            response.headers["Cache-Control"] = "private, max-age=86400"
         return response
 
     return guard
@@ -204,13 +202,16 @@ def _refused(words: str, status: int = 400) -> Response:
     return JSONResponse({"error": words}, status)
 
 
-async def _body(request: Request) -> bytes:
+async def _json(request: Request) -> Any:
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
         if len(data) > MOST_SENT:
             raise InputError(f"more was sent than {MOST_SENT >> 20} MiB")
-    return bytes(data)
+    try:
+        return json.loads(data)
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise InputError("what was sent is not JSON") from error
 
 
 async def _receive(request: Request, folder: Path) -> tuple[list[Path], list[str]]:

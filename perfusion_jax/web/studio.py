@@ -3,9 +3,9 @@
 Every one of them calls what the commands call. What is wrong with what a person sent is an InputError.
 """
 
-import dataclasses
 import hashlib
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +17,17 @@ from PIL import Image, ImageOps
 
 from perfusion_jax.data.pictures import open_picture
 from perfusion_jax.drawing.generation import SLOTS
+from perfusion_jax.drawing.prompts import without_syntax
 from perfusion_jax.drawing.recipe import CONTROLS, Recipe, command_of, read_recipe
 from perfusion_jax.formats.concept_file import PERFUSION, load_concept
-from perfusion_jax.formats.exporting import export
+from perfusion_jax.formats.exporting import KINDS, export
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.names import STUDIO
 from perfusion_jax.web import jobs as queue
 from perfusion_jax.web.easel import DRAWINGS, Easel, entries_of
 from perfusion_jax.web.forms import Form, thing_config
-from perfusion_jax.web.intake import PICTURES, SHOWN_SIDE, Preview, folder_for, keep, new_draft, preview
+from perfusion_jax.web.intake import PICTURES, SHOWN_SIDE, Preview, ending_of, folder_for, keep, new_draft, preview
 from perfusion_jax.web.jobs import LEARNING, Job, Jobs
 from perfusion_jax.web.library import Entry, check_name, delete, find_entries, find_entry, named_in, rename
 
@@ -39,7 +40,7 @@ RESERVED = (EXPORTS, DRAWINGS, PICTURES)
 MOST_DRAWN = 64  # pictures of one request
 SHOWN_BEFORE = 48  # earlier drawings
 SAMPLERS = ("", "ddim", "dpm++", "euler", "euler_a")
-KINDS = ("lora", "lora-peft", "bundle", "embedding", "pipeline", "orbax")
+MOST_VIEWS = 1000
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,10 @@ class Draft:
     Attributes:
         folder: where they lie.
         names: what the person called them.
-        previews: as training will see them, once they were looked at.
     """
 
     folder: Path
     names: tuple[str, ...]
-    previews: tuple[Preview, ...] = ()
 
 
 @dataclass
@@ -72,6 +71,8 @@ class Studio:
     easel: Easel
     jobs: Jobs
     drafts: dict[str, Draft] = field(default_factory=dict)
+    _newest: dict[str, object] = field(default_factory=dict)  # drawing of each view of the page
+    _starting: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open(cls, runs: Path, base: dict[str, str | None]) -> "Studio":
@@ -83,6 +84,8 @@ class Studio:
         """
         runs = runs.resolve()
         runs.mkdir(parents=True, exist_ok=True)
+        for left in (runs / STUDIO / "uploads").glob("*"):  # by a studio that was killed
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         studio = cls(runs, Easel(runs, base), Jobs(runs))
         studio.jobs.start()
         return studio
@@ -94,6 +97,7 @@ class Studio:
         return {
             "base": self.easel.source["source"],
             "sampler": self.easel.quick_sampler,
+            "problem": self.easel.failure,
             "entries": [self._entry(entry) for entry in find_entries(self.runs)],
             "jobs": [self._job(job) for job in self.jobs.snapshot()],
             "interrupted": self.jobs.interrupted(),
@@ -136,6 +140,7 @@ class Studio:
             "things": [f"{name}, a {kind}" if kind else name for name, kind in zip(job.names, job.kinds, strict=True)],
             "state": job.state,
             "error": job.error,
+            "warnings": list(dict.fromkeys(self.jobs.warnings)) if job.state == LEARNING else [],
             "command": queue.command_of(job, self.runs),
             "progress": progress._asdict() if progress else None,
         }
@@ -186,48 +191,45 @@ class Studio:
             shown = preview(config, self.easel.base, draft.folder, draft.names)
         except InputError as error:
             raise InputError(_in_their_words(str(error), draft)) from error
-        self.drafts[draft.folder.name] = dataclasses.replace(draft, previews=tuple(shown))
         return self.warning(config.super_category), shown
 
     def learn(self, form: Form) -> dict[str, Any]:
-        """Puts a draft into the queue, by the name and kind of the form, with the masks that were painted.
+        """Puts a draft into the queue, by the name and kind of the form.
 
-        What cannot be learnt is refused now, and not when its turn comes.
+        `painted` in the form holds the masks of all its pictures, if one of them was painted. What cannot be learnt is
+        refused now, and not when its turn comes.
         """
         name = check_name(form.text("name"))
         if name in RESERVED:
             raise InputError(f"the name {name!r} is one of the studio's own folders: take another")
         self.jobs.check_free(name)
         draft = self._draft(form)
-        painted = {int(number): mask for number, mask in self._painted(form).items()}
-        if painted or not draft.previews:
-            self.look(form)
-            draft = self._draft(form)
-        folder = folder_for(self.runs, name)
-        config = thing_config(self.easel.source, form, name, str(folder))
-        masks: dict[str, np.ndarray] = {}
-        if painted:
-            files = sorted(draft.folder.glob("picture_*"))
-            masks = {
-                file.stem: painted.get(number, shown.mask)
-                for number, (file, shown) in enumerate(zip(files, draft.previews, strict=True))
-            }
-            config.masks = "files"
-        keep(draft.folder, folder, masks, config.crop)
-        self.drafts.pop(draft.folder.name, None)
-        self.jobs.add(config)
+        files = sorted(draft.folder.glob("picture_*"))
+        painted = self._painted(form)
+        if painted and len(painted) != len(files):
+            raise InputError(f"{len(painted)} masks of {len(files)} pictures were sent")
+        self.look(form)
+        with self._starting:
+            self.jobs.check_free(name)
+            folder = folder_for(self.runs, name)
+            config = thing_config(self.easel.source, form, name, str(folder))
+            if painted:
+                config.masks = "files"
+            masks = {file.stem: mask for file, mask in zip(files, painted, strict=True)} if painted else {}
+            keep(draft.folder, folder, masks, config.crop)
+            del self.drafts[draft.folder.name]
+            self.jobs.add(config)
         return {"warning": self.warning(config.super_category)}
 
-    def _painted(self, form: Form) -> dict[str, np.ndarray]:
-        found = {}
-        masks = form.part("painted")
-        for number in form.parts("painted"):
-            pixels = masks.picture(number, SHOWN_SIDE, "L")
-            if not number.isdecimal() or pixels is None:
-                raise InputError(f"painted: {number!r} is the number of no picture")
+    def _painted(self, form: Form) -> list[np.ndarray]:
+        masks, found = form.part("painted"), []
+        for number in range(len(form.parts("painted"))):
+            pixels = masks.picture(str(number), SHOWN_SIDE, "L")
+            if pixels is None:
+                raise InputError(f"painted: there is no mask of picture {number + 1}")
             if pixels.max() == 0:
-                raise InputError(f"picture {int(number) + 1}: nothing of it would be learnt: paint what is the thing")
-            found[number] = pixels.astype(np.float32) / 255
+                raise InputError(f"picture {number + 1}: nothing of it would be learnt: paint what is the thing")
+            found.append(pixels.astype(np.float32) / 255)
         return found
 
     def act(self, act: str, run: str) -> None:
@@ -270,7 +272,7 @@ class Studio:
         sweep = None
         if swept := form.part("sweep").text("control"):
             sweep = _sweep(form.part("sweep"), swept)
-        init = form.text("init_image", 64 * 2**20)
+        init = form.text("init_image")
         start = self._start(init, options) if init else None
         count, seed = form.whole("count", 1, MOST_DRAWN) or 1, form.whole("seed", 0, 2**31) or 0
         return self.easel.recipe(prompt, entries, count, seed, options, start, sweep)
@@ -280,7 +282,7 @@ class Studio:
         native = self.easel.base.model.picture_side
         width, height = options["width"] or native, options["height"] or native
         draft = self.drafts.get(given)
-        if draft is None:
+        if draft is None or not draft.folder.is_dir():
             raise InputError("the picture to start from is not here any more: give it again")
         (file,) = sorted(draft.folder.glob("picture_*"))[:1]
         picture = ImageOps.fit(open_picture(epath.Path(file)).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
@@ -290,10 +292,19 @@ class Studio:
         return str(kept)
 
     def draw(self, form: Form) -> Iterator[dict[str, Any]]:
-        """Draws what a form asks for: first the command that draws the same, then picture by picture."""
+        """Draws what a form asks for: first the command that draws the same, then picture by picture.
+
+        `view` names the part of the page that shows it: what it asks for later takes the place of what it asked before.
+        """
         recipe = self.recipe(form)
-        yield {"command": command_of(recipe, "picture.png"), "sweep": bool(recipe.sweep)}
-        for picture in self.easel.draw(recipe):
+        view, own = form.text("view"), object()
+        if len(self._newest) > MOST_VIEWS:
+            self._newest.clear()
+        self._newest[view] = own
+        left_out = without_syntax(form.text("prompt"))[1] + without_syntax(form.text("negative_prompt"))[1]
+        warning = f"{', '.join(left_out)}: of other programs, and does nothing here" if left_out else ""
+        yield {"command": command_of(recipe, "picture.png"), "sweep": bool(recipe.sweep), "warning": warning}
+        for picture in self.easel.draw(recipe, lambda: not view or self._newest.get(view) is own):
             words = [
                 {"text": word.text, "least": word.least, "most": word.most, "looks": word.looks}
                 for word in picture.words
@@ -312,13 +323,18 @@ class Studio:
                 return file
         raise InputError(f"{name}: no such drawing")
 
-    def restore(self, file: Path) -> dict[str, Any]:
-        """The form that draws a picture again.
+    def restore(self, file: Path, name: str) -> dict[str, Any]:
+        """The form that draws a picture again; `name` is what the person calls it.
 
         Raises:
             InputError: the picture does not say how it was drawn, or it cannot be drawn here.
         """
-        recipe = read_recipe(file)
+        if ending_of(file, name) != ".png":
+            raise InputError(f"{name}: not a PNG, as perfusion_jax writes them")
+        try:
+            recipe = read_recipe(file)
+        except InputError as error:
+            raise InputError(str(error).replace(str(file), name)) from error
         try:
             return self._form_of(recipe)
         except InputError:
@@ -328,12 +344,19 @@ class Studio:
 
     def _form_of(self, recipe: Recipe) -> dict[str, Any]:
         ours = self.easel.source["source"]
-        if recipe.base["source"] != ours:
+        if recipe.base != self.easel.source:
             raise InputError(f"drawn on the base model {recipe.base['source']}; this studio draws on {ours}")
         if recipe.tree:
             raise InputError("drawn with an exported tree, which perfusion_jax.sample does and the studio does not")
         entries = entries_of(recipe, self._drawable())
         options, prompt = recipe.options, recipe.prompts[0]
+        notes = []
+        if recipe.init_image:
+            notes.append("it began from a picture, which has to be given again")
+        if recipe.sweep:
+            notes.append("it is of a sweep, which has to be set again")
+        if len(set(recipe.prompts)) > 1:
+            notes.append("it has other prompts, too, and the page draws one at a time")
         concepts: dict[str, dict[str, float]] = {}
         for number, (entry, each) in enumerate(zip(entries, recipe.concepts, strict=True)):
             prompt = prompt.replace(f"<{each['name']}>", f"<{entry.call}>")
@@ -345,23 +368,30 @@ class Studio:
         names = ("negative_prompt", "guidance", "guidance_rescale", "sampler", "steps", "lock", "width", "height")
         return {
             "prompt": prompt,
-            "count": len(recipe.prompts),
+            "count": recipe.prompts.count(recipe.prompts[0]),
             "seed": recipe.seeds[0],
             **{name: options[name] for name in names},
             "init_strength": options["init_strength"],
             "concepts": concepts,
-            "note": "it began from a picture, which has to be given again" if recipe.init_image else "",
+            "note": "; ".join(notes),
         }
 
     # The library.
 
     def rename(self, key: str, name: str) -> str:
         """Gives a concept another name; returns its key now."""
-        return rename(find_entry(self.runs, key), name)
+        entry = find_entry(self.runs, key)
+        if check_name(name) in RESERVED:
+            raise InputError(f"the name {name!r} is one of the studio's own folders: take another")
+        renamed = rename(entry, name)
+        self.jobs.forget_ended(entry.workdir.name)  # whose command has the old name
+        return renamed
 
     def delete(self, key: str) -> None:
         """Deletes a concept."""
-        delete(find_entry(self.runs, key))
+        entry = find_entry(self.runs, key)
+        delete(entry)
+        self.jobs.forget_ended(entry.workdir.name)
 
     def export(self, key: str, kind: str) -> dict[str, Any]:
         """Writes a concept for other tools; returns the folder, and the files in it that can be fetched."""
@@ -371,7 +401,8 @@ class Studio:
         base = self.easel.base
         folder = self.runs / EXPORTS / entry.call / kind
         written = export(base, [load_concept(entry.file, base)], kind, folder)
-        return {"folder": str(folder), "files": [file.name for file in written if file.is_file()]}
+        files = [file.name for file in written if file.is_file()]
+        return {"folder": str(folder), "call": entry.call, "files": files}
 
     def exported(self, call: str, kind: str, name: str) -> Path:
         """A file that was exported.

@@ -86,7 +86,7 @@ def test_keys_are_read_as_a_config_file_would_give_them():
 
 
 @pytest.mark.parametrize(
-    "line", ["bias", "nothing=1", "pictures=/etc", "base=other/model", "covariance=/etc/passwd", "="]
+    "line", ["bias", "nothing=1", "pictures=/etc", "base=other/model", "covariance=/etc/passwd", "crop=False", "="]
 )
 def test_other_keys_and_paths_are_refused(line):
     with pytest.raises(InputError, match="write KEY=VALUE"):

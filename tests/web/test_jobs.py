@@ -5,11 +5,13 @@ import threading
 import time
 
 import pytest
+from etils import epath
 
 from perfusion_jax import InputError
 from perfusion_jax.config import OVERRIDES, make_config, to_json
 from perfusion_jax.data.table import read_table
 from perfusion_jax.runtime.errors import Stopped
+from perfusion_jax.runtime.files import locked
 from perfusion_jax.web import jobs
 from perfusion_jax.web.jobs import Jobs, command_of
 
@@ -190,16 +192,23 @@ def test_a_run_that_a_command_began_is_gone_on_with(queue, learner, tmp_path):
     (tmp_path / "whole" / "concepts").mkdir()
     (tmp_path / "whole" / "concepts" / "whole.safetensors").touch()
     (tmp_path / "fleet").mkdir()
-    (tmp_path / "fleet" / "config.json").write_text(to_json(make_config(concepts="table.csv")))
+    table = tmp_path / "fleet" / "concepts.jsonl"
+    names = ("a", "b")
+    rows = [{"name": name, "super_category": "dog", "pictures": name} for name in names]
+    table.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "fleet" / "config.json").write_text(to_json(make_config(concepts=str(table))))
     (tmp_path / "fleet" / "report.jsonl").write_text('{"name": "a", "state": "done"}\n')
-    (tmp_path / "fleet" / "round.json").write_text('{"members": ["b"]}')
     assert queue.interrupted() == ["fleet", "old", "rex"]
     with pytest.raises(InputError, match="not the config of a run of this version"):
         queue.adopt("old")
     with pytest.raises(InputError, match="no run that can be gone on with"):
         queue.adopt("../rex")
+    with locked(epath.Path(tmp_path / "rex" / "lock"), ""):  # a command is at work in it
+        assert queue.interrupted() == ["fleet", "old"]
     queue.start()
     queue.adopt("rex")
+    with pytest.raises(InputError, match="no run that can be gone on with"):
+        queue.adopt("rex")
     wait(lambda: learner.begun)
     assert to_json(learner.begun[0][1]) == to_json(begun["rex"])
     assert queue.interrupted() == ["fleet", "old"]
@@ -212,3 +221,54 @@ def test_the_command_of_a_job_learns_the_same(tmp_path, queue):
     assert "--config.steps=7" in words
     assert "--config.templates=('a {}', 'my {}')" in words
     assert not any(word.startswith("--config.bias") for word in words)
+
+
+def test_one_that_has_come_to_its_end_is_taken_out(queue, learner):
+    learner.end.set()
+    queue.start()
+    queue.add(config("rex"))
+    wait(lambda: states(queue) == {"rex": "done"})
+    queue.forget("rex")
+    assert states(queue) == {}
+
+
+def test_names_that_differ_by_capitals_alone_are_taken(queue):
+    queue.add(config("Rex"))
+    with pytest.raises(InputError, match="a run called rex already"):
+        queue.add(config("rex"))
+
+
+def test_a_queue_of_another_version_stops_nothing(tmp_path, learner):
+    first = Jobs(tmp_path)
+    first.add(config("old"))
+    file = tmp_path / ".studio" / "queue.json"
+    (old,) = json.loads(file.read_text())
+    del old["config"]["bias"]
+    file.write_text(json.dumps([old]))
+    again = Jobs(tmp_path)
+    assert [(job.state, job.error) for job in again.snapshot()] == [
+        ("failed", "it was put here by another version: take it out")
+    ]
+    learner.end.set()
+    again.start()
+    again.add(config("rex"))
+    wait(lambda: states(again)["rex"] == "done")
+    again.close()
+
+
+def test_members_of_a_fleet_that_were_not_learnt_are_told(queue, learner, tmp_path):
+    queue.add(config("rex"))
+    queue.add(config("tom"))
+    queue.start()
+    wait(lambda: learner.begun)
+    lines = [{"name": "rex", "state": "done"}, {"name": "tom", "state": "failed", "error": "x.png: not a picture"}]
+    (tmp_path / "rex-and-1-more" / "report.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    learner.end.set()
+    wait(lambda: states(queue) == {"rex-and-1-more": "failed"})
+    assert queue.snapshot()[0].error == "tom: x.png: not a picture"
+
+
+def test_the_command_gives_what_a_method_would_take_otherwise(tmp_path, queue):
+    words = command_of(queue.add(config("rex", method="lora", masks="auto")), tmp_path)
+    assert "--config.method=lora" in words
+    assert "--config.masks=auto" in words

@@ -8,7 +8,7 @@ from etils import epath
 from PIL import Image
 
 from perfusion_jax import InputError, load_concept
-from perfusion_jax.formats.concept_file import ConceptCard, save_concept
+from perfusion_jax.formats.concept_file import ConceptCard, digests, save_concept
 from perfusion_jax.learning.report import Report
 from perfusion_jax.runtime.files import locked
 from perfusion_jax.web.library import check_name, delete, find_entries, find_entry, named_in, rename
@@ -104,7 +104,7 @@ def test_names_that_are_none_are_refused(runs, name):
 
 
 def test_a_taken_name_and_a_run_at_work_are_refused(runs):
-    with pytest.raises(InputError, match="of that name in this run already"):
+    with pytest.raises(InputError, match="there is a rex in this run already"):
         rename(find_entry(runs, "fleet/tom"), "rex")
     entry = find_entry(runs, "rex/rex")
     with locked(epath.Path(runs / "rex" / "lock"), ""), pytest.raises(InputError, match="stop it first"):
@@ -128,3 +128,45 @@ def test_deleting_takes_a_run_of_one_and_leaves_the_others_of_a_fleet(runs):
 def test_a_key_is_looked_up_and_never_a_path(runs, key):
     with pytest.raises(InputError, match="no such concept"):
         find_entry(runs, key)
+
+
+def test_a_name_in_a_file_is_no_path(small_base, runs):
+    outside = runs.parent / "victim"
+    outside.mkdir()
+    concept = small_base.new_concept("dog", jnp.eye(small_base.model.context_width))
+    card = ConceptCard("../../../victim", "dog", "small", small_base.fingerprint, 0.6, 0.15, guidance_scale=6.0, step=4)
+    save_concept(runs / "rex" / "concepts" / "evil.safetensors", concept, card)
+    assert "rex/evil" not in [entry.key for entry in find_entries(runs)]
+    with pytest.raises(InputError, match="its metadata cannot be read"):
+        load_concept(runs / "rex" / "concepts" / "evil.safetensors", small_base)
+    delete(find_entry(runs, "rex/rex"))
+    assert outside.exists()
+
+
+def test_a_fleet_that_was_split_is_not_deleted_with_one_of_its_concepts(small_base, runs):
+    save(small_base, runs, "split", "bob")
+    shard = runs / "split" / "shard_0_of_2"
+    shard.mkdir()
+    (shard / "report.jsonl").write_text('{"name": "bob", "state": "done", "score": 0.25}\n')
+    entry = find_entry(runs, "split/bob")
+    assert entry.scores == {"score": 0.25}
+    with locked(epath.Path(shard / "lock"), ""), pytest.raises(InputError, match="stop it first"):
+        delete(entry)
+    delete(entry)
+    assert (shard / "report.jsonl").exists()
+
+
+def test_the_name_of_a_member_that_is_still_to_be_learnt_is_taken(runs):
+    (runs / "fleet" / "concepts.jsonl").write_text('{"name": "tom"}\n{"name": "cup"}\n')
+    with pytest.raises(InputError, match="there is a cup in this run already"):
+        rename(find_entry(runs, "fleet/tom"), "cup")
+    assert find_entry(runs, "fleet/tom").file.exists()
+
+
+def test_a_renamed_concept_is_known_by_what_it_was(runs):
+    before = digests(find_entry(runs, "rex/rex").file)
+    key = rename(find_entry(runs, rename(find_entry(runs, "rex/rex"), "max")), "moritz")
+    now = digests(find_entry(runs, key).file)
+    assert len(before) == 1
+    assert len(now) == 3
+    assert before[0] in now

@@ -273,10 +273,16 @@ def test_pictures_are_looked_at_and_learnt_with_the_masks_that_were_painted(clie
     mask.paste(255, (0, 0, 384, 192))
     stream = io.BytesIO()
     mask.save(stream, "PNG")
-    painted = {"1": server._png(jnp.zeros((384, 384), jnp.uint8).__array__())}
+    black = server._png(jnp.zeros((384, 384), jnp.uint8).__array__())
+    painted = {"0": black, "1": black}
     refused = client.post("/api/learn", json={**form, "painted": painted}).json()
-    assert "picture 2: nothing of it would be learnt" in refused["error"]
-    painted = {"1": base64.b64encode(stream.getvalue()).decode()}
+    assert "picture 1: nothing of it would be learnt" in refused["error"]
+    whole = Image.new("L", (384, 384), 255)
+    first = io.BytesIO()
+    whole.save(first, "PNG")
+    painted = {str(place): base64.b64encode(each.getvalue()).decode() for place, each in enumerate((first, stream))}
+    one = {"0": painted["0"]}
+    assert "1 masks of 2 pictures" in client.post("/api/learn", json={**form, "painted": one}).json()["error"]
     assert client.post("/api/learn", json={**form, "painted": painted}).status_code == 200
     (job,) = client.get("/api/state").json()["jobs"]
     assert (job["run"], job["things"], job["state"]) == ("tom", ["tom, a dog"], "waiting")

@@ -18,7 +18,7 @@ export function make(tag, properties = {}, ...children) {
 
 /** Shows a line to the person: "" (a plain one), "warning" or "error"; nothing where there are no words. */
 export function say(place, words, kind = "") {
-  place.replaceChildren(...(words ? [make("p", { class: `note ${kind}`, role: kind === "error" ? "alert" : "status" }, words)] : []));
+  place.replaceChildren(...(words ? [make("p", { class: `note ${kind}` }, words)] : []));
 }
 
 async function answer(response) {
@@ -62,17 +62,21 @@ export let state = { entries: [], jobs: [], interrupted: [], grid: "", drawings:
 let seen = "";
 export const listen = (listener) => listeners.push(listener);
 export async function refresh() {
+  let problem = "";
   try {
     const sent = await fetch("/api/state").catch(failed).then(answer);
-    find("#connection").hidden = true;
+    problem = sent.problem;
     const text = JSON.stringify(sent);
     if (text === seen) return;
     seen = text;
     state = sent;
     for (const listener of listeners) listener();
   } catch (error) {
-    find("#connection").textContent = error.message;
-    find("#connection").hidden = false;
+    problem = error.message;
+  } finally {
+    const place = find("#connection");
+    if (place.textContent !== problem) place.textContent = problem;
+    place.hidden = !problem;
   }
 }
 
@@ -80,12 +84,17 @@ export async function refresh() {
 export function command(words, label) {
   const line = words.map((word) => (/^[\w@%+=:,./<>-]+$/.test(word) && !/[<>]/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`)).join(" ");
   const button = make("button", { type: "button" }, "Copy");
+  const shown = make("pre", { tabIndex: 0 }, line);
   button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(line);
-    button.textContent = "Copied";
-    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+    if (navigator.clipboard) {
+      await navigator.clipboard.writeText(line);
+      button.textContent = "Copied";
+      setTimeout(() => { button.textContent = "Copy"; }, 1500);
+    } else {
+      getSelection().selectAllChildren(shown); // browsers give the clipboard to pages of this machine or of HTTPS alone
+    }
   });
-  return make("details", { class: "command" }, make("summary", {}, label), make("pre", { tabIndex: 0 }, line), button);
+  return make("details", { class: "command" }, make("summary", {}, label), shown, button);
 }
 
 /** A place that drawn pictures are added to, with the words of their prompt: to hover or focus one shows where they looked. */

@@ -12,7 +12,8 @@ const FIELDS = ["negative_prompt", "guidance", "guidance_rescale", "sampler", "s
 const NUMBERS = ["guidance", "guidance_rescale", "steps", "width", "height", "init_strength"];
 const prompt = find("#prompt"), list = find("#completions"), message = find("#draw-message");
 const values = new Map(); // of the sliders, by concept; they are kept while a name is typed anew
-let init = "", running = null;
+const view = crypto.randomUUID?.() ?? String(Math.random()); // of what this page draws, the newest alone is drawn
+let init = "", running = null, moved = 0;
 
 const drawable = () => state.entries.filter((entry) => entry.drawable);
 const named = () => {
@@ -27,11 +28,14 @@ function ownValues(entry) {
 
 function slider(entry, name) {
   const [least, most, step, label] = SLIDERS[name], own = values.get(entry.call);
-  const id = `${name}-${entry.call}`;
+  const id = `slider-${name}-${entry.call}`;
   const output = make("output", { for: id }, own[name].toFixed(2));
   const input = make("input", { type: "range", id, min: Math.min(least, own[name]), max: Math.max(most, own[name]), step, value: own[name] });
   input.addEventListener("input", () => { own[name] = Number(input.value); output.textContent = own[name].toFixed(2); });
-  input.addEventListener("change", () => { if (find("#follow").checked) draw(); });
+  input.addEventListener("change", () => {
+    clearTimeout(moved);
+    if (find("#follow").checked) moved = setTimeout(draw, 200);
+  });
   return make("label", { class: "field", for: id }, make("span", {}, label, output), input);
 }
 
@@ -42,13 +46,13 @@ function showSliders(anew = false) {
   shown = calls;
   find("#concepts").replaceChildren(...entries.map((entry) => {
     if (!values.has(entry.call)) values.set(entry.call, ownValues(entry));
-    const back = make("button", { type: "button", onclick: () => { values.delete(entry.call); showSliders(true); } }, "Its own values");
+    const back = make("button", { type: "button", onclick: () => { values.delete(entry.call); showSliders(true); find(`#slider-strength-${entry.call}`).focus(); } }, "Its own values");
     return make("fieldset", {}, make("legend", {}, `<${entry.call}>, a ${entry.kind}`), ...Object.keys(ownValues(entry)).map((name) => slider(entry, name)), back);
   }));
 }
 
 function form() {
-  const sent = { prompt: prompt.value, count: number("#count"), seed: number("#seed"), init_image: init };
+  const sent = { view, prompt: prompt.value, count: number("#count"), seed: number("#seed"), init_image: init };
   for (const name of FIELDS) sent[name] = NUMBERS.includes(name) ? number(`#${name}`) : find(`#${name}`).value;
   sent.concepts = Object.fromEntries(named().map((entry) => [entry.call, values.get(entry.call) ?? {}]));
   return sent;
@@ -61,12 +65,17 @@ async function draw(sweep = null) {
   const add = pictures(find("#drawn"), sent.prompt, Boolean(sweep));
   find("#stop-button").disabled = false;
   say(message, "Drawing. The first time, the model is compiled.");
-  let problem = "";
+  let problem = "", warning = "";
   try {
     await stream("/api/draw", sent, own.signal, (each) => {
       if (each.error) problem = each.error;
-      else if (each.command) find("#draw-command").replaceChildren(command(each.command, "The command that draws the same"));
-      else { say(message, ""); add(each); }
+      else if (each.command) {
+        find("#draw-command").replaceChildren(command(each.command, "The command that draws the same"));
+        warning = each.warning;
+      } else {
+        say(message, warning, "warning");
+        add(each);
+      }
     });
   } catch (error) {
     if (own.signal.aborted) problem = own === running ? "Stopped." : "";
@@ -74,7 +83,7 @@ async function draw(sweep = null) {
   }
   if (own !== running) return; // another drawing has begun
   find("#stop-button").disabled = true;
-  say(message, problem, problem && problem !== "Stopped." ? "error" : "");
+  if (problem) say(message, problem, problem === "Stopped." ? "" : "error");
   refresh();
 }
 
@@ -108,7 +117,7 @@ async function restore(asking) {
     init = "";
     find("#init").value = "";
     showSliders(true);
-    say(message, `Its recipe is back: draw it again, or change it.${sent.note ? ` But ${sent.note}.` : ""}`);
+    say(message, `Its recipe is back: draw it again, or change it.${sent.note ? ` But ${sent.note}.` : ""}`, sent.note && "warning");
   } catch (error) {
     say(message, error.message, "error");
   }
@@ -130,11 +139,13 @@ function showBefore() {
 // Completion of <names>.
 let chosen = 0;
 const begun = () => prompt.value.slice(0, prompt.selectionStart).match(/<([A-Za-z0-9_-]*)$/);
-const close = () => { list.hidden = true; prompt.setAttribute("aria-expanded", "false"); prompt.removeAttribute("aria-activedescendant"); };
+const close = () => { list.hidden = true; prompt.removeAttribute("aria-activedescendant"); };
 function choose(call) {
-  const end = prompt.selectionStart, start = end - begun()[0].length;
-  prompt.setRangeText(`<${call}>`, start, end, "end");
   close();
+  if (!begun()) return; // the cursor has moved away
+  const at = prompt.selectionStart, start = at - begun()[0].length;
+  const rest = prompt.value.slice(at).match(/^[A-Za-z0-9_-]*>?/)[0].length; // of a name that is changed
+  prompt.setRangeText(`<${call}>`, start, at + rest, "end");
   showSliders();
 }
 function mark() {
@@ -152,7 +163,6 @@ prompt.addEventListener("input", () => {
   list.style.top = `${prompt.offsetTop + prompt.offsetHeight}px`;
   chosen = 0;
   list.hidden = false;
-  prompt.setAttribute("aria-expanded", "true");
   mark();
 });
 prompt.addEventListener("blur", close);

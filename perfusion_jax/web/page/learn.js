@@ -3,7 +3,7 @@ import { command, find, listen, make, number, post, refresh, say, send, state } 
 
 const SIDE = 384;
 const message = find("#learn-message");
-let files = [], draft = "", previews = [], masks = {}; // masks: those that were painted, by the picture's number
+let files = [], draft = "", previews = [], masks = {}; // masks: of the pictures, by number, that were painted
 
 function showFiles() {
   find("#dropped").replaceChildren(...files.map((file, place) => {
@@ -17,6 +17,7 @@ function change(now) {
   files = now;
   showFiles();
   forget();
+  (find("#dropped button") ?? find("#files")).focus();
 }
 /** What was seen of the pictures is not true any more. */
 function forget(dropAgain = true) {
@@ -32,8 +33,22 @@ for (const name of ["dragover", "dragleave", "drop"]) {
 }
 drop.addEventListener("drop", (event) => change([...files, ...event.dataTransfer.files]));
 
-async function form() {
-  if (!draft) draft = (await send("/api/drop", files)).draft;
+/** Sends what is asked for of a draft; the pictures once more where the studio has them no longer. */
+async function ask(path, more) {
+  for (let again = false; ; again = true) {
+    const sent = files;
+    if (!draft) {
+      const now = (await send("/api/drop", sent)).draft;
+      if (files !== sent) throw new Error("The pictures have changed meanwhile: once more, please.");
+      draft = now;
+    }
+    try { return await post(path, { ...form(), ...more }); } catch (error) {
+      if (again || !error.message.includes("drop them again")) throw error;
+      draft = "";
+    }
+  }
+}
+function form() {
   return {
     draft,
     name: find("#thing-name").value,
@@ -49,20 +64,25 @@ async function form() {
 }
 async function busy(button, words, doing) {
   const before = button.textContent;
-  button.disabled = true;
+  if (button.getAttribute("aria-disabled") === "true") return;
+  button.setAttribute("aria-disabled", "true"); // and not disabled, which would lose the focus
   button.textContent = words;
   try { await doing(); } catch (error) { say(message, error.message, "error"); }
   button.textContent = before;
-  button.disabled = false;
+  button.removeAttribute("aria-disabled");
 }
 find("#thing-kind").addEventListener("change", async (event) => {
   try { say(message, event.target.value.trim() ? (await post("/api/kind", { kind: event.target.value })).warning : "", "warning"); }
   catch (error) { say(message, error.message, "error"); }
 });
-for (const id of ["thing-kind", "thing-masks", "thing-crop"]) find(`#${id}`).addEventListener("change", () => forget(false));
+// Masks that were found would be others now; painted ones stay, unless the pictures are cut in another way.
+for (const id of ["thing-name", "thing-kind", "thing-seed", "thing-masks", "thing-keys", "thing-crop"]) {
+  find(`#${id}`).addEventListener("change", () => { if (id === "thing-crop" || !Object.keys(masks).length) forget(false); });
+}
+window.addEventListener("beforeunload", (event) => { if (Object.keys(masks).length) event.preventDefault(); });
 
 find("#look-button").addEventListener("click", (event) => busy(event.target, "Looking…", async () => {
-  const sent = await post("/api/look", await form());
+  const sent = await ask("/api/look", {});
   previews = sent.previews;
   masks = {};
   say(message, sent.warning, "warning");
@@ -71,11 +91,14 @@ find("#look-button").addEventListener("click", (event) => busy(event.target, "Lo
 find("#learn-form").addEventListener("submit", (event) => {
   event.preventDefault();
   busy(find("#start-button"), "Starting…", async () => {
-    const { warning } = await post("/api/learn", { ...(await form()), painted: masks });
+    // Where one was painted, all are learnt by as they are seen.
+    const painted = Object.keys(masks).length ? Object.fromEntries(previews.map((preview, place) => [place, masks[place] ?? preview.mask])) : {};
+    const { warning } = await ask("/api/learn", { painted });
     say(message, `${find("#thing-name").value.trim()} is in the queue.${warning ? ` But ${warning}.` : ""}`, warning ? "warning" : "");
     find("#thing-name").value = "";
     change([]);
     await refresh();
+    find("#tab-learn").focus();
   });
 });
 
@@ -168,7 +191,12 @@ async function mend(place) {
     if (event.key === " ") paint();
     show();
   };
-  find("#mask-keep").onclick = async () => { masks[place] = greyOf(alpha); dialog.close(); await showPreviews(); };
+  find("#mask-keep").onclick = async () => {
+    masks[place] = greyOf(alpha);
+    dialog.close();
+    await showPreviews();
+    find(`#previews figure:nth-child(${place + 1}) button`).focus();
+  };
   find("#mask-cancel").onclick = () => dialog.close();
   find("#mask-title").textContent = `Paint what belongs to the thing: ${preview.name}`;
   show();
@@ -202,9 +230,15 @@ function jobOf(job) {
     parts.push(make("progress", { max: progress.total, value: progress.position, "aria-label": `Steps of ${job.run}` }));
     parts.push(make("p", {}, `Step ${progress.position} of ${progress.total}${rate}${progress.words ? `: ${progress.words}` : ""}`));
   }
+  for (const warning of job.warnings) parts.push(make("p", { class: "note warning" }, warning));
   if (job.error) parts.push(make("p", { class: "note error" }, job.error));
   parts.push(make("div", { class: "row" }, ...ACTS[job.state].map(([act, label]) => button(act, job.run, label))));
   return make("li", { class: "job", data: { run: job.run, state: job.state } }, ...parts, command(job.command, "The command that learns it"));
+}
+/** Puts rows in place of others; those that stay are not touched, so that nobody loses their place in them. */
+function replace(list, rows) {
+  for (const row of [...list.children]) if (!rows.includes(row)) row.remove();
+  rows.forEach((row, place) => { if (list.children[place] !== row) list.insertBefore(row, list.children[place] ?? null); });
 }
 const shownJobs = new Map();
 function showQueue() {
@@ -218,11 +252,9 @@ function showQueue() {
     return row;
   });
   const begun = state.interrupted.map((run) => make("li", { class: "job" }, make("strong", {}, run), " was begun and has not come to its end ", button("adopt", run, "Go on")));
-  const parts = [];
-  if (!rows.length && !begun.length) parts.push(make("p", { class: "empty" }, "Nothing is being learnt. Drop some pictures, name the thing, and start."));
-  if (rows.length) parts.push(make("ol", {}, ...rows));
-  if (begun.length) parts.push(make("ul", {}, ...begun));
-  find("#queue").replaceChildren(...parts);
+  find("#queue .empty").hidden = rows.length + begun.length > 0;
+  replace(find("#queue ol"), rows);
+  replace(find("#queue ul"), begun);
   if (focused) document.querySelector(`[data-act="${focused.act}"][data-run="${CSS.escape(focused.run)}"]`)?.focus();
 }
 let grid = "";

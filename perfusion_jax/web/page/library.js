@@ -2,6 +2,7 @@
 import { ask, find, listen, make, number, pictures, post, refresh, say, state, stream } from "./common.js";
 
 const message = find("#library-message");
+const view = crypto.randomUUID?.() ?? String(Math.random());
 let chosen = "";
 
 const address = (entry) => `/grid?key=${encodeURIComponent(entry.key)}&at=${entry.grid}`;
@@ -54,11 +55,11 @@ find("#rename-form").addEventListener("submit", (event) => {
 });
 find("#export-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  const kind = find("#export-kind").value;
+  const kind = find("#export-kind").value, key = chosen;
   say(message, "Writing…");
   doing(async () => {
-    const { folder, files } = await post("/api/export", { key: chosen, to: kind });
-    const call = state.entries.find((each) => each.key === chosen)?.call;
+    const { folder, files, call } = await post("/api/export", { key, to: kind });
+    if (key !== chosen) return; // another one is looked at by now
     say(message, `Written to ${folder}. Its README.md says which words to write in which tool.`);
     find("#exported").replaceChildren(...files.map((file) => make("li", {}, make("a", { href: `/exports/${call}/${kind}/${encodeURIComponent(file)}`, download: file }, file))));
   });
@@ -67,9 +68,10 @@ find("#delete-button").addEventListener("click", () => doing(async () => {
   const entry = state.entries.find((each) => each.key === chosen);
   if (!(await ask(`Delete ${entry.name}, its pictures, and its run if that has learnt nothing else?`, "Yes"))) return;
   if (!(await ask(`Nothing brings ${entry.name} back. Really?`, "Delete for good"))) return;
-  await post("/api/delete", { key: chosen });
+  await post("/api/delete", { key: entry.key });
   choose("");
   await refresh();
+  find(".card, #tab-library").focus();
 }));
 
 let comparing = null;
@@ -83,7 +85,7 @@ find("#compare-form").addEventListener("submit", async (event) => {
     for (const side of ["left", "right"]) {
       const entry = state.entries.find((each) => each.key === find(`#${side}`).value), words = prompt.replace("{}", entry.phrase);
       const add = pictures(find(`#of-${side}`), words, false);
-      const sent = { prompt: words, count: number("#compare-count"), seed: number("#compare-seed"), concepts: {} };
+      const sent = { view: `${view}-${side}`, prompt: words, count: number("#compare-count"), seed: number("#compare-seed"), concepts: {} };
       await stream("/api/draw", sent, own.signal, (each) => { if (each.error) throw new Error(each.error); if (each.file) add(each); });
     }
     say(place, "");
@@ -91,4 +93,10 @@ find("#compare-form").addEventListener("submit", async (event) => {
     if (!own.signal.aborted) say(place, error.message, "error");
   }
 });
-listen(show);
+let shown = "";
+listen(() => {
+  const now = JSON.stringify(state.entries);
+  if (now === shown) return; // a run that goes on changes nothing here
+  shown = now;
+  show();
+});

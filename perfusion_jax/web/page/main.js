@@ -24,5 +24,9 @@ tabs.forEach((tab, place) => {
 });
 const asked = location.hash.slice(1);
 open(["draw", "learn", "library"].includes(asked) ? asked : "draw");
-await refresh();
-setInterval(refresh, 2000);
+// A picture that is dropped beside its place must not take the page's.
+for (const name of ["dragover", "drop"]) window.addEventListener(name, (event) => event.preventDefault());
+for (;;) {
+  await refresh();
+  await new Promise((resolve) => { setTimeout(resolve, 2000); });
+}
