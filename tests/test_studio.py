@@ -297,7 +297,7 @@ def hostile_files(folder):
     return {svg: "script.svg: not a picture", archive: "archive.png: not a picture", huge: "huge.png: "}
 
 
-def test_hostile_files_and_names_are_refused_in_words(page, tmp_path, runs):
+def test_hostile_files_and_names_are_refused_in_words(page, learnt, tmp_path, runs):
     for file, words in hostile_files(tmp_path).items():
         fill_in(page, "tom", "dog", [str(file)], 4)
         page.click("#start-button")

@@ -13,7 +13,7 @@ export function open(name, focus = false) {
     find(`#${tab.getAttribute("aria-controls")}`).hidden = !chosen;
     if (chosen && focus) tab.focus();
   }
-  history.replaceState(null, "", `#${name}`);
+  history.replaceState(null, "", `#/${name}`); // no name of an element, to which the Tab key would jump
 }
 tabs.forEach((tab, place) => {
   tab.addEventListener("click", () => open(tab.getAttribute("aria-controls")));
@@ -22,7 +22,7 @@ tabs.forEach((tab, place) => {
     if (step) open(tabs[(place + step + tabs.length) % tabs.length].getAttribute("aria-controls"), true);
   });
 });
-const asked = location.hash.slice(1);
+const asked = location.hash.slice(2);
 open(["draw", "learn", "library"].includes(asked) ? asked : "draw");
 // A picture that is dropped beside its place must not take the page's.
 for (const name of ["dragover", "drop"]) window.addEventListener(name, (event) => event.preventDefault());
