@@ -37,7 +37,8 @@ OPTIONS = (
     *("init_strength", "batch_size"),
 )
 
-_DEFAULTS = {"guidance_rescale": 0.0, "lock": "local", "init_strength": 0.8}
+DEFAULTS = {"guidance_rescale": 0.0, "lock": "local", "init_strength": 0.8}
+"""Of the options; those of the others are None."""
 
 
 class Recipe(NamedTuple):
@@ -238,7 +239,7 @@ def command_of(recipe: Recipe, out: str) -> list[str]:
         "prompt": recipe.prompts[0],
         "num_images": len(recipe.prompts),
         "seed": recipe.seeds[0],
-        **{name: value for name, value in recipe.options.items() if value != _DEFAULTS.get(name)},
+        **{name: value for name, value in recipe.options.items() if value != DEFAULTS.get(name)},
         "init_image": recipe.init_image,
     }
     if not recipe.init_image:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 
 from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
 from perfusion_jax.drawing.generation import Drawn, drawing
-from perfusion_jax.drawing.recipe import OPTIONS, Recipe, init_pixels, load_concepts, make_recipe
+from perfusion_jax.drawing.recipe import DEFAULTS, OPTIONS, Recipe, init_pixels, load_concepts, make_recipe
 from perfusion_jax.drawing.samplers import settle
 from perfusion_jax.formats.concept_file import digests
 from perfusion_jax.formats.picture_file import write_picture
@@ -93,13 +94,18 @@ class Easel:
         """What the page draws with unless it is told: DPM-Solver++ in place of DDIM, of whose steps it needs less than
         half; else the model's own, which is empty.
         """
-        return "dpm++" if settle(self.base.model.schedule, None, None)[0] == "ddim" else ""
+        return "dpm++" if self._loads() and settle(self.base.model.schedule, None, None)[0] == "ddim" else ""
+
+    def _loads(self) -> bool:
+        """Whether the base model is there; one that could not be loaded is tried again by what needs it alone."""
+        if not self.failure:
+            with suppress(InputError):  # of which `failure` tells
+                return bool(self.base)
+        return False
 
     def can_draw(self, entry: Entry) -> bool:
         """Whether a concept was learnt on this base model; no where that could not be loaded."""
-        if self.failure:
-            return False
-        return self.base.has_fingerprint(entry.card.fingerprint)
+        return self._loads() and self.base.has_fingerprint(entry.card.fingerprint)
 
     def recipe(
         self,
@@ -123,8 +129,7 @@ class Easel:
         concepts = [
             {"name": entry.call, "file": str(entry.file), "sha256": digests(entry.file)[0]} for entry in entries
         ]
-        default = {"guidance_rescale": 0.0, "lock": "local", "init_strength": 0.8, "batch_size": 1}
-        whole = {name: options.get(name, default.get(name)) for name in OPTIONS}
+        whole = dict.fromkeys(OPTIONS) | DEFAULTS | {"batch_size": 1} | dict(options)
         return make_recipe(self.source, concepts, [prompt], count, seed, whole, init_image, sweep)
 
     def draw(self, recipe: Recipe, wanted: Callable[[], bool] = lambda: True) -> Iterator[Picture]:

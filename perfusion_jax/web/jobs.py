@@ -163,7 +163,6 @@ class Jobs:
         """
         if run not in self.interrupted():
             raise InputError(f"{run}: no run that can be gone on with")
-        # It holds while this looks, for only what is added here could be in the queue.
         file = self.runs / run / CONFIG
         try:
             config = json.loads(read_text(epath.Path(file)))

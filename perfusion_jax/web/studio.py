@@ -305,10 +305,7 @@ class Studio:
         warning = f"{', '.join(left_out)}: of other programs, and does nothing here" if left_out else ""
         yield {"command": command_of(recipe, "picture.png"), "sweep": bool(recipe.sweep), "warning": warning}
         for picture in self.easel.draw(recipe, lambda: not view or self._newest.get(view) is own):
-            words = [
-                {"text": word.text, "least": word.least, "most": word.most, "looks": word.looks}
-                for word in picture.words
-            ]
+            words = [word._asdict() for word in picture.words]
             height, width = picture.pixels.shape[:2]
             yield {"file": picture.file.name, "label": picture.label, "width": width, "height": height, "words": words}
 

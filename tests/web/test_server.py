@@ -319,3 +319,21 @@ def test_an_error_names_a_picture_as_the_person_does(client):
 def test_a_kind_that_is_no_word_is_warned_of(client):
     assert client.post("/api/kind", json={"kind": "dog"}).json() == {"warning": ""}
     assert "no word 'dgoqx'" in client.post("/api/kind", json={"kind": "dgoqx"}).json()["warning"]
+
+
+def test_a_model_that_cannot_be_loaded_is_told_once_and_the_library_stays(studio, tmp_path, monkeypatch):
+    asked = []
+
+    def load(*arguments, **options):
+        asked.append(options["source"])
+        raise InputError("no such model")
+
+    monkeypatch.setattr("perfusion_jax.web.easel.load_base_model", load)
+    client = TestClient(make_app(studio, None, local=True), base_url="http://127.0.0.1:7860")
+    for _ in range(3):
+        state = client.get("/api/state")
+        assert state.status_code == 200
+        (entry,) = state.json()["entries"]
+        assert (entry["call"], entry["drawable"]) == ("rex", False)
+    assert client.get("/api/state").json()["problem"] == "no such model"
+    assert len(asked) == 1
