@@ -248,9 +248,9 @@ class Trainer:
 
 
 def lightened(state: dict[str, Any]) -> dict[str, Any]:
-    """A tenth of a checkpoint, to be sent or kept: the averaged weights in half precision."""
+    """A tenth of a checkpoint, to be sent or kept: the averaged weights in half precision, to be gone on from."""
     average = {name: value.half() if value.is_floating_point() else value for name, value in state["average"].items()}
-    return {"average": average, **{name: state[name] for name in POSITION}}
+    return {"average": average, **{name: state[name] for name in POSITION}, "decay_start": None}
 
 
 def turned(weights: dict[str, torch.Tensor], axes: torch.Tensor) -> dict[str, torch.Tensor]:

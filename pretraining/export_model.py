@@ -12,7 +12,7 @@ import torch
 from absl import app, flags
 from diffusers import AutoencoderKL
 
-from pretraining import diffusion, model, tokenizer, train_diffusion, training_tools, vendors
+from pretraining import diffusion, model, tokenizer, train_diffusion, vendors
 
 OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
 
@@ -20,9 +20,7 @@ OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
 def main(_: list[str]) -> None:
     """Writes the folders and prints their size."""
     folder = vendors.cache() / train_diffusion.RUN.value
-    checkpoints = [path for path in (folder / "decaying.pt", folder / "constant.pt") if path.exists()]
-    if not checkpoints:
-        raise app.UsageError(f"{folder}: no checkpoint; run pretraining.train_diffusion first")
+    state = train_diffusion.latest(folder)
     autoencoder = AutoencoderKL.from_pretrained(vendors.cache() / train_diffusion.AUTOENCODER.value)
     text_tokenizer = tokenizer.save_tokenizer(vendors.cache() / "tokenizer")
     trainer = diffusion.make_trainer(
@@ -32,8 +30,6 @@ def main(_: list[str]) -> None:
         torch.device("cpu"),
         diffusion.Settings(),
     )
-    state = training_tools.load_checkpoint(checkpoints[0])
-    assert state is not None
     trainer.restore(state)
     pipeline = diffusion.finished_pipeline(trainer.average, autoencoder, text_tokenizer)
     out = pathlib.Path(OUT.value)
@@ -41,7 +37,8 @@ def main(_: list[str]) -> None:
     for judge in ("clip", "instance"):
         if (vendors.cache() / judge / "config.json").exists():
             shutil.copytree(vendors.cache() / judge, out / judge, dirs_exist_ok=True)
-    print(f"{out}/model: {size / 1e6:.1f} MB, {trainer.samples:,} samples, from {checkpoints[0].name}")
+    phase = "constant" if trainer.decay_start is None else "decay"
+    print(f"{out}/model: {size / 1e6:.1f} MB, {trainer.samples:,} samples, {phase} phase")
 
 
 if __name__ == "__main__":

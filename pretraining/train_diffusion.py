@@ -10,6 +10,7 @@ a checkpoint.
 import copy
 import pathlib
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,10 @@ LOOK_EVERY = flags.DEFINE_integer("look_every", 1_000, "Steps between sheets of 
 AUTOENCODER = flags.DEFINE_string("autoencoder", "autoencoder/model", "Folder of the autoencoder under the cache.")
 COMPILE = flags.DEFINE_bool("compile", False, "Compile the UNet's steps; takes minutes, and a C++ compiler on a CPU.")
 LIGHTEN = flags.DEFINE_string(
-    "lighten", "", "If set: only write the latest checkpoint's averaged weights, in half precision, to this file."
+    "lighten",
+    "",
+    "If set: only write the averaged weights of the decay phase (or of the constant one, if there was no other), in "
+    "half precision, to this file. As constant.pt it is gone on from.",
 )
 RUN = flags.DEFINE_string("run", "diffusion", "Folder of this run under the cache.")
 
@@ -93,6 +97,18 @@ def look(
     pictures = model.sample(pipeline, LOOK_PROMPTS, seed=0, guidance_scale=guidance)
     training_tools.save_sheet(folder / f"look_{trainer.samples:08d}.png", pictures, columns=12)
     model.save_pipeline(copy.deepcopy(pipeline), folder / "model")
+
+
+def latest(folder: pathlib.Path) -> dict[str, Any]:
+    """The state of the decay phase, or of the constant phase if there was no other.
+
+    Raises:
+        UsageError: nothing has been trained.
+    """
+    for name in ("decaying.pt", "constant.pt"):
+        if state := training_tools.load_checkpoint(folder / name):
+            return state
+    raise app.UsageError(f"{folder}: no checkpoint; run pretraining.train_diffusion first")
 
 
 def open_trainer(folder: pathlib.Path, trainer: training.Trainer, decay_samples: int) -> pathlib.Path:
@@ -188,10 +204,7 @@ def main(_: list[str]) -> None:
     folder = vendors.cache() / RUN.value
     folder.mkdir(parents=True, exist_ok=True)
     if LIGHTEN.value:
-        state = training_tools.load_checkpoint(folder / "constant.pt")
-        if state is None:
-            raise app.UsageError(f"{folder} holds no checkpoint to lighten")
-        training_tools.save_checkpoint(pathlib.Path(LIGHTEN.value), training.lightened(state))
+        training_tools.save_checkpoint(pathlib.Path(LIGHTEN.value), training.lightened(latest(folder)))
         return
     run(folder, training.Settings(batch_size=BATCH_SIZE.value))
 

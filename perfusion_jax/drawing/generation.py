@@ -477,6 +477,8 @@ def _in_slots(
     active = np.ones((len(fractions), slots), np.float32)
     active[:, :count] = (start <= fractions[:, None]) & (fractions[:, None] < end)
     phases, phase_of_step = np.unique(active, axis=0, return_inverse=True)
+    if len(phases) > 1:  # as many as there can be, so that other windows compile nothing anew
+        phases = np.pad(phases, ((0, 2 * count + 1 - len(phases)), (0, 0)), "edge")
     present = np.any(ids[:, :, None] == base.model.tokenizer.vocabulary_size + np.arange(slots), axis=1)
     in_slots = Concepts(
         stacked=jax.tree.map(pad, concept_lib.stack([concept for concept, _ in concepts])),

@@ -77,6 +77,9 @@ def test_what_changes_from_picture_to_picture_does_not_compile_anew(small_base):
     assert compiled_step._cache_size() == before
     generate(small_base, ["a <tom>"], [0], [tom], **{**SMALL, "width": 40})
     assert compiled_step._cache_size() == before + 1
+    for start, end in ((0.5, 1.0), (0.0, 0.4), (0.4, 0.7)):
+        generate(small_base, ["a <tom>"], [0], [tom], start=start, end=end, **SMALL)
+    assert compiled_step._cache_size() == before + 2
 
 
 def test_guidance_of_one_or_less_is_none_and_leads_away_from_nothing(small_base):

@@ -317,11 +317,13 @@ def test_a_trainer_comes_back_from_its_checkpoint(tmp_path, text_tokenizer):
     branch = make()
     assert train_diffusion.open_trainer(tmp_path, branch, decay_samples=640).name == "decaying.pt"
     assert (branch.step, branch.decay_start) == (1, 1)
+    assert train_diffusion.latest(tmp_path)["decay_start"] is None
+    branch.save(tmp_path / "decaying.pt")
     light = make()
-    light.restore(diffusion.lightened(training_tools.load_checkpoint(tmp_path / "constant.pt")))
+    light.restore(diffusion.lightened(train_diffusion.latest(tmp_path)))
+    assert (light.step, light.decay_start) == (1, None)  # of the decay phase, and a constant phase goes on from it
     kept = make()
     kept.restore(training_tools.load_checkpoint(tmp_path / "constant.pt"))
-    assert light.step == 1
     for one, other in zip(kept.average.parameters(), light.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 

@@ -79,7 +79,7 @@ find("#thing-kind").addEventListener("change", async (event) => {
 for (const id of ["thing-name", "thing-kind", "thing-seed", "thing-masks", "thing-keys", "thing-crop"]) {
   find(`#${id}`).addEventListener("change", () => { if (id === "thing-crop" || !Object.keys(masks).length) forget(false); });
 }
-window.addEventListener("beforeunload", (event) => { if (Object.keys(masks).length) event.preventDefault(); });
+window.addEventListener("beforeunload", (event) => { if (files.length) event.preventDefault(); });
 
 find("#look-button").addEventListener("click", (event) => busy(event.target, "Looking…", async () => {
   const sent = await ask("/api/look", {});
