@@ -293,7 +293,7 @@ def read_architecture(layout: Layout, dtype: jnp.dtype) -> Architecture:
         shapes[component] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), initial)
     scale = LatentScale.of(layout.config("vae"), vae_module.latent_channels, layout.config_name("vae"))
     schedule = NoiseSchedule.from_config(layout.config("scheduler"), layout.config_name("scheduler"))
-    zero = bool(index.get("force_zeros_for_empty_prompt", False))
+    zero = bool(index.get("force_zeros_for_empty_prompt", len(names) > 1))  # as diffusers' pipelines do
     digest = hashlib.sha256(b"zero" * zero)
     for component in ("unet", "vae", *names, "scheduler"):
         digest.update(json.dumps(layout.config(component), sort_keys=True).encode())

@@ -16,8 +16,8 @@ MARKS = ("[trigger]", "[name]")
 def with_slot(caption: str, words: Sequence[str], super_category: str) -> tuple[str, bool]:
     """Puts `{}` where a caption names the thing.
 
-    That is at the first of these that the caption has: `{}` itself; `[trigger]`; one of the words. After `[trigger]` or
-    a word the super-category's is left out ("a sks dog" is "a {}"). Where the thing is named again, the
+    That is at the first of these that the caption has: `{}` itself; `[trigger]`; one of the words, also as `<word>`.
+    After `[trigger]` or a word the super-category's is left out ("a sks dog" is "a {}"). Where the thing is named again, the
     super-category's word stands.
 
     Args:
@@ -31,9 +31,11 @@ def with_slot(caption: str, words: Sequence[str], super_category: str) -> tuple[
     named = True
     if SLOT not in caption:
         for word in (*MARKS, *words):
-            # A word of a caption, whatever its case; its own brackets are no part of words.
+            # A word of a caption, whatever its case, and as prompts name concepts: <word>.
             after = "" if word == super_category else rf"(?:\s+{re.escape(super_category)}(?!\w))?"
-            caption, count = re.subn(rf"(?<!\w){re.escape(word)}(?!\w){after}", SLOT, caption, flags=re.IGNORECASE)
+            exact = re.escape(word)
+            of_thing = rf"(?:<{exact}>|(?<!\w){exact}(?!\w)){after}"
+            caption, count = re.subn(of_thing, SLOT, caption, flags=re.IGNORECASE)
             if count:
                 break
         else:

@@ -54,6 +54,7 @@ class Concepts(tfds.core.GeneratorBasedBuilder):
                 ),
                 "has_mask": tfds.features.Scalar(np.uint8, doc="0: the mask is black and says nothing"),
                 "caption": tfds.features.Text(doc="as in its file, or empty"),
+                "trigger": tfds.features.Text(doc="what captions call the thing, or empty"),
             }
         )
         return tfds.core.DatasetInfo(builder=self, description="Pictures of concepts.", features=features)
@@ -73,6 +74,7 @@ class Concepts(tfds.core.GeneratorBasedBuilder):
                     "mask": _png(np.round(255 * mask).astype(np.uint8)),
                     "has_mask": int(picture.mask is not None),
                     "caption": picture.caption or "",
+                    "trigger": picture.trigger,
                 },
             )
 
@@ -135,10 +137,11 @@ def read_split(source: str) -> list[Picture]:
                 pixels=row["image"],
                 mask=row["mask"][..., 0].astype(np.float32) / 255 if row["has_mask"] else None,
                 caption=_string(row["caption"]) or None,
+                trigger=_string(row.get("trigger", "")),  # older datasets have none
             )
             for row in builder.as_data_source(split=split)
         ]
-    return sorted(pictures, key=lambda picture: picture.name)
+    return sorted(pictures, key=lambda picture: picture.name.split("/"))  # as a folder's, of which these are paths
 
 
 def split_size(source: str) -> int:

@@ -76,9 +76,19 @@ def prompt_ids(
 
     Returns:
         int32 [pictures, prompts, tokens]; the concept's token is `vocabulary_size`.
+
+    Raises:
+        InputError: one is too long, or names another concept.
     """
-    rows = [[picture.caption] * len(templates) if picture.caption else templates for picture in pictures]
-    return np.stack([model.tokenizer([t.replace("{}", phrase) for t in row], [PLACEHOLDER]) for row in rows])
+
+    def of_picture(picture: Picture) -> np.ndarray:
+        prompts = [picture.caption] * len(templates) if picture.caption else templates
+        try:
+            return model.tokenizer([prompt.replace("{}", phrase) for prompt in prompts], [PLACEHOLDER])
+        except InputError as error:
+            raise InputError(f"the caption of {picture.name}: {error}" if picture.caption else str(error)) from error
+
+    return np.stack([of_picture(picture) for picture in pictures])
 
 
 def prompts_used(pictures: Sequence[Picture], templates: Sequence[str]) -> list[str]:
@@ -102,13 +112,12 @@ def given_masks(model: Architecture, pictures: Sequence[Picture]) -> np.ndarray 
     Raises:
         InputError: some pictures have a mask and some none.
     """
-    masks = {picture.name: picture.mask for picture in pictures}
-    given = [mask for mask in masks.values() if mask is not None]
+    given = [picture.mask for picture in pictures if picture.mask is not None]
     if not given:
         return None
     if len(given) < len(pictures):
-        without = next(name for name, mask in masks.items() if mask is None)
-        raise InputError(f"{without}: has no mask, but other pictures have: give one for each, or none")
+        without = next(picture for picture in pictures if picture.mask is None)
+        raise InputError(f"{without.name}: has no mask, but other pictures have: give one for each, or none")
     return on_latents(model, given)
 
 

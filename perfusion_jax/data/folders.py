@@ -8,7 +8,7 @@
     FOLDER/10_rex dog/rex.jpg     kohya's folders: how often each is shown, what captions call it, its class
 
 A folder may be local or in a bucket (`gs://...`). What systems leave in folders is passed over; any other file that is
-not used is named in a warning.
+not used, and any folder of pictures, is named in a warning.
 """
 
 import csv
@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -47,7 +48,7 @@ class Files(NamedTuple):
         masks, caption_files: of some of them, by picture.
         captions: that metadata gives, by picture.
         trigger: what captions call the thing, as kohya's folder says; empty where none does.
-        skipped: names of files that are not used.
+        skipped: names of files, and of folders of pictures, that are not used.
     """
 
     pictures: list[epath.Path]
@@ -67,7 +68,8 @@ def read_folder(
 
     Args:
         folder: of the pictures.
-        masks: folder of the masks; left out, they are in FOLDER/masks, if it exists, or beside the pictures.
+        masks: folder of the masks; left out, they are in FOLDER/masks (or in such a folder of kohya's folders), if it
+            exists, or beside the pictures.
         captions: folder of the captions; left out, they are beside the pictures, or in metadata.
 
     Raises:
@@ -83,7 +85,9 @@ def read_folder(
         caption = files.captions.get(file)
         if file in files.caption_files:
             caption = " ".join(read_words(files.caption_files[file]).split())
-        pictures.append(read_picture(file, files.masks.get(file), caption or None, files.trigger))
+        picture = read_picture(file, files.masks.get(file), caption or None, files.trigger)
+        # Of several folders, whose files may be called alike.
+        pictures.append(replace(picture, name=str(file.relative_to(epath.Path(folder)))))
     return pictures
 
 
@@ -110,14 +114,21 @@ def find_files(
     pictures = sorted({*candidates, *below} - {*labels})
     if not pictures:
         raise InputError(f"{root}: no pictures in it ({', '.join(ENDINGS)}){_hint(inside)}")
-    masks_root = epath.Path(masks) if masks is not None else roots[0] / "masks"
-    in_masks_root = _list(masks_root)
-    if masks is not None and in_masks_root is None:
-        raise InputError(f"{masks}: no such folder")
-    if in_masks_root is None:
-        mask_files = _masks_beside(pictures, labels)
+    if masks is not None:
+        mask_folders = {epath.Path(masks): pictures}
+    elif (root / "masks").exists():
+        mask_folders = {root / "masks": pictures}
     else:
-        mask_files = _masks_in(masks_root, in_masks_root, pictures)
+        mask_folders = {one / "masks": [file for file in pictures if file.parent == one] for one in roots}
+    mask_files: dict[epath.Path, epath.Path] = {}
+    for mask_folder, masked in mask_folders.items():
+        in_mask_folder = _list(mask_folder)
+        if in_mask_folder is not None:
+            mask_files |= _masks_in(mask_folder, in_mask_folder, masked)
+        elif masks is not None:
+            raise InputError(f"{masks}: no such folder")
+    if not mask_files:
+        mask_files = _masks_beside(pictures, labels)
     texts = inside if captions is None else _list(epath.Path(captions))
     if texts is None:
         raise InputError(f"{captions}: no such folder")
@@ -125,7 +136,10 @@ def find_files(
     caption_files = _by_name(pictures, texts, beside=captions is None)
     used = {*pictures, *mask_files.values(), *caption_files.values(), *metadata}
     with storage_errors(root, "read"):
-        skipped = [file.name for file in inside if file not in used and not file.is_dir()]
+        folders = {file for file in inside if file not in used and file.is_dir()}
+    skipped = [file.name for file in inside if file not in used | folders]
+    unused = folders - {file.parent for file in used}
+    skipped += [f"{file.name}/" for file in unused if _has_pictures(file)]
     missing = [str(file.relative_to(root)) for file in captioned if file not in pictures]
     if missing:
         raise InputError(f"{root}: its metadata names {missing[0]}, which is not a picture in it")
@@ -142,14 +156,20 @@ def _folders_of(root: epath.Path, inside: Sequence[epath.Path]) -> tuple[list[ep
     """The folders that hold the pictures, and what kohya's names of them call the thing.
 
     Raises:
-        InputError: there are kohya's folders of several things.
+        InputError: there are kohya's folders of several things, or pictures beside one.
     """
     own = _REPEATED.fullmatch(root.name)
-    if any(file.suffix.lower() in ENDINGS for file in inside):
-        return [root], own[1].strip() if own else ""
     found = [(file, match[1].strip()) for file in inside if (match := _REPEATED.fullmatch(file.name))]
     with storage_errors(root, "read"):
         found = [(file, name) for file, name in found if file.is_dir()]
+    loose = [file for file in inside if file.suffix.lower() in ENDINGS]
+    if loose and found:
+        raise InputError(
+            f"{root}: it has pictures, such as {loose[0].name}, beside the folder {found[0][0].name}: put all into one "
+            "place, or name the folder"
+        )
+    if loose:
+        return [root], own[1].strip() if own else ""
     names = sorted({name for _, name in found})
     if len(names) > 1:
         raise InputError(
@@ -157,6 +177,10 @@ def _folders_of(root: epath.Path, inside: Sequence[epath.Path]) -> tuple[list[ep
             "folders"
         )
     return ([file for file, _ in found], names[0]) if found else ([root], "")
+
+
+def _has_pictures(folder: epath.Path) -> bool:
+    return any(file.suffix.lower() in ENDINGS for file in _list(folder) or ())
 
 
 def _hint(inside: Sequence[epath.Path]) -> str:

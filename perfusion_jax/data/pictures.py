@@ -144,7 +144,8 @@ def _open(file: epath.Path) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
-        if image.mode.startswith("I"):  # PIL cuts 16-bit greys off at 255 instead of scaling them
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+            # PIL cuts 16-bit greys off at 255 instead of scaling them.
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
             image.getexif()[ExifTags.Base.Orientation] = orientation
@@ -152,8 +153,8 @@ def _open(file: epath.Path) -> Image.Image:
         raise InputError(f"{file}: not a picture") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{file}: cannot be read ({error})") from error
-    if image.mode == "F":
-        raise InputError(f"{file}: its pixels are fractions, and in which range is not known; save it with 8 bits")
+    if image.mode in ("F", "I"):
+        raise InputError(f"{file}: its pixels are numbers of 32 bits, in which range is not known; save it with 8 bits")
     return image
 
 

@@ -19,7 +19,7 @@ from perfusion_jax.runtime.errors import UnavailableError
 def folders(tmp_path):
     rng = np.random.default_rng(0)
     for name, count in (("rex", 3), ("my-cup", 1)):
-        folder = tmp_path / "concepts" / name
+        folder = tmp_path / "concepts" / name / ("10_ohwx cup" if name == "my-cup" else "")
         (folder / "masks").mkdir(parents=True)
         for number in range(count):
             pixels = rng.integers(0, 256, (20 + number, 30, 3)).astype(np.uint8)
@@ -27,7 +27,7 @@ def folders(tmp_path):
             if name == "rex":
                 Image.fromarray(pixels[..., 0]).save(folder / "masks" / f"{number}.png")
         (folder / "0.txt").write_text("a {} at home")
-    (tmp_path / "concepts" / "my-cup" / "masks").rmdir()
+    (tmp_path / "concepts" / "my-cup" / "10_ohwx cup" / "masks").rmdir()
     return epath.Path(tmp_path / "concepts")
 
 
@@ -38,7 +38,7 @@ def test_pictures_masks_and_captions_survive(folders, tmp_path):
         assert [picture.name for picture in before] == [picture.name for picture in after]
         for one, other in zip(before, after, strict=True):
             np.testing.assert_array_equal(one.pixels, other.pixels)
-            assert one.caption == other.caption
+            assert (one.caption, one.trigger) == (other.caption, other.trigger)
             assert (one.mask is None) == (other.mask is None)
             if one.mask is not None:
                 np.testing.assert_array_equal(one.mask, other.mask)

@@ -11,6 +11,7 @@ from PIL import ExifTags, Image
 
 from perfusion_jax import InputError
 from perfusion_jax.data.captions import with_slot, with_slots
+from perfusion_jax.data.examples import given_masks, prompt_ids
 from perfusion_jax.data.folders import find_files, read_folder
 
 SIZE = (40, 20)
@@ -83,7 +84,7 @@ CASES = {
         ending: case(Learnt({f"a.{ending}": None}), picture(f"a.{ending}"))
         for ending in ("heic", "jfif", "WEBP", "JPG")
     },
-    "fractions": case("a.tif: its pixels are fractions", lambda f: Image.new("F", SIZE).save(f / "a.tif")),
+    "fractions": case("a.tif: its pixels are numbers of 32 bits", lambda f: Image.new("F", SIZE).save(f / "a.tif")),
     "one moves": case(
         Learnt({"a.gif": None}),
         lambda f: Image.new("P", SIZE).save(f / "a.gif", save_all=True, append_images=[Image.new("P", SIZE, 1)]),
@@ -113,6 +114,13 @@ CASES = {
         Learnt({"a.jpg": None}, warnings=("not used: README.txt",)), picture("a.jpg"), text("README.txt", "mine")
     ),
     "a live photo": case(Learnt({"a.HEIC": None, "a.jpg": None}), picture("a.HEIC"), picture("a.jpg")),
+    "folders of other pictures": case(
+        Learnt({"a.jpg": None}, warnings=("not used: mask/, old/",)),
+        picture("a.jpg"),
+        picture("old/a.jpg"),
+        lambda folder: mask(folder / "mask/a.png"),
+        text("notes/a.md", "x"),
+    ),
     "nothing": case("no pictures in it", text("notes.md", "x")),
     "one folder too high": case("if they are in one of its folders, mine, name that", picture("mine/a.png")),
     # Captions.
@@ -124,6 +132,9 @@ CASES = {
     ),
     "its name": case(Learnt({"a.png": "a photo of {}."}), picture(), text("a.txt", "a photo of Rex.")),
     "its name and class": case(Learnt({"a.png": "a {} runs"}), picture(), text("a.txt", "a rex dog runs")),
+    "its name as in prompts": case(
+        Learnt({"a.png": "a photo of {} here"}), picture(), text("a.txt", "a photo of <Rex> dog here")
+    ),
     "its name within a word": case(
         Learnt({"a.png": "a {}, trexes"}, warnings=(NOT_NAMED,)), picture(), text("a.txt", "trexes")
     ),
@@ -156,7 +167,7 @@ CASES = {
         text("metadata.jsonl", '{"file_name": "a.png", "text": "a dog"}\n\n{"file_name": "b.png"}\n'),
     ),
     "jsonl of a folder below": case(
-        Learnt({"a.png": "a {}"}),
+        Learnt({"train/a.png": "a {}"}),
         picture("train/a.png"),
         text("metadata.jsonl", json.dumps({"file_name": "train/a.png", "caption": "a dog"})),
     ),
@@ -180,16 +191,18 @@ CASES = {
     ),
     # Folders of other trainers.
     "kohya": case(
-        Learnt({"a.png": "a photo of {}", "b.png": None}),
+        Learnt({"10_ohwx dog/a.png": "a photo of {}", "10_ohwx dog/b.png": None}),
         picture("10_ohwx dog/a.png"),
         picture("10_ohwx dog/b.png"),
         text("10_ohwx dog/a.txt", "a photo of ohwx dog"),
     ),
     "kohya's trigger alone": case(
-        Learnt({"a.png": "{} on grass"}), picture("10_ohwx dog/a.png"), text("10_ohwx dog/a.txt", "ohwx on grass")
+        Learnt({"10_ohwx dog/a.png": "{} on grass"}),
+        picture("10_ohwx dog/a.png"),
+        text("10_ohwx dog/a.txt", "ohwx on grass"),
     ),
     "a folder of a trip": case(
-        Learnt({"a.png": "a {} in summer", "b.png": "{} at sea"}),
+        Learnt({"2023_summer/a.png": "a {} in summer", "2023_summer/b.png": "{} at sea"}),
         picture("2023_summer/a.png"),
         text("2023_summer/a.txt", "a dog in summer"),
         picture("2023_summer/b.png"),
@@ -199,11 +212,26 @@ CASES = {
         "folders of several things, ohwx dog, sks cat", picture("10_ohwx dog/a.png"), picture("5_sks cat/a.png")
     ),
     "kohya's in two parts": case(
-        Learnt({"a.png": "a {} left", "b.png": "a {} right"}),
+        Learnt({"10_dog/a.png": "a {} left", "2_dog/a.png": "a {} right"}),
         picture("10_dog/a.png"),
         text("10_dog/a.txt", "a dog left"),
-        picture("2_dog/b.png"),
-        text("2_dog/b.txt", "a dog right"),
+        picture("2_dog/a.png"),
+        text("2_dog/a.txt", "a dog right"),
+    ),
+    "kohya's beside a picture": case(
+        "it has pictures, such as sample.png, beside the folder 10_dog", picture("10_dog/a.png"), picture("sample.png")
+    ),
+    "kohya's with masks": case(
+        Learnt({"10_dog/a.png": None, "2_dog/a.png": None}, masked=("10_dog/a.png", "2_dog/a.png")),
+        picture("10_dog/a.png"),
+        lambda folder: mask(folder / "10_dog/masks/a.png"),
+        picture("2_dog/a.png"),
+        lambda folder: mask(folder / "2_dog/masks/a.png"),
+    ),
+    "kohya's with masks beside it": case(
+        Learnt({"10_dog/a.png": None}, masked=("10_dog/a.png",)),
+        picture("10_dog/a.png"),
+        lambda folder: mask(folder / "masks/a.png"),
     ),
     "onetrainer": case(
         Learnt({"a.png": "a {}"}, masked=("a.png",)),
@@ -308,6 +336,22 @@ def test_a_folder_of_kohyas_may_be_named_itself(tmp_path):
 )
 def test_names_with_signs_are_found(caption, expected):
     assert with_slot(caption, ["c++"], "cup") == (expected, True)
+
+
+def test_a_caption_that_names_another_concept_is_named(small_base, tmp_path):
+    save(tmp_path / "a.png")
+    write(tmp_path / "a.txt", "a dog with <tom>")
+    pictures = with_slots(read_folder(tmp_path), "rex", "dog", shorten)
+    with pytest.raises(InputError, match=r"the caption of a\.png: the prompt .* names <tom>, but the concepts given"):
+        prompt_ids(small_base.model, pictures, ["a {}"])
+
+
+def test_some_pictures_with_a_mask_and_some_without_are_refused_by_name(small_base, tmp_path):
+    for name in ("10_dog/a.png", "2_dog/a.png"):
+        save(tmp_path / name)
+    mask(tmp_path / "10_dog/masks/a.png")
+    with pytest.raises(InputError, match=r"2_dog/a\.png: has no mask"):
+        given_masks(small_base.model, read_folder(tmp_path))
 
 
 def test_a_name_that_nobody_chose_is_a_word_like_any_other(tmp_path):
