@@ -24,7 +24,14 @@ def main() -> None:
     # Imported when the flags are right: JAX and diffusers take seconds.
     from perfusion_jax.base_model import load_base_model, network_dtype
     from perfusion_jax.drawing.attention_sheets import write_attention
-    from perfusion_jax.drawing.recipe import draw, recipe_of_flags, recipe_of_picture, warn_of_unnamed, write
+    from perfusion_jax.drawing.recipe import (
+        draw,
+        recipe_of_flags,
+        recipe_of_picture,
+        warn_of_few_steps,
+        warn_of_unnamed,
+        write,
+    )
 
     arguments = flags.FLAGS
     if arguments.again:
@@ -47,6 +54,7 @@ def main() -> None:
         check_writable(folder)
     warn_of_unnamed(recipe)
     base = load_base_model(dtype=network_dtype(), **recipe.base)  # type: ignore[arg-type]
+    warn_of_few_steps(recipe, base)
     drawn = draw(recipe, base, attention=folder is not None)
     write(recipe, drawn, out)
     if folder:
@@ -77,6 +85,12 @@ def run() -> None:
         "how noise is taken away; as the base model's scheduler says if left out",
     )
     flags.DEFINE_integer("steps", None, "sampling steps; ddim 50, dpm++ 20, the others 30 if left out", lower_bound=1)
+    flags.DEFINE_enum(
+        "spacing",
+        None,
+        ["leading", "trailing", "linspace"],
+        "which timesteps these are; as the base model's scheduler says if left out",
+    )
     flags.DEFINE_float(
         "guidance", None, "guidance scale, 1 or less for none; the concept's own, or 6, if left out", lower_bound=0
     )

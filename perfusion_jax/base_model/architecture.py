@@ -297,8 +297,8 @@ def read_architecture(layout: Layout, dtype: jnp.dtype) -> Architecture:
     digest = hashlib.sha256(b"zero" * zero)
     for component in ("unet", "vae", *names, "scheduler"):
         digest.update(json.dumps(layout.config(component), sort_keys=True).encode())
-    for name in ("vocab.json", "merges.txt"):
-        digest.update((vocabulary.folder / name).read_bytes())
+    for file in text.tokenizer_files(vocabulary.folder):
+        digest.update(file.read_bytes())
     digest.update(repr(paddings).encode())
     return Architecture(
         tokenizer=tokenizer,

@@ -19,7 +19,7 @@ class Vocabulary(NamedTuple):
     """What a tokeniser is made of.
 
     Attributes:
-        folder: with vocab.json and merges.txt.
+        folder: as `text.load_tokenizer` reads it.
         padding: the token behind the end of a prompt, or None for the one that the folder says.
     """
 

@@ -1,5 +1,6 @@
 """Where a base model comes from: the package, a folder, or the Hugging Face hub."""
 
+import errno
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from perfusion_jax.base_model.weights import has_variant
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError, UnavailableError
 from perfusion_jax.runtime.files import storage_errors
@@ -156,6 +158,20 @@ def _hub_errors(hub_id: str, revision: str | None = None) -> Iterator[None]:
             raise UnavailableError(f"{hub_id}: the hub said: {str(error).splitlines()[0]}") from error
         reason = str(error).splitlines()[0]
         raise InputError(f"{hub_id}: no such folder here, and the hub said: {reason}") from error
+    except OSError as error:  # of the network, as all of requests' errors, or of the disk that it is written to
+        reason = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
+        raise UnavailableError(f"{hub_id}: cannot be fetched: {reason}{_advice(error)}") from error
+
+
+def _advice(error: OSError) -> str:
+    kind = type(error).__name__  # of requests or another library, by which the hub's client asks
+    if kind == "SSLError":
+        return ". If a proxy reads along here, name its certificates in REQUESTS_CA_BUNDLE"
+    if kind == "ProxyError":
+        return ". See to HTTPS_PROXY"
+    if error.errno == errno.ENOSPC:
+        return f". Models are kept in {constants.HF_HUB_CACHE}: make room, or name another folder in HF_HOME"
+    return ". The same command goes on where it was"
 
 
 def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
@@ -170,11 +186,17 @@ def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:
     def files(components: Sequence[str], stems: Sequence[str], endings: Sequence[str]) -> list[str]:
         return [f"{component}/{stem}{ending}" for component in components for stem in stems for ending in endings]
 
-    folder = _fetch(hub_id, revision, files(COMPONENTS, ("diffusion_pytorch_model", "model"), safetensors))
-    present = [component for component in COMPONENTS if (folder / component).is_dir()]
-    without = [component for component in present if not any((folder / component).glob("*.safetensors"))]
-    if without:
-        _fetch(hub_id, revision, files(without, ("diffusion_flax_model", "flax_model"), (f"{infix}.msgpack",)))
+    def without() -> list[str]:
+        present = [component for component in COMPONENTS if (folder / component).is_dir()]
+        return [component for component in present if not any((folder / component).glob("*.safetensors"))]
+
+    stems = ("diffusion_pytorch_model", "model")
+    folder = _fetch(hub_id, revision, files(COMPONENTS, stems, safetensors))
+    if without():
+        _fetch(hub_id, revision, files(without(), ("diffusion_flax_model", "flax_model"), (f"{infix}.msgpack",)))
+    if variant and without() and has_variant(folder, variant):  # the others are as they are
+        plain = (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.json")
+        _fetch(hub_id, revision, files(without(), stems, plain))
     return folder
 
 

@@ -6,6 +6,8 @@ tokeniser's vocabulary nor the embedding table grows.
 
 import copy
 import difflib
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.names import PLACEHOLDER
 
 _END_OF_WORD = "</w>"
+_ONE_FILE = "tokenizer.json"
 
 
 class PromptTokenizer:
@@ -238,25 +241,55 @@ def load_tokenizer(folder: Path, config: CLIPTextConfig, padding: str | None = N
     """Reads a checkpoint's tokeniser.
 
     Args:
-        folder: with vocab.json and merges.txt.
+        folder: with vocab.json and merges.txt, or with tokenizer.json.
         config: of the text encoder.
         padding: the token behind the end of a prompt, or None for the one that the folder says.
 
     Raises:
         InputError: it is not complete, not of CLIP's kind, or has more words than the text encoder.
     """
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: missing; the folder is not complete")
+    is_one_file = tokenizer_files(folder) == [folder / _ONE_FILE]
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{folder}: not a CLIP tokeniser ({error})") from error
+        tokenizer = _of_one_file(folder) if is_one_file else CLIPTokenizer.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{folder}: not a CLIP tokeniser ({error!r})") from error
     if padding is not None:
         tokenizer.pad_token = padding  # not earlier: then it would no longer be an ordinary word of prompts
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"{folder}: {len(tokenizer)} words, but the text encoder knows {config.vocab_size}")
     return PromptTokenizer(tokenizer, config.vocab_size, config.max_position_embeddings)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that hold a tokeniser's words: two, or the one that transformers 5 writes.
+
+    Raises:
+        InputError: one is missing.
+    """
+    files = [folder / "vocab.json", folder / "merges.txt"]
+    missing = [file for file in files if not file.is_file()]
+    if missing and (folder / _ONE_FILE).is_file():
+        return [folder / _ONE_FILE]
+    if missing:
+        raise InputError(f"{missing[0]}: missing; the folder is not complete")
+    return files
+
+
+def _of_one_file(folder: Path) -> CLIPTokenizer:
+    """The tokeniser of a folder that has all its words in tokenizer.json."""
+    content = json.loads((folder / _ONE_FILE).read_text(encoding="utf-8"))
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    model, added = content["model"], sorted(content["added_tokens"], key=lambda token: token["id"])
+    marks = {token["content"]: token["id"] for token in added if token["special"]}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    special = {name: config[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token") if name in config}
+    with tempfile.TemporaryDirectory() as temporary:
+        files = [Path(temporary) / "vocab.json", Path(temporary) / "merges.txt"]
+        files[0].write_text(json.dumps({**model["vocab"], **marks}), encoding="utf-8")
+        files[1].write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+        tokenizer = CLIPTokenizer(*map(str, files), **special)
+    tokenizer.add_tokens([token["content"] for token in added if token["content"] not in tokenizer.get_vocab()])
+    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,9 @@ class Safetensors:
     def find(self, path: FlaxPath) -> str | None:
         """Returns the name under which the files hold a Flax parameter, or None."""
         name = torch_name(path)
-        return next((n for n in (name, _vae_attention_name(name)) if n in self._file_of), None)
+        # transformers leaves the prefix out since 5.6.
+        names = (name, _vae_attention_name(name), name.removeprefix("text_model."))
+        return next((n for n in names if n in self._file_of), None)
 
     def read(self, name: str, path: FlaxPath, rank: int) -> np.ndarray:
         """Reads a tensor, in the layout of a Flax parameter of that path and rank."""
@@ -159,12 +161,33 @@ def find_checkpoint(folder: Path, variant: str | None) -> Checkpoint:
 
     Args:
         folder: the component's folder, such as `.../unet`.
-        variant: `fp16` for the files of that variant, or None for the plain ones.
+        variant: `fp16` for the files of that variant, or None for the plain ones. A component that has none of the
+            variant, in a model where another has, is read from its plain files, as diffusers does.
 
     Raises:
         InputError: there are none that can be read safely.
         UnavailableError: storage fails.
     """
+    found = _find_checkpoint(folder, variant)
+    if found is None and variant and has_variant(folder.parent, variant):
+        found = _find_checkpoint(folder, None)
+    if found is None:
+        raise InputError(_why_unreadable(folder, variant))
+    return found
+
+
+def has_variant(model: Path, variant: str) -> bool:
+    """Whether a component of a model has weights of a variant."""
+    return any(_variant_of(file.name) == variant for file in model.glob("*/*"))
+
+
+def _variant_of(name: str) -> str | None:
+    """`fp16` of `model.fp16.safetensors` or of one of its shards; None of plain weights, and of other files."""
+    match = re.search(r"\.(\w+)(?:-\d{5}-of-\d{5})?\.(?:safetensors|msgpack)$", name)
+    return match and match[1]
+
+
+def _find_checkpoint(folder: Path, variant: str | None) -> Checkpoint | None:
     infix = f".{variant}" if variant else ""
     for stem in ("diffusion_pytorch_model", "model"):
         single = folder / f"{stem}{infix}.safetensors"
@@ -179,7 +202,7 @@ def find_checkpoint(folder: Path, variant: str | None) -> Checkpoint:
     for stem in ("diffusion_flax_model", "flax_model"):
         if (folder / f"{stem}{infix}.msgpack").is_file():
             return _Msgpack(folder / f"{stem}{infix}.msgpack")
-    raise InputError(_why_unreadable(folder, variant))
+    return None
 
 
 def _shards(index: Path) -> list[Path]:
@@ -200,7 +223,7 @@ def _why_unreadable(folder: Path, variant: str | None) -> str:
     files = {file.name for file in folder.glob("*")}
     if variant and any(re.fullmatch(r"[a-z_]+(-\d{5}-of-\d{5})?\.(safetensors|msgpack)", name) for name in files):
         return f"{folder}: no {wanted}, but plain ones: leave the variant out"
-    variants = sorted({m[1] for name in files if (m := re.search(r"\.(\w+)\.(?:safetensors|msgpack)$", name))})
+    variants = sorted({found for name in files if (found := _variant_of(name))})
     if variants:
         return f"{folder}: no {wanted}, but some of variant {variants[0]!r}: ask for variant={variants[0]!r}"
     return (

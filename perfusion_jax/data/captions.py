@@ -17,8 +17,8 @@ def with_slot(caption: str, words: Sequence[str], super_category: str) -> tuple[
     """Puts `{}` where a caption names the thing.
 
     That is at the first of these that the caption has: `{}` itself; `[trigger]`; one of the words, also as `<word>`.
-    After `[trigger]` or a word the super-category's is left out ("a sks dog" is "a {}"). Where the thing is named again, the
-    super-category's word stands.
+    After `[trigger]` or a word the super-category's is left out ("a sks dog" is "a {}"). Where the thing is named
+    again, the super-category's word stands.
 
     Args:
         caption: not empty.

@@ -26,7 +26,7 @@ from perfusion_jax.drawing.denoising import (
     take_step,
     to_pixels,
 )
-from perfusion_jax.drawing.samplers import Plan, make_plan, settle
+from perfusion_jax.drawing.samplers import Plan, make_plan, settle, spaced
 from perfusion_jax.formats.concept_file import PERFUSION, ConceptCard, TrainedConcept
 from perfusion_jax.method import concept as concept_lib
 from perfusion_jax.method.baselines import Word, add
@@ -210,6 +210,7 @@ def drawing(
     *,
     sampler: str | None = None,
     steps: int | None = None,
+    spacing: str | None = None,
     guidance: float | None = None,
     guidance_rescale: float = 0.0,
     negative_prompt: str | None = None,
@@ -236,6 +237,8 @@ def drawing(
         base, prompts, seeds, concepts: as for `generate`.
         sampler: `ddim`, `dpm++`, `euler` or `euler_a`; that of the base model's scheduler config if left out.
         steps: sampling steps; 50, 20, 30 or 30 of these if left out.
+        spacing: `leading`, `trailing` or `linspace`: which timesteps they are (diffusers' `timestep_spacing`); the
+            model's own if left out. Models of few steps are drawn by `trailing`, also where their config forgot it.
         guidance: guidance scale, 1 or less for none; that of the first concept if left out, 6 without concepts.
         guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1.
         negative_prompt: what guidance leads away from. It goes through no edit and names no concept. Left out, it is
@@ -264,11 +267,12 @@ def drawing(
         raise InputError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each picture")
     height, width = _size(base, height, width, init_image)
     steps = None if steps is None else _number("steps", steps, index)
-    sampler, steps = settle(base.model.schedule, sampler, steps)
+    schedule = spaced(base.model.schedule, spacing)
+    sampler, steps = settle(schedule, sampler, steps)
     batch_size = _number("batch_size", batch_size, index)
     init_strength = _number("init_strength", init_strength, float)
     skipped = 0 if init_image is None else skipped_steps(steps, init_strength)
-    plan = make_plan(base.model.schedule, sampler, steps, skipped)
+    plan = make_plan(schedule, sampler, steps, skipped)
     if guidance is None:
         guidance = concepts[0].card.guidance_scale if concepts else GUIDANCE
     guidance = _number("guidance", guidance, float)

@@ -4,8 +4,9 @@ import re
 
 # AUTOMATIC1111's web UI and those that came after it.
 _EXTRA_NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
-_WEIGHT = re.compile(r"(?<!\\)\(([^()]*?):\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*\)")
+_WEIGHT = re.compile(r"(?<!\\)\(((?:[^()\\]|\\.)*?):\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*\)")
 _BRACKETS = re.compile(r"(?<!\\)\[([^\[\]]*)\]")
+_MORE = re.compile(r"(?<!\\)\(((?:[^()\\]|\\.)*)\)")
 _KEYWORD = re.compile(r"(?<!\S)(?:BREAK|AND)(?!\S)")
 _ESCAPED = re.compile(r"\\([()\[\]])")
 
@@ -31,8 +32,9 @@ def without_syntax(prompt: str) -> tuple[str, list[str]]:
     before = ""
     while plain != before:  # they may be nested
         before = plain
-        plain = _BRACKETS.sub(keep_words, _WEIGHT.sub(keep_words, plain))
+        for syntax in (_WEIGHT, _MORE, _BRACKETS):
+            plain = syntax.sub(keep_words, plain)
     plain = _KEYWORD.sub(drop, plain)
-    if not found:
-        return prompt, []
-    return " ".join(_ESCAPED.sub(r"\1", plain).split()), found
+    if found:
+        plain = " ".join(plain.split())
+    return _ESCAPED.sub(r"\1", plain), found

@@ -21,7 +21,7 @@ from perfusion_jax.data.pictures import open_picture
 from perfusion_jax.drawing.generation import Drawn, drawing, skipped_steps
 from perfusion_jax.drawing.grids import grid
 from perfusion_jax.drawing.prompts import without_syntax
-from perfusion_jax.drawing.samplers import settle
+from perfusion_jax.drawing.samplers import make_plan, settle, spaced
 from perfusion_jax.formats.concept_file import PERFUSION, TrainedConcept, load_concept, read_card
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
 from perfusion_jax.formats.tree_folder import load_tree
@@ -33,7 +33,7 @@ LIBRARIES = ("perfusion_jax", "jax", "flax", "diffusers")
 CONTROLS = ("bias", "temperature", "strength", "start", "end")
 OPTIONS = (
     *CONTROLS,
-    *("sampler", "steps", "guidance", "guidance_rescale", "negative_prompt", "lock", "height", "width"),
+    *("sampler", "steps", "spacing", "guidance", "guidance_rescale", "negative_prompt", "lock", "height", "width"),
     *("init_strength", "batch_size"),
 )
 
@@ -309,6 +309,20 @@ def warn_of_unnamed(recipe: Recipe) -> None:
                 f"warning: no prompt names <{entry['name']}>: the concept {entry['name']} {effect}",
                 file=sys.stderr,
             )
+
+
+def warn_of_few_steps(recipe: Recipe, base: BaseModel) -> None:
+    """Says on stderr that drawing in so few steps does not begin where noise is."""
+    options = recipe.options
+    schedule = spaced(base.model.schedule, options.get("spacing"))
+    sampler, steps = settle(schedule, options["sampler"], options["steps"])
+    first, total = float(make_plan(schedule, sampler, steps).timesteps[0]), schedule.num_train_timesteps
+    if first < 0.9 * (total - 1) and not recipe.init_image:
+        print(
+            f"warning: {steps} steps begin at timestep {first:.0f} of {total}, where a model does not expect pure "
+            "noise: models of few steps want --spacing trailing, others more steps",
+            file=sys.stderr,
+        )
 
 
 def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[Drawn]]:

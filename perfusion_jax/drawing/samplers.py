@@ -13,11 +13,14 @@ of coefficients, computed here once in float64:
 Of the options of a checkpoint's scheduler, those that change its steps are honoured or refused, never passed over.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float32, Float64, Real
 
 from perfusion_jax.base_model.schedule import NoiseSchedule
@@ -56,19 +59,46 @@ def settle(schedule: NoiseSchedule, sampler: str | None, steps: int | None) -> t
     """Returns the sampler and the number of steps: those given, or else the checkpoint's sampler and its usual number.
 
     Args:
-        schedule: the checkpoint's, whose scheduler's class says which sampler is its own; DDIM for classes not known.
+        schedule: the checkpoint's, whose scheduler's class says which sampler is its own. Of a class that is none of
+            these, DDIM takes the place, and a warning says so.
         sampler: a key of SAMPLERS, or None.
         steps: how many, or None.
 
     Raises:
-        InputError: no such sampler.
+        InputError: no such sampler; or none is named, and the checkpoint was distilled for one that is not here.
     """
     if sampler is None:
         name = schedule.config.get("_class_name", "")
-        sampler = next((own for prefix, own in _OWN_SAMPLERS if name.startswith(prefix)), "ddim")
+        if name.startswith(_OF_FEW_STEPS):
+            raise InputError(
+                f"the base model's scheduler is {name}, which is not here: name one of {', '.join(SAMPLERS)}, such as "
+                "euler_a with 4 to 8 steps and guidance 1, or put its scheduler_config.json into a copy of the model"
+            )
+        sampler = next((own for prefix, own in _OWN_SAMPLERS if name.startswith(prefix)), None)
+        if sampler is None:
+            sampler = "ddim"
+            if name:
+                _warn_of_another(name, sampler)
     if sampler not in SAMPLERS:
         raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
     return sampler, DEFAULT_STEPS[sampler] if steps is None else steps
+
+
+@functools.cache  # once for each
+def _warn_of_another(name: str, sampler: str) -> None:
+    logging.warning("the base model's scheduler is %s, which is not here: %s draws in its place", name, sampler)
+
+
+def spaced(schedule: NoiseSchedule, spacing: str | None) -> NoiseSchedule:
+    """The schedule with another spacing of timesteps.
+
+    Args:
+        schedule: the checkpoint's.
+        spacing: `leading`, `trailing` or `linspace` (diffusers' `timestep_spacing`), or None for its own.
+    """
+    if spacing is None:
+        return schedule
+    return dataclasses.replace(schedule, config={**schedule.config, "timestep_spacing": spacing})
 
 
 def make_plan(schedule: NoiseSchedule, sampler: str, steps: int, skipped: int = 0) -> Plan:
@@ -264,7 +294,12 @@ SAMPLERS: dict[str, Callable[[NoiseSchedule, int, int], Columns]] = {
 }
 DEFAULT_STEPS = {"ddim": 50, "dpm++": 20, "euler": 30, "euler_a": 30}
 # Of a checkpoint, by the beginning of its scheduler's class.
-_OWN_SAMPLERS = (("EulerAncestral", "euler_a"), ("Euler", "euler"), ("DPMSolver", "dpm++"))
+_OWN_SAMPLERS = (
+    *(("EulerAncestral", "euler_a"), ("Euler", "euler"), ("DPMSolver", "dpm++")),
+    *(("DDIMScheduler", "ddim"), ("PNDMScheduler", "ddim"), ("DDPMScheduler", "ddim")),
+)
+# Consistency models' (arXiv 2310.04378, 2402.19159); DDIM in its usual number of steps would draw nothing of worth.
+_OF_FEW_STEPS = ("LCM", "TCD")
 # Options of diffusers' schedulers that change steps: values that are followed, and by which samplers an option is read.
 _SOLVERS = ("dpm++", "euler")
 _OPTIONS: tuple[tuple[str, tuple[Any, ...], tuple[str, ...]], ...] = (

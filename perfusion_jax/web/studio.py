@@ -40,6 +40,7 @@ RESERVED = (EXPORTS, DRAWINGS, PICTURES)
 MOST_DRAWN = 64  # pictures of one request
 SHOWN_BEFORE = 48  # earlier drawings
 SAMPLERS = ("", "ddim", "dpm++", "euler", "euler_a")
+SPACINGS = ("", "leading", "trailing", "linspace")
 MOST_VIEWS = 1000
 
 
@@ -263,6 +264,7 @@ class Studio:
             "guidance_rescale": form.number("guidance_rescale", 0, 1) or 0.0,
             "sampler": form.one_of("sampler", SAMPLERS) or None,
             "steps": form.whole("steps", 1, 1000),
+            "spacing": form.one_of("spacing", SPACINGS) or None,
             "lock": form.one_of("lock", ("local", "global")),
             "width": form.whole("width", 8, 4096),
             "height": form.whole("height", 8, 4096),
@@ -363,11 +365,12 @@ class Studio:
                 name: float(values[number if len(values) > 1 else 0]) for name, values in lists.items()
             }
         names = ("negative_prompt", "guidance", "guidance_rescale", "sampler", "steps", "lock", "width", "height")
+        options = {"spacing": None, **options}  # older pictures do not tell of it
         return {
             "prompt": prompt,
             "count": recipe.prompts.count(recipe.prompts[0]),
             "seed": recipe.seeds[0],
-            **{name: options[name] for name in names},
+            **{name: options[name] for name in (*names, "spacing")},
             "init_strength": options["init_strength"],
             "concepts": concepts,
             "note": "; ".join(notes),

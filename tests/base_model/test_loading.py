@@ -19,6 +19,7 @@ from checkpoints import save_checkpoint, save_full_size_xl
 from fake_hub import serve
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import load_file, save_file
+from transformers import CLIPTokenizerFast
 
 from perfusion_jax import InputError, load_base_model
 from perfusion_jax.base_model import source as source_lib
@@ -63,6 +64,40 @@ def test_sharded_fp16_variant_under_either_name_of_its_index(sd1_base, tmp_path,
     (index,) = (folder / "unet").glob("*.index*.json")
     index.rename(folder / "unet" / name.format("diffusion_pytorch_model"))
     same_parameters(load_base_model(folder, variant="fp16"), sd1_base)
+
+
+def test_a_component_without_the_variant_is_read_from_its_plain_files(sd1_folder, sd1_base, tmp_path):
+    folder = save_checkpoint(tmp_path / "half", "sd1", variant="fp16")
+    for component in ("vae", "text_encoder"):
+        shutil.rmtree(folder / component)
+        shutil.copytree(sd1_folder / component, folder / component)
+    same_parameters(load_base_model(folder, variant="fp16"), sd1_base)
+    with pytest.raises(InputError, match="unet: no weights, but some of variant 'fp16': ask for variant='fp16'"):
+        load_base_model(folder)
+
+
+def test_a_folder_as_transformers_5_writes_it(sd1_folder, sd1_base, tmp_path):
+    """One file of words, and a text encoder without its prefix."""
+    folder = tmp_path / "model"
+    shutil.copytree(sd1_folder, folder)
+    fast = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
+    shutil.rmtree(folder / "tokenizer")
+    fast.save_pretrained(folder / "tokenizer")
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+        (folder / "tokenizer" / name).unlink()
+    file = folder / "text_encoder/model.safetensors"
+    tensors = load_file(file)
+    save_file({name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}, file)
+    base = load_base_model(folder)
+    same_parameters(base, sd1_base)
+    prompts = ["a photo of a <rex> on the beach, snow!", "THE teddy  bear's dog"]
+    np.testing.assert_array_equal(
+        base.model.tokenizer(prompts, ["<rex>"]), sd1_base.model.tokenizer(prompts, ["<rex>"])
+    )
+    assert base.model.tokenizer.has_words_of(sd1_base.model.tokenizer)
+    (folder / "tokenizer/tokenizer.json").write_text('{"model": []}')
+    with pytest.raises(InputError, match="tokenizer: not a CLIP tokeniser"):
+        load_base_model(folder)
 
 
 def test_a_variant_that_is_not_there_is_refused(sd1_folder):
@@ -279,6 +314,15 @@ class TestHub:
             assert np.isclose(float(result.stdout), sd1_base.params["unet"]["conv_in"]["bias"].sum())
         assert not {name for name in hub.fetched if name.endswith(".bin") or name.startswith("safety_checker")}
 
+    def test_a_component_without_the_variant_is_fetched_as_it_is(self, hub, tmp_path, sd1_folder, sd1_base):
+        shutil.rmtree(tmp_path / "repository")
+        repository = save_checkpoint(tmp_path / "repository", "sd1", variant="fp16")
+        shutil.rmtree(repository / "unet")
+        shutil.copytree(sd1_folder / "unet", repository / "unet")
+        result = self.run(hub, tmp_path, "owner/model", variant="fp16")
+        assert result.returncode == 0, result.stderr
+        assert np.isclose(float(result.stdout), sd1_base.params["unet"]["conv_in"]["bias"].sum())
+
     def test_an_unknown_model_or_revision_is_an_error_that_names_it(self, hub, tmp_path):
         told = last_line(self.run(hub, tmp_path, "owner/other"))
         assert "InputError: owner/other: no such folder here, and no such model on the hub; if it is private" in told
@@ -311,6 +355,24 @@ class TestHub:
         with pytest.raises(InputError, match=r"owner/model: .*the hub said: no") as caught:
             load_base_model("owner/model")
         assert isinstance(caught.value, UnavailableError) == to_be_tried_again
+
+    @pytest.mark.parametrize(
+        ("error", "advice"),
+        [
+            (requests.exceptions.SSLError("certificate verify failed"), "certificates in REQUESTS_CA_BUNDLE"),
+            (requests.exceptions.ProxyError("no tunnel"), "See to HTTPS_PROXY"),
+            (requests.exceptions.ChunkedEncodingError("broken off"), "goes on where it was"),
+            (requests.exceptions.ReadTimeout(), "ReadTimeout. The same command goes on"),
+            (OSError(errno.ENOSPC, "No space left on device"), "name another folder in HF_HOME"),
+        ],
+    )
+    def test_what_fails_on_the_way_is_one_line_and_may_be_tried_again(self, monkeypatch, error, advice):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr(source_lib, "snapshot_download", fail)
+        with pytest.raises(UnavailableError, match=f"owner/model: cannot be fetched: .*{advice}"):
+            load_base_model("owner/model")
 
 
 @pytest.mark.parametrize(

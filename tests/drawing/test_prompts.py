@@ -16,6 +16,14 @@ from perfusion_jax.drawing.prompts import without_syntax
         ("a dog BREAK in snow AND a cat", "a dog in snow a cat", ["BREAK", "AND"]),
         ("<lora:anime_v2:0.8> a dog", "a dog", ["<lora:anime_v2:0.8>"]),
         (r"a \(good\) (dog:1.5)", "a (good) dog", ["(dog:1.5)"]),
+        (
+            "((masterpiece)), (best quality)",
+            "masterpiece, best quality",
+            ["(masterpiece)", "(best quality)", "(masterpiece)"],
+        ),
+        (r"(miku \(vocaloid\):1.2)", "miku (vocaloid)", [r"(miku \(vocaloid\):1.2)"]),
+        (r"miku \(vocaloid\)", "miku (vocaloid)", []),
+        ("a dog (my friend) at 3:15 pm", "a dog my friend at 3:15 pm", ["(my friend)"]),
     ],
 )
 def test_what_is_not_plain_words_is_taken_out_and_told(prompt, plain, found):
@@ -23,7 +31,7 @@ def test_what_is_not_plain_words_is_taken_out_and_told(prompt, plain, found):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a photo of a <rex>", "a dog (my friend), 3:15 pm", "breakfast AND-gate sandwich", "a  dog", ""]
+    "prompt", ["a photo of a <rex>", "a dog, 3:15 pm", "a smile :)", "breakfast AND-gate sandwich", "a  dog", ""]
 )
 def test_plain_prompts_stay_as_they_are(prompt):
     assert without_syntax(prompt) == (prompt, [])

@@ -15,7 +15,7 @@ from diffusers.schedulers import scheduling_euler_ancestral_discrete
 
 from perfusion_jax import InputError
 from perfusion_jax.base_model.schedule import NoiseSchedule
-from perfusion_jax.drawing.samplers import make_plan, settle
+from perfusion_jax.drawing.samplers import make_plan, settle, spaced
 
 # diffusers asks PyTorch's tensors for NumPy arrays in the way of NumPy 1.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -173,6 +173,35 @@ def test_a_checkpoint_has_a_sampler_of_its_own(name, sampler, steps):
     assert settle(schedule, None, None) == (sampler, steps)
     assert settle(schedule, None, 4) == (sampler, 4)
     assert settle(schedule, "dpm++", None) == ("dpm++", 20)
+
+
+def test_in_place_of_another_sampler_ddim_draws_and_a_warning_says_so(caplog):
+    schedule = NoiseSchedule.from_config({**BETAS, "_class_name": "UniPCMultistepScheduler"}, "test")
+    for _ in range(2):
+        assert settle(schedule, None, None) == ("ddim", 50)
+    assert settle(schedule, "euler", None) == ("euler", 30)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told == "the base model's scheduler is UniPCMultistepScheduler, which is not here: ddim draws in its place"
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_of_models_distilled_for_another_sampler_one_must_be_named(name):
+    schedule = NoiseSchedule.from_config({**BETAS, "_class_name": name}, "test")
+    with pytest.raises(InputError, match=f"scheduler is {name}, which is not here: name one of ddim"):
+        settle(schedule, None, None)
+    assert settle(schedule, "euler_a", 4) == ("euler_a", 4)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_timesteps_are_spaced_as_one_asks(sampler, spacing):
+    own = "leading" if spacing != "leading" else "trailing"
+    schedule = NoiseSchedule.from_config({**BETAS, "timestep_spacing": own}, "test")
+    asked = make_plan(spaced(schedule, spacing), sampler, 4)
+    expected = make_plan(NoiseSchedule.from_config({**BETAS, "timestep_spacing": spacing}, "test"), sampler, 4)
+    for ours, theirs_ in zip(asked, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs_)
+    assert spaced(schedule, None) is schedule
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)

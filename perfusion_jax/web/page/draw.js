@@ -8,7 +8,7 @@ const SLIDERS = {
   start: [0, 1, 0.05, "Acts from this share of the steps"],
   end: [0, 1, 0.05, "up to this"],
 };
-const FIELDS = ["negative_prompt", "guidance", "guidance_rescale", "sampler", "steps", "width", "height", "lock", "init_strength"];
+const FIELDS = ["negative_prompt", "guidance", "guidance_rescale", "sampler", "steps", "spacing", "width", "height", "lock", "init_strength"];
 const NUMBERS = ["guidance", "guidance_rescale", "steps", "width", "height", "init_strength"];
 const prompt = find("#prompt"), list = find("#completions"), message = find("#draw-message");
 const values = new Map(); // of the sliders, by concept; they are kept while a name is typed anew
