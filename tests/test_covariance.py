@@ -245,12 +245,14 @@ class TestCommand:
         np.testing.assert_array_equal(resumed.total, same.total)
 
 
-def test_the_metric_bears_the_largest_condition_number_that_is_taken():
+@pytest.mark.parametrize("outliers", [0, 2])
+def test_the_metric_bears_the_largest_condition_number_that_is_taken(outliers):
     """Similarities in float32, through C^-1/2, against float64."""
     rng = np.random.default_rng(0)
     width = 256
     directions, _ = np.linalg.qr(rng.standard_normal((width, width)))
     variances = np.geomspace(1, 1.01 / MAX_CONDITION, width)
+    variances[:outliers] *= 1e3
     matrix = checked((directions * variances) @ directions.T)
     encodings = rng.standard_normal((100, width)) @ (directions * np.sqrt(variances)).T
     target = encodings[0]
