@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, file_download
 
+LICENCES = ("cc-by-4.0", "cc0-1.0", "mit", "other", "unknown")  # some of those that the hub knows
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -69,7 +71,10 @@ class FakeHub:
                     hub.private[name] = wanted["private"]
                     self.send_json({"url": f"{hub.url}/{name}"})
                 elif parts == ["api", "validate-yaml"]:
-                    self.send_json({"errors": [], "warnings": []})
+                    licence = re.search(r"^license: (.*)$", json.loads(body)["content"], re.MULTILINE)
+                    wrong = licence is not None and licence[1] not in LICENCES
+                    errors = [{"message": '"license" must be one of a list'}] * wrong
+                    self.send_json({"errors": errors, "warnings": []}, status=400 if wrong else 200)
                 elif parts[4:5] == ["preupload"]:
                     files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
                     self.send_json({"files": [{**file, "shouldIgnore": False} for file in files]})

@@ -106,6 +106,7 @@ class PromptTokenizer:
         self._check_placeholders(words)
         grown = copy.deepcopy(self._tokenizer)
         grown.add_tokens(list(words))
+        grown.model_max_length = self.length  # to which diffusers pads prompts; some vocabularies say nothing of it
         return PromptTokenizer(grown, max(self.vocabulary_size, len(grown)), self.length)
 
     def id_of(self, word: str) -> int:

@@ -287,6 +287,12 @@ def drawing(
     if not any(card.method == PERFUSION for _, card in concepts):
         for _, card in concepts:
             check_controls(card, [name for name, given in of_edit.items() if given is not None])
+    trained = next((card for _, card in concepts if not card.lock_keys), None)
+    if trained and lock == "global":
+        raise InputError(
+            f"{trained.name}: its keys were trained (config.lock_keys=False), and the global lock would pass them "
+            "over: draw it with the local one"
+        )
     strengths = per_concept("strength", strength, [1.0] * len(concepts)) if concepts else []
     words = _words(base.model, concepts)
     if concepts:

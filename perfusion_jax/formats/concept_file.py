@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -53,6 +53,7 @@ class ConceptCard:
         licence: of the pictures it was learnt from, or empty.
         method: by which it was learnt, as `config.method`.
         class_noun: whether prompts name its kind after its name, `<name> dog`.
+        lock_keys: whether its keys are those of its super-category, as Perfusion's are.
     """
 
     name: str
@@ -66,6 +67,7 @@ class ConceptCard:
     licence: str = ""
     method: str = PERFUSION
     class_noun: bool = False
+    lock_keys: bool = True
 
     @property
     def placeholder(self) -> str:
@@ -169,17 +171,22 @@ def _read(file: epath.Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
     except SafetensorError as error:
         raise InputError(f"{file}: not a complete safetensors file ({error})") from error
     except KeyError as error:  # NumPy has no such numbers
+        _refuse_lora(file, read_header(data))
         raise InputError(f"{file}: its numbers are {error.args[0]}; a concept's are float32") from error
-    if any("lora" in name for name in tensors):
-        raise InputError(
-            f"{file}: a LoRA, and not a concept: it has no target input and no gate, and cannot be made into one; give "
-            "the concept file that it was exported from"
-        )
+    _refuse_lora(file, tensors)
     if metadata.get("format") != FORMAT:
         raise InputError(
             f"{file}: not a concept of perfusion_jax: its format is {metadata.get('format')!r}, not {FORMAT!r}"
         )
     return _card(file, metadata), tensors
+
+
+def _refuse_lora(file: epath.Path, names: Iterable[str]) -> None:
+    if any("lora" in name for name in names):
+        raise InputError(
+            f"{file}: a LoRA, and not a concept: it has no target input and no gate, and cannot be made into one; give "
+            "the concept file that it was exported from"
+        )
 
 
 def card_from(file: epath.Path, written: Mapping[str, Any]) -> ConceptCard:
@@ -193,11 +200,14 @@ def card_from(file: epath.Path, written: Mapping[str, Any]) -> ConceptCard:
         InputError: something is missing, or is not what it must be.
     """
     try:
-        # Files of before there were other methods say nothing of them.
-        fields = {"method": PERFUSION, "class_noun": False, **written}
+        # Older files say nothing of these.
+        fields = {"method": PERFUSION, "class_noun": False, "lock_keys": True, **written}
         fields = {field.name: fields[field.name] for field in dataclasses.fields(ConceptCard)}
-        if fields["method"] not in (PERFUSION, *BASELINES) or not isinstance(fields["class_noun"], bool):
-            raise ValueError(f"method is {fields['method']!r}, class_noun {fields['class_noun']!r}")
+        if fields["method"] not in (PERFUSION, *BASELINES):
+            raise ValueError(f"method is {fields['method']!r}")
+        for key in ("class_noun", "lock_keys"):
+            if not isinstance(fields[key], bool):
+                raise TypeError(f"{key} is {fields[key]!r}")
         for key in ("name", "super_category", "base_model", "licence"):
             if not isinstance(fields[key], str):
                 raise TypeError(f"{key} is {fields[key]!r}")

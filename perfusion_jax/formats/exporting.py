@@ -1,7 +1,9 @@
 """Concepts in the formats of other tools."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,9 +20,11 @@ from perfusion_jax.formats.tree_folder import RECORD, TREE, write_tree
 from perfusion_jax.method import surgery
 from perfusion_jax.method.edit import Gate
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import check_writable, entries, to_path, write_bytes
+from perfusion_jax.runtime.files import check_writable, entries, storage_errors, to_path, write_bytes
 
 CARD = "README.md"
+MARK = ".perfusion_jax_export"
+"""The file that says of which export a folder is; it is written first, and nothing else may be there without it."""
 FIT_TEMPLATES = (
     "a {}",
     "a photo of a {}",
@@ -147,7 +151,7 @@ def export(
         concepts: at least one; several are baked together.
         kind: one of KINDS.
         out: a folder, local or in a bucket: a new one, an empty one, or one that holds an earlier export of the same
-            names.
+            kind, of concepts of the same names, which it replaces.
         strengths: of each concept; 1 if left out.
         dtype: `float32`, `bfloat16` or `float16`.
         gated: of `orbax`: whether the tree keeps the gated edit beside the frozen kernels; otherwise it is baked.
@@ -177,6 +181,8 @@ def export(
     strengths = list(strengths) or [1.0] * len(concepts)
     if len(strengths) != len(concepts):
         raise InputError(f"{len(strengths)} strengths for {len(concepts)} concepts: give one for each")
+    if not all(map(isfinite, strengths)):
+        raise InputError(f"strengths {strengths}: not finite")
     check_dtype(dtype)
     if gated and kind != "orbax":
         raise InputError(f"{kind} has no gate: leave it out, or export orbax")
@@ -185,8 +191,10 @@ def export(
 
     folder = to_path(out)
     names, write = _KINDS[kind](Export(base, concepts, strengths, dtype, gated))
-    _check_folder(folder, {CARD, *names})
+    mark = json.dumps({"kind": kind, "concepts": [card.name for _, card in concepts]}).encode()
+    _check_folder(folder, mark)
     check_writable(folder)
+    write_bytes(folder / MARK, mark)
     write(folder)
     examples = draw_examples()
     pictures = [example_file(number) for number in range(len(examples))]
@@ -199,11 +207,17 @@ def export(
     return [folder / name for name in (*names, *pictures, CARD)]
 
 
-def _check_folder(folder: epath.Path, names: set[str]) -> None:
-    others = [
-        entry.name
-        for entry in entries(folder) or ()
-        if entry.name not in names and not entry.name.startswith("example_")
-    ]
-    if others:
-        raise InputError(f"{folder}: holds {others[0]}, which is no part of this export: name a new folder")
+def _check_folder(folder: epath.Path, mark: bytes) -> None:
+    """Sees that nothing of somebody's is overwritten.
+
+    Raises:
+        InputError: the folder holds something else than this export.
+    """
+    others = [entry.name for entry in entries(folder) or () if entry.name != MARK]
+    if not others:
+        return
+    with storage_errors(folder / MARK, "read"):
+        found = (folder / MARK).read_bytes() if (folder / MARK).exists() else b""
+    if found != mark:
+        whose = "an export of another kind, or of other concepts" if found else "no part of an export"
+        raise InputError(f"{folder}: holds {others[0]}, which is {whose}: name a new folder")

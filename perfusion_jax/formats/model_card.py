@@ -1,6 +1,7 @@
 """The README.md of an export: the model card that the hub shows, and which words to write in which tool."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,14 @@ from perfusion_jax.formats.lora import CLIP_NAMES
 from perfusion_jax.runtime import shipped
 
 WORD_FILE = "_word.safetensors"
+HUB_LICENCES = (
+    *("afl-3.0", "apache-2.0", "artistic-2.0", "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause"),
+    *("bsd-3-clause-clear", "bsl-1.0", "cc", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0"),
+    *("cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0"),
+    *("cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "creativeml-openrail-m"),
+    *("gpl", "gpl-2.0", "gpl-3.0", "mit", "openrail", "openrail++", "unknown", "unlicense", "wtfpl"),
+)
+"""Licences of pictures and models to which the hub gives identifiers."""
 SCENES = ("on the beach", "in the snow", "at night", "on a table", "in the city", "in the forest", "in the desert")
 """Where the card's prompts put the concepts; the first stands in what it says of each tool."""
 
@@ -91,10 +100,15 @@ class Card:
         """YAML, in which JSON's strings are strings, whatever they hold."""
         licences = {concept.licence for concept in self.concepts}
         licence = (licences.pop() if len(licences) == 1 else "") or "unknown"
+        known = re.sub(r"[\s_]+", "-", licence.strip().lower())
+        # Of others the hub takes a name beside "other", and nothing else.
+        named = [f"license: {known}"]
+        if known not in HUB_LICENCES:
+            named = ["license: other", f"license_name: {json.dumps(licence)}"]
         tags = ["text-to-image", "diffusers", "perfusion"]
         tags += ["lora", "template:sd-lora"] if kind.startswith("lora") else []
         lines = [
-            f"license: {json.dumps(licence)}",
+            *named,
             "library_name: diffusers",
             *([f"base_model: {json.dumps(self.base.name)}"] if is_hub_id(self.base.name) else []),
             f"instance_prompt: {json.dumps(self._prompt())}",
@@ -189,10 +203,15 @@ picture = pipe({json.dumps(self._prompt())}).images[0]
 embeddings of the concepts, a row for each.
 
 ```python
+import jax
 import orbax.checkpoint as ocp
 
+folder = "/path/to/this/folder/tree"
+here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # or any other, leaf by leaf
 with ocp.StandardCheckpointer() as checkpointer:
-    tree = checkpointer.restore("/path/to/this/folder/tree")
+    leaves = checkpointer.metadata(folder).item_metadata.tree
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), leaves)
+    tree = checkpointer.restore(folder, target)
 ```
 
 **perfusion_jax**: `--tree` with this folder, and the prompt `{self._prompt()}`.

@@ -102,8 +102,12 @@ def load_tree(folder: str | Path, base: BaseModel) -> tuple[BaseModel, list[Trai
     cards = [card_from(path / RECORD, card) for card in record["concepts"]]
     if not all(base.has_fingerprint(card.fingerprint) for card in cards):
         raise InputError(f"{folder}: a tree of {record['base_model']}, which {base.name} is not: load that one")
+    # Where it was written says nothing of where it is read.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with storage_errors(path, "read"), ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(path / TREE)
+        leaves = checkpointer.metadata(path / TREE).item_metadata.tree
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), leaves)
+        tree = checkpointer.restore(path / TREE, target)
     unet = jax.tree.map(jnp.asarray, tree["unet"])
     kernels = jax.tree.map(lambda leaf: leaf.astype(base.model.dtype), remove(unet))
     words = tree["words"]

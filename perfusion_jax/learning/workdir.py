@@ -161,4 +161,5 @@ def make_card(config: ConfigDict, base: BaseModel, step: int) -> ConceptCard:
         licence=config.licence,
         method=config.method,
         class_noun=config.class_noun,
+        lock_keys=config.lock_keys,
     )

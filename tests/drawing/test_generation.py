@@ -64,6 +64,13 @@ def test_a_concept_still_untrained_draws_its_super_category(small_base):
     assert min(difference(early, plain), difference(early, edited)) > 1
 
 
+def test_keys_that_were_trained_are_not_passed_over(small_base):
+    concept, card = make_concept(small_base, "rex")
+    rex = TrainedConcept(concept, dataclasses.replace(card, lock_keys=False))
+    with pytest.raises(InputError, match=r"rex: its keys were trained .* draw it with the local one"):
+        generate(small_base, ["a <rex>"], [0], [rex], lock="global", **SMALL)
+
+
 def test_what_changes_from_picture_to_picture_does_not_compile_anew(small_base):
     rex, tom = make_concept(small_base, "rex"), make_concept(small_base, "tom", "cat", seed=1)
     generate(small_base, ["a photo of a <rex>"], [0], [rex], **SMALL)
@@ -77,9 +84,11 @@ def test_what_changes_from_picture_to_picture_does_not_compile_anew(small_base):
     assert compiled_step._cache_size() == before
     generate(small_base, ["a <tom>"], [0], [tom], **{**SMALL, "width": 40})
     assert compiled_step._cache_size() == before + 1
-    for start, end in ((0.5, 1.0), (0.0, 0.4), (0.4, 0.7)):
-        generate(small_base, ["a <tom>"], [0], [tom], start=start, end=end, **SMALL)
-    assert compiled_step._cache_size() == before + 2
+    compiled = []
+    for start, end in ((0.5, 1.0), (0.0, 0.4), (0.4, 0.5), (0.3, 0.9)):
+        generate(small_base, ["a <tom>"], [0], [tom], start=start, end=end, **{**SMALL, "steps": 6})
+        compiled.append(compiled_step._cache_size())
+    assert compiled == compiled[:1] * 4
 
 
 def test_guidance_of_one_or_less_is_none_and_leads_away_from_nothing(small_base):

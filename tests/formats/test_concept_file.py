@@ -213,6 +213,9 @@ def test_truncated_missing_and_foreign_files_are_refused(file, sd1_base, tmp_pat
     save_file({"embedding": np.ones(3)}, file)
     with pytest.raises(InputError, match="not a concept of perfusion_jax"):
         load_concept(file, sd1_base)
+    file.write_bytes(len(header).to_bytes(8, "little") + header.replace(b"embedding", b"rex_lora_") + b"12")
+    with pytest.raises(InputError, match="a LoRA, and not a concept"):
+        load_concept(file, sd1_base)
     save_file({"lora_unet_mid_block.lora_down.weight": np.ones((1, 3))}, file)
     with pytest.raises(InputError, match="a LoRA, and not a concept: it has no target input and no gate"):
         load_concept(file, sd1_base)

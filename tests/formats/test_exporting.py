@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import diffusers
 import fsspec
@@ -13,6 +14,7 @@ import pytest
 import torch
 from etils import epath
 from exported import PROMPTS, SEEDS, STEPS, drawn_baked, learnt
+from original_layout import make_modules, original_state, save_original
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
@@ -93,6 +95,15 @@ def test_diffusers_draws_a_pipeline_as_we_draw_the_baked_edit(base, rex, tmp_pat
     assert np.abs(ours - theirs).max() <= 2
 
 
+def test_diffusers_draws_a_pipeline_of_a_model_in_one_file(tmp_path):
+    """Its vocabulary is the one that ships, which says nothing of how long prompts are."""
+    base = load_base_model(save_original(tmp_path / "model.safetensors", original_state(make_modules("sd1"))))
+    rex = learnt(base)
+    export(base, [rex], "pipeline", tmp_path / "out", dtype="float32")
+    theirs = drawn_by(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out"), base)
+    assert np.abs(drawn_baked(base, [rex]) - theirs).max() <= 2
+
+
 def test_what_an_edit_changes_is_enough_to_export_from(folder, base, rex, tmp_path):
     part = load_base_model(folder, edited_only=True)
     assert part.fingerprint == base.fingerprint
@@ -170,9 +181,23 @@ def test_what_a_folder_holds_is_not_mixed_up(sd1_base, tmp_path):
     rex = learnt(sd1_base)
     export(sd1_base, [rex], "lora", tmp_path)
     export(sd1_base, [rex], "lora", tmp_path)  # anew
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds notes\.txt, which is no part of this export: name a new folder"):
-        export(sd1_base, [rex], "lora", tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    other = "which is an export of another kind, or of other concepts: name a new folder"
+    with pytest.raises(InputError, match=other):
+        export(sd1_base, [rex], "lora-peft", tmp_path)
+    with pytest.raises(InputError, match=other):
+        export(sd1_base, [learnt(sd1_base, "tom")], "lora", tmp_path)
+    assert before == {file: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+def test_a_folder_of_somebodys_is_not_written_to(sd1_folder, sd1_base, tmp_path):
+    """Not even one that holds what a pipeline does: it may be the base model itself."""
+    model = shutil.copytree(sd1_folder, tmp_path / "model")
+    (model / "README.md").write_text("mine")
+    for kind in ("pipeline", "lora"):
+        with pytest.raises(InputError, match="which is no part of an export: name a new folder"):
+            export(load_base_model(model), [learnt(sd1_base)], kind, model)
+    assert (model / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -181,6 +206,7 @@ def test_what_a_folder_holds_is_not_mixed_up(sd1_base, tmp_path):
         ({"kind": "onnx"}, "'onnx' is not a kind of export: lora, "),
         ({"concepts": []}, "no concept to export"),
         ({"strengths": [1.0, 2.0]}, "2 strengths for 1 concepts"),
+        ({"strengths": [float("nan")]}, r"strengths \[nan\]: not finite"),
         ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
     ],
 )

@@ -1,9 +1,15 @@
 """Uploading to a hub that runs in the test."""
 
+import dataclasses
+
 import pytest
+from exported import learnt
 from fake_hub import reach, serve
+from huggingface_hub import ModelCard
 
 from perfusion_jax import InputError
+from perfusion_jax.formats.concept_file import TrainedConcept
+from perfusion_jax.formats.exporting import export
 from perfusion_jax.formats.hub import push
 from perfusion_jax.runtime.errors import UnavailableError
 
@@ -45,6 +51,29 @@ def test_what_is_public_is_asked_for(hub, folder):
     with pytest.raises(InputError, match="me/rex: everybody can see this repository; give --public"):
         push(folder, FILES, "me/rex", public=False)
     assert not hub.uploaded
+
+
+def test_a_card_that_the_hub_does_not_take_is_one_line(hub, folder):
+    (folder / "README.md").write_text("---\nlicense: my own\n---\n")
+    with pytest.raises(
+        InputError, match=r"me/rex: the hub said: Invalid metadata in README.md.*must be one of"
+    ) as told:
+        push(folder, FILES, "me/rex", public=False)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("licence", "known"),
+    [("CC BY 4.0", "cc-by-4.0"), ("MIT", "mit"), ("", "unknown"), ('my own "photos": mine', "other")],
+)
+def test_whatever_licence_somebody_names_the_hub_takes_the_card(hub, sd1_base, tmp_path, licence, known):
+    concept, card = learnt(sd1_base)
+    rex = TrainedConcept(concept, dataclasses.replace(card, licence=licence))
+    export(sd1_base, [rex], "lora", tmp_path / "out")
+    push(tmp_path / "out", FILES, "me/rex", public=False)
+    written = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert written.license == known
+    assert written.license_name == (licence if known == "other" else None)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,17 @@ def test_a_tree_draws_as_what_it_was_made_of(small_base, both, tmp_path, gated):
     assert np.abs(ours - 1.0 * expected).max() <= 1
 
 
+def test_a_tree_that_was_written_on_other_devices_is_read_here(small_base, both, tmp_path):
+    export(small_base, both, "orbax", tmp_path, dtype="float32")
+    here = load_tree(tmp_path, small_base)
+    file = tmp_path / "tree" / "_sharding"
+    written = file.read_text()
+    assert "cpu:0" in written
+    file.write_text(written.replace("cpu:0", "tpu:0"))
+    elsewhere = load_tree(tmp_path, small_base)
+    jax.tree.map(np.testing.assert_array_equal, here[0].params["unet"], elsewhere[0].params["unet"])
+
+
 def test_what_has_no_gate_is_refused(small_base, both, tmp_path):
     with pytest.raises(InputError, match="lora has no gate: leave it out, or export orbax"):
         export(small_base, both, "lora", tmp_path / "out", gated=True)
