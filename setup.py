@@ -26,6 +26,7 @@ DEPENDENCIES = [
     "pillow>=11.3",  # the first that reads AVIF by itself
     "pillow-heif>=1.0",  # phones save HEIC
     "safetensors>=0.8",
+    "scipy>=1.14",  # JAX brings it
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",
     "tqdm>=4.66",

@@ -3,8 +3,9 @@
     python benchmarks/baking.py --out baking
 
 Learns example concepts with the defaults, draws each by 20 prompts with the gated edit, with the edit baked at strength
-1, at the strength of `--fit_scale` and at some others, from the same noise; prints similarities by the embedded
-evaluator, and how far pictures are from those of the gated edit. Finished runs are kept in --out and not done again.
+1, at the strength of `--fit_scale` and at some others, from the same noise; prints similarities by the judges that
+training has by default, and how far pictures are from those of the gated edit. Finished runs are kept in --out and not
+done again.
 """
 
 import contextlib
@@ -17,13 +18,14 @@ from unseen import example_concept, own_pictures
 
 from perfusion_jax import generate, load_base_model
 from perfusion_jax.base_model import BaseModel
-from perfusion_jax.base_model.clip import load_clip
+from perfusion_jax.config import make_config
 from perfusion_jax.drawing.grids import grid
 from perfusion_jax.evaluation.scores import PROMPTS
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.formats.exporting import fitted_strengths
 from perfusion_jax.formats.picture_file import write_picture
-from perfusion_jax.learning.metrics import Evaluator, Scores, score_pictures
+from perfusion_jax.learning.judges import find_judges, open_judges
+from perfusion_jax.learning.metrics import Scores, score_pictures
 from perfusion_jax.runtime import shipped
 
 OUT = flags.DEFINE_string("out", "baking", "Folder of the runs and pictures.")
@@ -47,7 +49,8 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes
     out = epath.Path(OUT.value)
     names = CONCEPTS.value or sorted(folder.name for folder in shipped.EXAMPLES.iterdir() if folder.is_dir())[:MOST]
-    base, evaluator = load_base_model("emoji"), Evaluator(load_clip(shipped.EVALUATOR))
+    base = load_base_model("emoji")
+    evaluator = open_judges(find_judges(make_config("emoji")), "emoji", "{key}: {error}")
     rows: dict[str, list[Scores]] = {}
     distances: dict[str, list[float]] = {}
     fitted, sheet = [], []

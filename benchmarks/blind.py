@@ -6,7 +6,7 @@
 The first draws 60 pictures by a fixed seed from all methods of a study (`claims.py`), shuffled, and writes
 STUDY/blind/concepts.png, each concept's own pictures under its name; STUDY/blind/pictures_1.png and so on, numbered
 pictures; and STUDY/blind/key.json, which the judge does not look at. The judge writes a file of answers by number,
-{"1": ["rex", "in the snow"], "2": ["none", "at night"], ...}. The second tells how often each method's pictures were
+{"1": ["rex", "in the rain"], "2": ["none", "at night"], ...}. The second tells how often each method's pictures were
 taken for the right concept, and in the right place; how often the instance encoder takes them for the right concept;
 and how often the judge and the encoder say the same.
 """
@@ -20,24 +20,21 @@ from etils import epath
 
 from perfusion_jax import load_base_model
 from perfusion_jax.base_model import network_dtype
-from perfusion_jax.config import make_config
 from perfusion_jax.data.folders import read_folder
 from perfusion_jax.drawing.generation import generate
 from perfusion_jax.drawing.grids import grid
 from perfusion_jax.formats.concept_file import load_concept
 from perfusion_jax.formats.picture_file import write_picture
-from perfusion_jax.learning.judges import find_judges, open_judges
-from perfusion_jax.runtime.files import write_bytes
+from perfusion_jax.learning.judges import Judges, open_judges
+from perfusion_jax.runtime.files import read_text, write_bytes
 
-STUDY = flags.DEFINE_string("study", "claims", "Folder that claims.py has written.")
-BASE = flags.DEFINE_string("base", "emoji", "The model.")
+STUDY = flags.DEFINE_string("study", "claims", "Folder that claims.py has written; it says which model and encoders.")
 ANSWERS = flags.DEFINE_string("answers", None, "What the judge has written; without it pictures are drawn.")
 SEED = flags.DEFINE_integer("seed", 0, "Chooses and draws the pictures.")
 COUNT = flags.DEFINE_integer("count", 60, "Pictures.")
-EVALUATOR = flags.DEFINE_string("evaluator", "", "Folder of the CLIP; as training chooses it if left out.")
-INSTANCE = flags.DEFINE_string("instance_encoder", "", "Folder of the instance encoder; likewise.")
 
-PLACES = ("on the beach", "in the snow", "at night", "in the forest", "in the city", "under water")
+PLACES = ("in the garden", "in the rain", "at night", "in the forest", "at sunset", "in the kitchen")
+"""By none of these the kept step was chosen."""
 NONE = "none"
 """The answer where a picture shows none of the concepts."""
 COLUMNS, ROWS = 5, 2
@@ -52,9 +49,12 @@ def concepts_of(study: epath.Path) -> dict[str, list[epath.Path]]:
 def draw(study: epath.Path) -> None:
     """Draws the pictures, and writes them and their key."""
     files, random = concepts_of(study), np.random.default_rng(SEED.value)
-    base = load_base_model(BASE.value, dtype=network_dtype())
-    keys = {"evaluator": EVALUATOR.value, "instance_encoder": INSTANCE.value}
-    encoder = open_judges(find_judges(make_config(BASE.value, **keys)), BASE.value, "--{key}: {error}")
+    facts = json.loads(read_text(study / "study.json") or "{}")
+    if "base" not in facts:
+        raise app.UsageError(f"--study: {study} holds no study of claims.py")
+    base = load_base_model(facts["base"], dtype=network_dtype())
+    judges = Judges(*(facts[key] for key in Judges._fields))
+    encoder = open_judges(judges, facts["base"], "{key}: {error}")
     folders = sorted(folder for folder in (study / "pictures_all").iterdir() if folder.is_dir())
     own = {folder.name: np.stack([picture.pixels for picture in read_folder(folder)])[:COLUMNS] for folder in folders}
     known = np.stack([encoder.embed_instances(pixels).mean(axis=0) for pixels in own.values()])

@@ -5,8 +5,9 @@
 
 First each method's learning rates are chosen on the concepts of --tuning, by the score that chooses the kept step. Then
 every concept is learnt by every variant and seed (VARIANTS, each a fleet). All are drawn and scored from the same
-noise. It measures what scores do not tell, and writes docs/evidence.md with its plots and sheets. What is done already
-is not done again. Concepts are the unit: intervals are bootstrapped over them. Needs the `evaluate` extra.
+noise, by prompts and seeds by which nothing was chosen. It measures what scores do not tell, and writes
+docs/evidence.md with its plots and sheets. What is done already is not done again. Concepts are the unit: intervals are
+bootstrapped over them. Needs the `evaluate` extra.
 """
 
 import csv
@@ -19,8 +20,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import app, flags, logging
-from claims_report import Made, write_evidence
+from claims_report import LEAST, Made, Tuned, write_evidence
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -34,7 +36,7 @@ from perfusion_jax.data.table import Row, read_table
 from perfusion_jax.drawing.generation import drawing, generate
 from perfusion_jax.evaluation import measures
 from perfusion_jax.evaluation.report import check_plots
-from perfusion_jax.evaluation.scores import PROMPTS, Drawing, Setting, read_scores, score_all
+from perfusion_jax.evaluation.scores import PROMPTS, Drawing, Setting, over_devices, read_scores, score_all
 from perfusion_jax.evaluation.subjects import Subject
 from perfusion_jax.formats.concept_file import TrainedConcept, load_concept, save_concept
 from perfusion_jax.formats.picture_file import write_picture
@@ -50,7 +52,7 @@ from perfusion_jax.runtime.files import read_text, write_bytes
 OUT = flags.DEFINE_string("out", "claims", "Folder of all that is learnt, drawn and measured.")
 DOCS = flags.DEFINE_string("docs", "docs", "Folder that evidence.md is written to.")
 BASE = flags.DEFINE_string("base", "emoji", "The model.")
-CONCEPTS = flags.DEFINE_string("concepts", None, "Table of concepts that no setting was chosen by, at least eight.")
+CONCEPTS = flags.DEFINE_string("concepts", None, f"Table of concepts that no setting was chosen by, at least {LEAST}.")
 TUNING = flags.DEFINE_string("tuning", None, "Table of other concepts, to choose rates on; without it, as published.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Times that each variant is learnt.", lower_bound=1)
 CONFIG = flags.DEFINE_multi_string("config", [], "KEY=VALUE of all runs' configs, the value in JSON.")
@@ -61,6 +63,7 @@ FEW_BIASES = (0.45, 0.6, 0.75)
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)
 TEMPERATURES = (0.05, 0.1, 0.15, 0.2, 0.3)
 GLOBAL_BIASES = (0.3, 0.4, 0.5, 0.6)
+FIRST_SEED = 1000  # of drawing; training's own pictures, by which the kept step is chosen, begin at 0
 PLAIN = "plain"
 """What the super-category's own word draws: the label of concepts that have learnt nothing."""
 
@@ -102,16 +105,19 @@ VARIANTS = {
     "custom-diffusion": Variant({"method": "custom_diffusion"}, BY_STRENGTH, []),
     "dreambooth": Variant({"method": "dreambooth"}, BY_STRENGTH, []),
     "mask-found": Variant({"masks": "zero-shot"}, [], FEW),
-    "mask-none": Variant({"masks": "none"}, [], FEW),
+    "mask-none": Variant({"masks": "none"}, swept("bias", BIASES), FEW),
     **{f"beta-{int(100 * beta)}": Variant({"bias": beta}, [], FEW) for beta in (0.55, 0.65, 0.85)},
     "pictures-1": Variant({}, [], FEW, pictures=1),
     "pictures-2": Variant({}, [], FEW, pictures=2),
     **{f"decay-{d:g}": Variant({"target_input_decay": d}, [], FEW) for d in (0.0, 0.9, 0.999)},
     "straight-through": Variant({"straight_through": True}, [], FEW),
 }
-# Times which a method's rates are tried; those of the word and of the rest keep their proportion.
-FACTORS = {label: (1.0, 3.0, 10.0, 30.0) for label in VARIANTS if "method" in VARIANTS[label].changes}
-FACTORS |= {"perfusion": (0.1, 0.3, 1.0, 3.0)}
+TUNED = ["perfusion", *(label for label, variant in VARIANTS.items() if "method" in variant.changes)]
+# Times which a method's rates are tried at first; those of the word and of the rest keep their proportion.
+FACTORS = (0.3, 1.0, 3.0, 10.0)
+MOST_FACTORS = 8
+# What is chosen here, and no table may choose for a concept.
+CHOSEN = ("seed", "values_rate", "embedding_rate", "weights_rate")
 VARIANTS = {label.replace(".", "_"): variant for label, variant in VARIANTS.items()}
 METHODS = [label for label, variant in VARIANTS.items() if variant.full]
 
@@ -124,7 +130,7 @@ class Study(NamedTuple):
 
     Attributes:
         out: the folder.
-        base, evaluator: the model and its judges.
+        base, evaluator, mesh: from `over_devices`.
         rows: the concepts.
         own: each one's pictures, by name.
     """
@@ -132,6 +138,7 @@ class Study(NamedTuple):
     out: epath.Path
     base: BaseModel
     evaluator: Evaluator
+    mesh: Mesh | None
     rows: list[Row]
     own: dict[str, list[Picture]]
 
@@ -147,6 +154,15 @@ class Study(NamedTuple):
         """The concepts that a variant has learnt, without those that diverged."""
         files = {row.name: self.file(variant, seed, row.name) for row in self.rows}
         return {name: load_concept(file, self.base) for name, file in files.items() if file.exists()}
+
+    def draw(
+        self, prompts: list[str], numbers: list[int], concepts: list[TrainedConcept], **options: Any
+    ) -> np.ndarray:
+        """Draws on all devices, uint8 [count, side, side, 3]; `numbers`: of seeds, from FIRST_SEED on."""
+        ways = self.mesh.size if self.mesh is not None else 1
+        whole = -(-min(16, len(prompts)) // ways) * ways
+        seeds = [FIRST_SEED + number for number in numbers]
+        return generate(self.base, prompts, seeds, concepts, mesh=self.mesh, batch_size=whole, **options)
 
     def embedded(self) -> dict[str, np.ndarray]:
         """All concepts' own pictures as the instance encoder sees them."""
@@ -210,33 +226,53 @@ def learn_fleet(config: ConfigDict, workdir: epath.Path) -> None:
             raise
 
 
-def adapt(study: Study) -> dict[str, dict[str, float]]:
+def adapt(study: Study) -> dict[str, Tuned]:
     """Chooses each method's learning rates on other concepts, by the score that chooses the kept step."""
     file = study.out / "tuning" / "rates.json"
-    chosen: dict[str, dict[str, float]] = json.loads(read_text(file) or "{}")
+    kept: dict[str, dict[str, Any]] = json.loads(read_text(file) or "{}")
     if TUNING.value is None:
         return {}
     rows, own = read_concepts(TUNING.value, study.base)
     table = write_table(study.out / "tuning" / "concepts", rows, own, 0)
-    for label, factors in FACTORS.items():
-        if label in chosen:
+    for label in TUNED:
+        if label in kept:
             continue
-        scores = {}
-        published = make_run(VARIANTS[label].changes, table, 0)
-        others = "weights_rate" if "method" in VARIANTS[label].changes else "values_rate"
+        changes = VARIANTS[label].changes
+        published = make_run(changes, table, 0)
+        others = "weights_rate" if "method" in changes else "values_rate"
         plain = {name: published[name] for name in (others, "embedding_rate") if published[name]}
-        for factor in factors:
+
+        def score_of(factor: float, label: str = label, plain: dict[str, float] = plain) -> float:
             rates = {name: factor * rate for name, rate in plain.items()}
             workdir = study.out / "tuning" / label / f"times_{factor:g}"
             learn_fleet(make_run(VARIANTS[label].changes | rates, table, 0), workdir)
             lines = [json.loads(line) for line in read_text(workdir / "report.jsonl").splitlines()]
             # One that diverged shows nothing.
-            scores[factor] = float(np.mean([best_score(workdir, line) for line in lines]))
-            print(f"{label}, rates times {factor:g}: score {scores[factor]:.3f}", flush=True)
+            score = float(np.mean([best_score(workdir, line) for line in lines]))
+            print(f"{label}, rates times {factor:g}: score {score:.3f}", flush=True)
+            return score
+
+        scores = climb(score_of)
         best = max(scores, key=lambda factor: scores[factor])
-        chosen[label] = {name: best * rate for name, rate in plain.items()}
-        write_bytes(file, json.dumps(chosen, indent=1).encode())
-    return chosen
+        rates = {name: best * rate for name, rate in plain.items()}
+        kept[label] = Tuned(rates, {f"{factor:g}": score for factor, score in scores.items()})._asdict()
+        write_bytes(file, json.dumps(kept, indent=1).encode())
+    return {label: Tuned(**each) for label, each in kept.items()}
+
+
+def climb(score_of: Callable[[float], float]) -> dict[float, float]:
+    """Scores by factor: of FACTORS, and further on as long as the best one is the first or the last."""
+    scores = {factor: score_of(factor) for factor in FACTORS}
+    while len(scores) < MOST_FACTORS:
+        best = max(scores, key=lambda factor: scores[factor])
+        if best == min(scores):
+            further = best / 3
+        elif best == max(scores):
+            further = best * 3
+        else:
+            break
+        scores[further] = score_of(further)
+    return dict(sorted(scores.items()))
 
 
 def best_score(workdir: epath.Path, line: dict[str, Any]) -> float:
@@ -247,12 +283,13 @@ def best_score(workdir: epath.Path, line: dict[str, Any]) -> float:
     return max((each["score"] for each in metrics if each.get("name") == line["name"] and "score" in each), default=0.0)
 
 
-def learn(study: Study, label: str, seed: int, rates: dict[str, dict[str, float]]) -> None:
+def learn(study: Study, label: str, seed: int, tuned: dict[str, Tuned]) -> None:
     """Learns all concepts by a variant."""
     variant = VARIANTS[label]
     table = write_table(study.out / f"pictures_{variant.pictures or 'all'}", study.rows, study.own, variant.pictures)
-    own = rates.get(label, {} if "method" in variant.changes else rates.get("perfusion", {}))
-    learn_fleet(make_run(own | variant.changes, table, seed), study.out / "runs" / label / f"seed_{seed}")
+    own = tuned.get(label if "method" in variant.changes else "perfusion")
+    changes = (own.rates if own else {}) | variant.changes
+    learn_fleet(make_run(changes, table, seed), study.out / "runs" / label / f"seed_{seed}")
 
 
 def save_plain(study: Study) -> None:
@@ -262,7 +299,7 @@ def save_plain(study: Study) -> None:
         if not file.exists():
             word = Word(study.base.super_category_embedding(row.super_category))
             named = {"name": row.name, "super_category": row.super_category}
-            config = make_config(BASE.value, method="textual_inversion", **named)
+            config = make_config(BASE.value, method="textual_inversion", **(given_config() | named))
             save_concept(file, word, make_card(config, study.base, step=0))
 
 
@@ -277,9 +314,10 @@ def score(study: Study, full: bool, labels: list[str]) -> list[dict[str, Any]]:
         for row in study.rows
         if (file := study.file(label, seed, row.name)).exists()
     ]
-    plan = Drawing(PROMPTS if full else PROMPTS[:10], range(4 if full else 2), {"batch_size": 16})
+    prompts, count = (PROMPTS, 4) if full else (PROMPTS[:10], 2)
+    plan = Drawing(prompts, range(FIRST_SEED, FIRST_SEED + count), {"batch_size": 16})
     out = study.out / ("full" if full else "few")
-    work = score_all(study.base, study.evaluator, None, subjects, settings, plan, out)
+    work = score_all(study.base, study.evaluator, study.mesh, subjects, settings, plan, out)
     total = sum(len(settings[subject.label]) for subject in subjects)
     for _ in tqdm(work, f"{out.name} protocol", total, unit="sheet"):
         pass
@@ -304,7 +342,9 @@ def seconds(study: Study) -> dict[str, Any]:
         shares = [line.get("chip_seconds", 0.0) for line in map(json.loads, text.splitlines())]
         kept = [card.step for _, card in study.concepts(label).values()]
         if kept:
-            found[label] = {"each": float(np.mean(shares)), "kept": kept}
+            config = json.loads(read_text(study.out / "runs" / label / "seed_0" / "config.json"))
+            looks = config["steps"] // config["validate_every"] if config["validate_every"] else 1
+            found[label] = {"each": float(np.mean(shares)), "kept": kept, "looks": looks}
     return found
 
 
@@ -321,7 +361,7 @@ def variety(study: Study) -> dict[str, Any]:
         asked = [prompt.replace("{}", trained.card.phrase) for prompt in prompts for _ in range(seeds)]
         for lock, varied in found.items():
             bias = 0.5 if lock == "global" else 0.6
-            drawn = generate(study.base, asked, list(range(seeds)) * len(prompts), [trained], lock=lock, bias=bias)
+            drawn = study.draw(asked, list(range(seeds)) * len(prompts), [trained], lock=lock, bias=bias)
             varied[name] = measures.variety(study.evaluator.clip.images(drawn).reshape(len(prompts), seeds, -1))
     return found
 
@@ -332,31 +372,30 @@ def together(study: Study) -> dict[str, Any]:
     names = list(learnt)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for count, templates in ((2, PAIRS), (3, TRIPLES)):
-        shares = found.setdefault(str(count), {"each": {}, "all": {}, "plain": {}})
+        shares = found.setdefault(str(count), {"each": {}, "all": {}, "plain": {}, "plain_all": {}})
         for first, name in enumerate(names):
             group = [names[(first + other) % len(names)] for other in range(count)]
-            for kind, concepts in (("each", learnt), ("plain", plain)):
+            for kind, all_of_them, concepts in (("each", "all", learnt), ("plain", "plain_all", plain)):
                 chosen = [concepts[other] for other in group]
                 phrases = [card.phrase for _, card in chosen]
                 asked = [template.format(*phrases) for template in templates for _ in range(4)]
-                drawn = generate(study.base, asked, [*range(4)] * len(templates), chosen)
+                drawn = study.draw(asked, [*range(4)] * len(templates), chosen)
                 there = measures.presence(study.evaluator.embed_instances, drawn, known)
                 each = np.stack([there[other] for other in group])
                 shares[kind][name] = float(each.mean())
-                if kind == "each":
-                    shares["all"][name] = float(each.all(axis=0).mean())
+                shares[all_of_them][name] = float(each.all(axis=0).mean())
     return found
 
 
 def looked_at(study: Study) -> dict[str, Any]:
-    """C12: the share of the word's attention inside the thing, on noisy copies of its own pictures, by method."""
+    """C12: the share of attention inside the thing of all words that name it, on noisy copies of its own pictures."""
     found: dict[str, dict[str, float]] = {}
     for label in [*METHODS, PLAIN]:
         for name, trained in study.concepts(label).items():
-            placeholder = trained.card.placeholder
-            prompt = f"a photo of a {trained.card.phrase}"
-            pieces = study.base.model.tokenizer.pieces(prompt, [placeholder])
-            place = next(position for position, piece in pieces if piece == placeholder)
+            phrase = trained.card.phrase
+            prompt, pieces = f"a photo of a {phrase}", study.base.model.tokenizer.pieces
+            named = len(pieces(phrase, [trained.card.placeholder]))
+            places = [position for position, _ in pieces(prompt, [trained.card.placeholder])[-named:]]
             noisy = {"init_strength": 0.5, "steps": 20, "attention": True, "batch_size": 1}
             shares = []
             for picture in study.own[name]:
@@ -365,7 +404,7 @@ def looked_at(study: Study) -> dict[str, Any]:
                 maps = next(drawing(study.base, [prompt], [0], [trained], init_image=picture.pixels, **noisy)).attention
                 assert maps is not None
                 mask = shrink(picture.mask[None], study.base.model.vae_factor)
-                shares.append(measures.share_inside(maps[..., place], mask)[0] / mask.mean())
+                shares.append(measures.share_inside(maps[..., places].sum(axis=-1), mask)[0] / mask.mean())
             if shares:
                 found.setdefault(label, {})[name] = float(np.mean(shares))
     return found
@@ -381,7 +420,7 @@ def of_eight(study: Study) -> dict[str, Any]:
         scores = {}
         for label, trained in (("learnt", learnt), (PLAIN, plain[name])):
             asked = [prompt.replace("{}", trained.card.phrase) for prompt in prompts for _ in range(seeds)]
-            drawn = generate(study.base, asked, list(range(seeds)) * len(prompts), [trained])
+            drawn = study.draw(asked, list(range(seeds)) * len(prompts), [trained])
             scores[label] = score_pictures(study.evaluator, drawn, texts, known[name])
         least_text = np.repeat(0.9 * scores[PLAIN].text.reshape(len(prompts), seeds).mean(axis=1), seeds)
         least_image = np.full(len(texts), measures.LIKENESS * measures.likeness(known[name]))
@@ -401,12 +440,12 @@ def gates(study: Study) -> dict[str, Any]:
 
 
 def diverged(study: Study) -> dict[str, Any]:
-    """C15: how many concepts of each variant diverged, over its seeds."""
+    """C15: the share of concepts that diverged, over the seeds of each variant."""
     found = {}
     for label in VARIANTS:
         files = (study.out / "runs" / label / f"seed_{seed}" / "report.jsonl" for seed in range(SEEDS.value))
         lines = [json.loads(line) for file in files for line in read_text(file).splitlines()]
-        found[label] = sum(line["state"] == "diverged" for line in lines)
+        found[label] = float(np.mean([line["state"] == "diverged" for line in lines]))
     return found
 
 
@@ -445,13 +484,20 @@ def draw_sheet(study: Study) -> tuple[list[np.ndarray], list[str], list[str]]:
     rows = [np.stack([study.own[name][0].pixels for name in shown])]
     for concepts in learnt.values():
         asked = [(concepts[name], PROMPTS[1].replace("{}", concepts[name].card.phrase)) for name in shown]
-        rows.append(np.stack([generate(study.base, [prompt], [0], [trained])[0] for trained, prompt in asked]))
+        rows.append(np.stack([study.draw([prompt], [0], [trained])[0] for trained, prompt in asked]))
     return rows, ["its own", *learnt], shown
 
 
 def read_concepts(table: str, base: BaseModel) -> tuple[list[Row], dict[str, list[Picture]]]:
-    """The concepts of a table, and their pictures as they are shown."""
+    """The concepts of a table, and their pictures as they are shown.
+
+    Raises:
+        UsageError: it chooses what is chosen here.
+    """
     rows = [row for row in read_table(table, OVERRIDES) if not row.problem]
+    for row in rows:
+        if own := sorted(row.overrides.keys() & set(CHOSEN)):
+            raise app.UsageError(f"{row.where}: {own[0]} is chosen here: leave it out")
     side = base.model.picture_side
     own = {}
     for row in rows:
@@ -464,7 +510,8 @@ def open_study() -> Study:
     """Loads what all steps share.
 
     Raises:
-        UsageError: the folder holds another study.
+        UsageError: the folder holds another study, or the concepts are too few, or some of those that rates are chosen
+            on.
     """
     check_plots()
     out = epath.Path(OUT.value)
@@ -473,12 +520,18 @@ def open_study() -> Study:
     base = load_base_model(BASE.value, dtype=network_dtype())
     evaluator = open_judges(judges, BASE.value, "--config={key}: {error}")
     rows, own = read_concepts(CONCEPTS.value, base)
+    others = read_concepts(TUNING.value, base)[0] if TUNING.value else []
+    if len(rows) < LEAST:
+        raise app.UsageError(f"--concepts: {CONCEPTS.value} has {len(rows)}: give at least {LEAST}")
+    for row in rows:
+        if any(row.pictures == other.pictures or row.name == other.name for other in others):
+            raise app.UsageError(f"--tuning: {row.name} is among --concepts too: choose rates on other concepts")
     facts = {"base": BASE.value, "config": given_config(), "seeds": SEEDS.value, "rows": [row.digest for row in rows]}
-    text = json.dumps({**facts, "tuning": TUNING.value, **judges._asdict()}, indent=1)
+    text = json.dumps({**facts, "tuning": [row.digest for row in others], **judges._asdict()}, indent=1)
     if read_text(out / "study.json") not in ("", text):
         raise app.UsageError(f"--out: {out} holds a study of other concepts or settings: name a new folder")
     write_bytes(out / "study.json", text.encode())
-    return Study(out, base, evaluator, rows, own)
+    return Study(out, *over_devices(base, evaluator), rows, own)
 
 
 def command() -> str:
@@ -497,15 +550,15 @@ def main(_: list[str]) -> None:
     study = open_study()
     write_table(study.out / "pictures_all", study.rows, study.own, 0)
     save_plain(study)
-    rates = adapt(study)
+    tuned = adapt(study)
     for seed in range(SEEDS.value):
         for label in labels:
             print(f"learning: {label}, seed {seed}", flush=True)
-            learn(study, label, seed, rates)
+            learn(study, label, seed, tuned)
     lines = {full: score(study, full, labels) for full in (True, False)}
     if not ONLY.value:
         docs = epath.Path(DOCS.value)
-        made = Made(command(), BASE.value, SEEDS.value, rates)
+        made = Made(command(), BASE.value, SEEDS.value, tuned)
         write_evidence(docs, lines[True], lines[False], measured(study), draw_sheet(study), made)
         print(docs / "evidence.md")
 

@@ -247,7 +247,7 @@ KEYS: dict[str, Key] = {
             "a photo of a {} in the city",
         ),
         _prompts(0),
-        "that training never sees",
+        "to choose the kept step by; training learns from none of them",
     ),
     "pictures_per_prompt": Key(2, _whole(1), "of each validation prompt"),
     "sampling_steps": Key(

@@ -1,4 +1,4 @@
-"""Evaluates learnt concepts: pictures of them by prompts that training never saw, scores, and a report.
+"""Evaluates learnt concepts: pictures of them by prompts that training has not, scores, and a report.
 
     python -m perfusion_jax.evaluate --workdir runs/fleet --out evaluation
     python -m perfusion_jax.evaluate --concept dog.safetensors --pictures dog/ --sweep bias=0.4:0.8:5 --out evaluation

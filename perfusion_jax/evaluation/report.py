@@ -165,7 +165,9 @@ def _named(run: str, setting: str) -> str:
 def _opening(names: Sequence[str], facts: Mapping[str, Any]) -> str:
     prompts = len(facts["prompts"])
     kept = "The more a picture shows the concept's own, the less it may follow its prompt: both are to be high."
-    return f"{', '.join(names)} on {facts['base model']}, by {prompts} prompts that training never saw. {kept}"
+    return (
+        f"{', '.join(names)} on {facts['base model']}, by {prompts} prompts that training does not learn from. {kept}"
+    )
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

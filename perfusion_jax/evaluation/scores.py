@@ -34,13 +34,13 @@ from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import read_text, storage_errors, write_bytes
 
 PROMPTS = (
-    "a photo of a {} on the beach",
-    "a photo of a {} in the snow",
+    "a photo of a {} in the garden",
+    "a photo of a {} in the rain",
     "a photo of a {} at night",
     "a photo of a {} in the desert",
     "a photo of a {} in the forest",
-    "a photo of a {} in the city",
-    "a photo of a {} under water",
+    "a photo of a {} at sunset",
+    "a photo of a {} in the kitchen",
     "a photo of a {} on the grass",
     "a photo of a {} in the mountains",
     "a photo of a {} on a table",
@@ -55,7 +55,8 @@ PROMPTS = (
     "a photo of a {} and a cat on the grass",
     "a photo of an apple and a {} on a table",
 )
-"""Twenty prompts that no default of training has: places, styles, something worn, another thing."""
+"""Twenty prompts: places, styles, something worn, another thing. By default neither training nor what chooses the kept
+step has one of them."""
 
 SHOWN_SIDE = 256
 """Of pictures in sheets, at most."""

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import stats
 
 RESAMPLES = 10_000
 COVERAGE = 0.95
@@ -19,13 +20,16 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one value for each concept, with its percentile bootstrap interval (Efron 1979); seeded.
+    """The mean of one value for each concept, with its expanded percentile bootstrap interval; seeded.
+
+    Of few concepts a percentile interval (Efron 1979) is too narrow, of eight by a fifth. The expanded one goes as far
+    out as Student's t has it (Hesterberg, "What teachers should know about the bootstrap", 2015, section 4.3).
 
     Args:
         values: at least one. Of a single one the interval is the value: nothing is known of others.
     """
     array = np.asarray(values, np.float64)
-    return _estimate(array.mean(), array[_resamples(len(array))].mean(axis=1))
+    return _estimate(array.mean(), array[_resamples(len(array))].mean(axis=1), len(array))
 
 
 def area(scores: Float[np.ndarray, "concepts settings 2"]) -> Estimate:
@@ -35,7 +39,7 @@ def area(scores: Float[np.ndarray, "concepts settings 2"]) -> Estimate:
         scores: two of each concept under each setting, of which more is better; the front is of the means over
             concepts.
     """
-    return _estimate(dominated_area(scores.mean(axis=0)), _areas(scores))
+    return _estimate(dominated_area(scores.mean(axis=0)), _areas(scores), len(scores))
 
 
 def area_difference(
@@ -46,7 +50,7 @@ def area_difference(
     The interval is of the difference: what makes concepts hard for both methods is no part of it.
     """
     difference = dominated_area(scores.mean(axis=0)) - dominated_area(others.mean(axis=0))
-    return _estimate(difference, _areas(scores) - _areas(others))
+    return _estimate(difference, _areas(scores) - _areas(others), len(scores))
 
 
 def dominated_area(points: Float[np.ndarray, "*many settings 2"]) -> Float[np.ndarray, "*many"]:
@@ -74,7 +78,9 @@ def _resamples(count: int) -> Int[np.ndarray, "resamples count"]:
     return np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
 
 
-def _estimate(value: float | np.ndarray, resampled: Float[np.ndarray, " resamples"]) -> Estimate:
+def _estimate(value: float | np.ndarray, resampled: Float[np.ndarray, " resamples"], count: int) -> Estimate:
     tail = (1 - COVERAGE) / 2
+    if count > 1:
+        tail = stats.norm.cdf(np.sqrt(count / (count - 1)) * stats.t.ppf(tail, count - 1))
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return Estimate(float(value), float(low), float(high))
