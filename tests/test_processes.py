@@ -160,6 +160,7 @@ def finishes_without_doing_anything_twice(config, workdir, finished):
         assert_same(finished, workdir, name)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_at_the_same_step_and_the_same_command_goes_on(config, finished, tmp_path):
     workdir = tmp_path / "run"
     ended, _ = interrupted_in_the_second_round(config, workdir, victim=1, how=signal.SIGTERM)

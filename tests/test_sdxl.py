@@ -150,7 +150,7 @@ class TestLearning:
             **keys,
         )
 
-    def test_concepts_learnt_alone_and_together_draw(self, inputs, xl_folder, xl_base, tmp_path):
+    def test_concepts_learnt_alone_and_together_draw(self, inputs, xl_folder, xl_base, tmp_path, caplog):
         width = xl_base.model.context_width
         alone = self.config(inputs, xl_folder, name="rex", super_category="dog", pictures=str(inputs / "things/rex"))
         file = train_one(alone, epath.Path(tmp_path / "alone"))
@@ -158,7 +158,12 @@ class TestLearning:
         assert tensors["embedding"].shape == (48 + 64,)
         assert tensors["target_input"].shape == (width,)
         config = self.config(inputs, xl_folder, concepts=str(inputs / "table.csv"), exports=("lora", "bundle"))
+        somebodys = tmp_path / "fleet/exports/tom/bundle/README.md"
+        somebodys.parent.mkdir(parents=True)
+        somebodys.write_text("mine")
         train_fleet(config, epath.Path(tmp_path / "fleet"))
+        assert "tom is learnt, and not exported as bundle: " in caplog.text
+        assert somebodys.read_text() == "mine"
         together = load_file(tmp_path / "fleet/concepts/rex.safetensors")
         for name, tensor in tensors.items():
             np.testing.assert_allclose(together[name], tensor, atol=2e-5 * max(1, np.abs(tensor).max()), err_msg=name)

@@ -36,7 +36,7 @@ from perfusion_jax.method.baselines import BASELINES, Learnt
 from perfusion_jax.pod import distributed
 from perfusion_jax.pod.chips import chips_of
 from perfusion_jax.pod.slots import read_members, slot_owners, stack_members
-from perfusion_jax.runtime.errors import InputError, Stopped
+from perfusion_jax.runtime.errors import InputError, Stopped, UnavailableError
 
 # Concepts that each process finishes between two looks at whether to stop.
 FINISHED_AT_ONCE = 8
@@ -381,7 +381,12 @@ class Loop:
         save_concept(self.records.concept(member), concept, card)
         for kind in self._config.exports:
             folder = self.records.export(member, kind)
-            export(self.resources.drawing_base, [TrainedConcept(concept, card)], kind, folder)
+            try:
+                export(self.resources.drawing_base, [TrainedConcept(concept, card)], kind, folder)
+            except UnavailableError:
+                raise
+            except InputError as error:  # as where the folder holds something else; the concept itself is written
+                logging.warning("%s is learnt, and not exported as %s: %s", member.name, kind, error)
         if not self.records.alone and not self._config.validate_every and member.config.validation_prompts:
             sheet, scores = self._draw(slot, concept)
             write_picture(self.records.sheet(member), sheet)
