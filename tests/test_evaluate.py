@@ -1,6 +1,8 @@
 """The command that evaluates: on a small model, as its users run it."""
 
+import base64
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -49,13 +51,18 @@ def evaluate(folder, concepts, *arguments, devices=1):
 class Pictures(HTMLParser):
     """The pictures that a page shows."""
 
-    def __init__(self):
+    def __init__(self, page):
         super().__init__()
-        self.sources = []
+        self.shown = {}
+        self.feed(page)
 
     def handle_starttag(self, tag, attributes):
         if tag == "img":
-            self.sources.append(dict(attributes)["src"])
+            facts = dict(attributes)
+            kind, _, data = facts["src"].partition(",")
+            assert kind == "data:image/webp;base64"
+            with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+                self.shown[facts["alt"]] = picture.size
 
 
 def test_a_fleet_is_evaluated_and_goes_on(small_folder, concepts, tmp_path):
@@ -74,12 +81,11 @@ def test_a_fleet_is_evaluated_and_goes_on(small_folder, concepts, tmp_path):
         assert row["image"]["mean"] == pytest.approx(np.mean(means))
         assert row["image"]["low"] == pytest.approx(min(means))
     page = (tmp_path / "out" / "report.html").read_text()
-    shown = Pictures()
-    shown.feed(page)
-    assert len(shown.sources) == 2 * (1 + 2)
-    for source in shown.sources:
-        with Image.open(tmp_path / "out" / source) as picture:
-            assert picture.size[1] >= 32
+    shown = Pictures(page).shown
+    assert len(shown) == 2 * (1 + 2)
+    assert shown["pictures of rex"][1] >= 32
+    with Image.open(tmp_path / "out/pictures/tom/bias_0.7.png") as picture:
+        assert shown["tom, bias 0.7"] == picture.size
     assert "<svg" in page
 
     # What is there is not drawn again; what was lost is, to the same numbers.
@@ -95,6 +101,7 @@ def test_a_fleet_is_evaluated_and_goes_on(small_folder, concepts, tmp_path):
     assert f"error: {tmp_path / 'out'}: holds another evaluation" in other.stderr
 
 
+@pytest.mark.slow
 def test_methods_are_compared_over_their_runs_and_shards_share_the_work(small_folder, concepts, small_base, tmp_path):
     """Two runs by one method and one by another, of the same concepts."""
     others = tmp_path / "lora"
@@ -127,11 +134,10 @@ def test_methods_are_compared_over_their_runs_and_shards_share_the_work(small_fo
     areas = {label: front["dominated_area"]["mean"] for label, front in fronts.items()}
     assert fronts["ours"]["lead"] is None
     assert fronts["lora"]["lead"]["mean"] == pytest.approx(areas["lora"] - areas["ours"])
-    shown = Pictures()
-    shown.feed((tmp_path / "out" / "report.html").read_text())
-    assert len(shown.sources) == 2 * (1 + 3 * 2)
-    assert all((tmp_path / "out" / source).exists() for source in shown.sources)
-    assert "pictures/ours_2/rex/bias_0.3.png" in shown.sources
+    shown = Pictures((tmp_path / "out" / "report.html").read_text()).shown
+    assert len(shown) == 2 * (1 + 3 * 2)
+    assert "rex, ours_2, bias 0.3" in shown
+    assert (tmp_path / "out/pictures/ours_2/rex/bias_0.3.png").exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
-"""The report of an evaluation: report.json, and report.html with the same numbers, plots and pictures."""
+"""The report of an evaluation: report.json, and report.html, one file with the same numbers, plots and pictures."""
 
+import base64
 import html
 import io
 import json
@@ -9,12 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from perfusion_jax.evaluation.scores import Setting, file_name
 from perfusion_jax.evaluation.statistics import Estimate, area, area_difference, estimate
 from perfusion_jax.evaluation.subjects import ALL, Subject
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import write_bytes
+from perfusion_jax.runtime.files import storage_errors, write_bytes
+
+MOST_EMBEDDED = 200
+"""Sheets that are put into the page; more are left beside it."""
 
 MEASURES = {"image": "image similarity", "text": "text similarity", "precision": "prompt precision"}
 
@@ -127,20 +132,24 @@ def write_report(
     write_bytes(out / "report.json", json.dumps({"facts": facts, "fronts": numbers}, indent=2).encode())
     plot = front_plot(fronts) if any(front.area for front in fronts.values()) else ""
     file = out / "report.html"
-    write_bytes(file, _page(subjects, fronts, facts, plot).encode())
+    write_bytes(file, _page(out, subjects, fronts, facts, plot).encode())
     return file
 
 
-def _page(subjects: Sequence[Subject], fronts: Mapping[str, Front], facts: Mapping[str, Any], plot: str) -> str:
+def _page(
+    out: epath.Path, subjects: Sequence[Subject], fronts: Mapping[str, Front], facts: Mapping[str, Any], plot: str
+) -> str:
     names = list(dict.fromkeys(subject.name for subject in subjects))
     parts = ["<h1>Evaluation</h1>", f"<p>{html.escape(_opening(names, facts))}</p>", _table(fronts)]
     if plot:
         parts += [f'<div class="plot">{plot}</div>', _areas(fronts)]
     parts.append("<h2>Concept by concept</h2>")
+    sheets = len(names) + sum(len(fronts[subject.label].settings) for subject in subjects)
+    source = _embedded if sheets <= MOST_EMBEDDED else _linked
     for name in names:
         parts.append(f"<h3>{html.escape(name)}</h3><small>its own pictures</small>")
         runs = [subject for subject in subjects if subject.name == name]
-        parts.append(_picture(runs[0], "own", f"pictures of {name}"))
+        parts.append(_picture(source(out, runs[0], "own"), f"pictures of {name}"))
         for label, front in fronts.items():
             for setting, rows in front.concepts.items():
                 if name in rows:
@@ -148,7 +157,7 @@ def _page(subjects: Sequence[Subject], fronts: Mapping[str, Front], facts: Mappi
                     parts.append(f"<small>{html.escape(_named(label, setting))}: {scores}</small>")
                     file = file_name(Setting(setting, {}))
                     own = [subject for subject in runs if subject.label == label]
-                    parts += [_picture(run, file, f"{name}, {_named(run.run, setting)}") for run in own]
+                    parts += [_picture(source(out, run, file), f"{name}, {_named(run.run, setting)}") for run in own]
     parts += ["<h2>How it was drawn</h2>", _facts(facts)]
     body = "\n".join(parts)
     return (
@@ -213,8 +222,20 @@ def _written(number: Estimate, form: str = ".3f") -> str:
     return f"{number.mean:{form}} <small>{number.low:{form}} to {number.high:{form}}</small>"
 
 
-def _picture(subject: Subject, file: str, words: str) -> str:
-    source = f"pictures/{subject.folder}/{file}.png"
+def _linked(out: epath.Path, subject: Subject, file: str) -> str:
+    """The address of a sheet, beside the page."""
+    return f"pictures/{subject.folder}/{file}.png"
+
+
+def _embedded(out: epath.Path, subject: Subject, file: str) -> str:
+    """A sheet within the page, a tenth of its size as a PNG."""
+    stored, stream = out / _linked(out, subject, file), io.BytesIO()
+    with storage_errors(stored, "read"), Image.open(io.BytesIO(stored.read_bytes())) as picture:
+        picture.save(stream, "webp", quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _picture(source: str, words: str) -> str:
     return f'<img loading="lazy" src="{html.escape(source)}" alt="{html.escape(words)}">'
 
 
