@@ -24,6 +24,7 @@ LEAST = 8  # concepts; of fewer an interval says little
 MAGNITUDES = 1e5  # C1: times that the model is larger than a concept
 MINUTES = 10.0  # C2: "minutes of training"
 KEPT = 0.9  # C7: share of both similarities that is left of one picture: "little more overfitting"
+LOST = 0.5  # C15: share of concepts that diverge more than with the average, at which "needed" is plain
 SPANNED = 0.5  # C8: share of the way from the plain model's image similarity to the most faithful other method's
 
 
@@ -63,7 +64,10 @@ def less(number: Estimate, margin: float) -> Estimate:
 
 
 def weakest(*numbers: Estimate) -> Estimate:
-    """Of what has all to be above 0, the least sure."""
+    """Of what has all to be above 0: what is surely not, else the least sure."""
+    refuted = [number for number in numbers if number.high < 0]
+    if refuted:
+        return min(refuted, key=lambda number: number.high)
     return min(numbers, key=lambda number: -math.inf if math.isnan(number.low) else number.low)
 
 
@@ -357,8 +361,11 @@ class Evidence:
         labels = [label for label in labels if label in self.few]
         tables = f"{table(['variant', 'concepts that diverged'], rows)}\n\n{front_table(self.few, labels)}"
         title = "the moving average of i* is needed"
-        if lost["decay-0"] - lost["perfusion"] > 0.5:  # those that are left say nothing of the others
-            return title, f"**Holds here.** Without it {lost['decay-0']:.0%} of the concepts diverge.\n\n{tables}"
+        of_all = f"Without it {lost['decay-0']:.0%} of the concepts diverge, with it {lost['perfusion']:.0%}."
+        if lost["decay-0"] - lost["perfusion"] > LOST:  # those that are left say nothing of the others
+            return title, f"**Holds here.** {of_all}\n\n{tables}"
+        if not {"decay-0", "perfusion"} <= self.few.keys():
+            return title, f"**Cannot be told here.** {of_all}\n\n{tables}"
         found = lead(self.few, "perfusion", "decay-0")
         return (
             title,

@@ -72,7 +72,9 @@ class FakeHub:
                     self.send_json({"url": f"{hub.url}/{name}"})
                 elif parts == ["api", "validate-yaml"]:
                     licence = re.search(r"^license: (.*)$", json.loads(body)["content"], re.MULTILINE)
+                    named = re.search(r"^license_name: (.*)$", json.loads(body)["content"], re.MULTILINE)
                     wrong = licence is not None and licence[1] not in LICENCES
+                    wrong |= named is not None and not re.fullmatch(r"[a-z0-9.-]+", named[1])
                     errors = [{"message": '"license" must be one of a list'}] * wrong
                     self.send_json({"errors": errors, "warnings": []}, status=400 if wrong else 200)
                 elif parts[4:5] == ["preupload"]:

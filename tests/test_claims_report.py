@@ -10,7 +10,7 @@ from fleet_runs import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import claims_report
-from claims_report import Evidence, Made, Tuned, difference, lead, split_off, verdict, write_evidence, written
+from claims_report import Evidence, Made, Tuned, difference, lead, split_off, verdict, weakest, write_evidence, written
 
 from perfusion_jax.config import make_config
 from perfusion_jax.evaluation.scores import PROMPTS
@@ -138,6 +138,13 @@ def test_differences_are_over_the_concepts_of_both():
     assert difference(ours, dict.fromkeys(NAMES, 1.5) | {"c": 9.0}) == (0.5, 0.5, 0.5)
 
 
+def test_of_several_parts_one_that_is_refuted_refutes_all():
+    unsure, no, yes = Estimate(0.0, -0.05, 0.06), Estimate(-0.02, -0.03, -0.005), Estimate(0.2, 0.1, 0.3)
+    assert verdict(weakest(unsure, no, yes)) == "**Does not hold here.**"
+    assert verdict(weakest(unsure, yes)) == "**Cannot be told here.**"
+    assert verdict(weakest(yes, yes)) == "**Holds here.**"
+
+
 def test_of_few_concepts_nothing_can_be_told():
     few = difference(dict.fromkeys(NAMES[1:], 2.0), dict.fromkeys(NAMES, 1.5))
     assert few.mean == 0.5
@@ -185,7 +192,7 @@ def test_a_variant_of_which_nothing_is_left_is_a_result():
     left = {label: better for label, better in FEW.items() if label != "decay-0"}
     measured = {**MEASURED, "diverged": {**MEASURED["diverged"], "decay-0": 1.0}}
     without = Evidence(lines_of(FULL) + GLOBAL, lines_of(left) + BY_TEMPERATURE, measured)
-    assert without.c15()[1].startswith("**Holds here.** Without it 100% of the concepts diverge.")
+    assert without.c15()[1].startswith("**Holds here.** Without it 100% of the concepts diverge, with it 0%.")
 
 
 def test_a_claim_holds_beyond_its_margin():

@@ -305,6 +305,9 @@ def test_a_picture_is_not_believed_blindly(recipe, rex, tmp_path, capsys):
     rex.write_bytes(rex.read_bytes() + b" ")
     with pytest.raises(InputError, match=r"rex.safetensors: the concept has changed since"):
         recipes.recipe_of_picture(file, True, source)
+    options = {name: value for name, value in recipe.options.items() if name != "spacing"}
+    write_picture(file, np.zeros((8, 8, 3), np.uint8), recipe._replace(options=options)._asdict())
+    assert recipes.read_recipe(file).options == recipe.options  # of before there was a spacing
     write_picture(file, np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(InputError, match="does not say how it was drawn"):
         load_recipe(file)

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from perfusion_jax.base_model.weights import has_variant
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError, UnavailableError
-from perfusion_jax.runtime.files import storage_errors
+from perfusion_jax.runtime.files import is_lasting, storage_errors
 from perfusion_jax.runtime.names import SHORT_NAMES
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -160,7 +160,8 @@ def _hub_errors(hub_id: str, revision: str | None = None) -> Iterator[None]:
         raise InputError(f"{hub_id}: no such folder here, and the hub said: {reason}") from error
     except OSError as error:  # of the network, as all of requests' errors, or of the disk that it is written to
         reason = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
-        raise UnavailableError(f"{hub_id}: cannot be fetched: {reason}{_advice(error)}") from error
+        kind = InputError if is_lasting(error) else UnavailableError
+        raise kind(f"{hub_id}: cannot be fetched: {reason}{_advice(error)}") from error
 
 
 def _advice(error: OSError) -> str:
@@ -171,7 +172,7 @@ def _advice(error: OSError) -> str:
         return ". See to HTTPS_PROXY"
     if error.errno == errno.ENOSPC:
         return f". Models are kept in {constants.HF_HUB_CACHE}: make room, or name another folder in HF_HOME"
-    return ". The same command goes on where it was"
+    return "" if is_lasting(error) else ". The same command goes on where it was"
 
 
 def _download(hub_id: str, revision: str | None, variant: str | None) -> Path:

@@ -103,7 +103,7 @@ def find_files(
         raise InputError(f"{root}: no such folder of pictures")
     roots, trigger = _folders_of(root, inside)
     if roots != [root]:
-        inside = [file for one in roots for file in _list(one) or ()]
+        inside = [file for file in inside if file not in roots] + [file for one in roots for file in _list(one) or ()]
     metadata = {file: _metadata(file) for file in inside if file.name.lower() in METADATA}
     captioned = {file.parent / name: words for file, rows in metadata.items() for name, words in rows.items()}
     with storage_errors(root, "read"):
@@ -137,7 +137,8 @@ def find_files(
     used = {*pictures, *mask_files.values(), *caption_files.values(), *metadata}
     with storage_errors(root, "read"):
         folders = {file for file in inside if file not in used and file.is_dir()}
-    skipped = [file.name for file in inside if file not in used | folders]
+    known = used | folders
+    skipped = [file.name for file in inside if file not in known]
     unused = folders - {file.parent for file in used}
     skipped += [f"{file.name}/" for file in unused if _has_pictures(file)]
     missing = [str(file.relative_to(root)) for file in captioned if file not in pictures]
@@ -163,11 +164,13 @@ def _folders_of(root: epath.Path, inside: Sequence[epath.Path]) -> tuple[list[ep
     with storage_errors(root, "read"):
         found = [(file, name) for file, name in found if file.is_dir()]
     loose = [file for file in inside if file.suffix.lower() in ENDINGS]
-    if loose and found:
-        raise InputError(
-            f"{root}: it has pictures, such as {loose[0].name}, beside the folder {found[0][0].name}: put all into one "
-            "place, or name the folder"
-        )
+    if loose and not any(file.name.lower() in METADATA for file in inside):  # which may name pictures in both
+        beside = next((file for file, _ in found if _has_pictures(file)), None)
+        if beside is not None:
+            raise InputError(
+                f"{root}: it has pictures, such as {loose[0].name}, beside the folder {beside.name}: put all into one "
+                "place, or name the folder"
+            )
     if loose:
         return [root], own[1].strip() if own else ""
     names = sorted({name for _, name in found})

@@ -1,6 +1,7 @@
 """`generate`: prompts, seeds and concepts to pictures, in batches of one size so that nothing compiles twice."""
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from math import isfinite
 from operator import index
@@ -487,8 +488,9 @@ def _in_slots(
     active = np.ones((len(fractions), slots), np.float32)
     active[:, :count] = (start <= fractions[:, None]) & (fractions[:, None] < end)
     phases, phase_of_step = np.unique(active, axis=0, return_inverse=True)
-    if len(phases) > 1:  # as many as there can be, so that other windows compile nothing anew
-        phases = np.pad(phases, ((0, 2 * count + 1 - len(phases)), (0, 0)), "edge")
+    if len(phases) > 1:  # 3, 5, 9, ...: one concept has at most 3, so that other windows of it compile nothing anew
+        whole = 2 ** max(1, math.ceil(math.log2(len(phases) - 1))) + 1
+        phases = np.pad(phases, ((0, whole - len(phases)), (0, 0)), "edge")
     present = np.any(ids[:, :, None] == base.model.tokenizer.vocabulary_size + np.arange(slots), axis=1)
     in_slots = Concepts(
         stacked=jax.tree.map(pad, concept_lib.stack([concept for concept, _ in concepts])),

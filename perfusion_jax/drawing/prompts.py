@@ -11,6 +11,11 @@ _KEYWORD = re.compile(r"(?<!\S)(?:BREAK|AND)(?!\S)")
 _ESCAPED = re.compile(r"\\([()\[\]])")
 
 
+def escaped(prompt: str) -> str:
+    """A prompt of which `without_syntax` gives that prompt."""
+    return re.sub(r"[()\[\]]", r"\\\g<0>", prompt)
+
+
 def without_syntax(prompt: str) -> tuple[str, list[str]]:
     """Takes out of a prompt what is not plain words: weights, brackets, keywords, and files that are to be loaded.
 
@@ -24,6 +29,10 @@ def without_syntax(prompt: str) -> tuple[str, list[str]]:
         # Of `[from:to:0.5]` and `[one|other]` all words are kept.
         return re.sub(r"[:|]", " ", re.sub(r":\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*$", "", match[1]))
 
+    def unwrap(match: re.Match[str]) -> str:
+        found.append(match[0])
+        return match[1]
+
     def drop(match: re.Match[str]) -> str:
         found.append(match[0])
         return " "
@@ -32,8 +41,9 @@ def without_syntax(prompt: str) -> tuple[str, list[str]]:
     before = ""
     while plain != before:  # they may be nested
         before = plain
-        for syntax in (_WEIGHT, _MORE, _BRACKETS):
-            plain = syntax.sub(keep_words, plain)
+        plain = _BRACKETS.sub(keep_words, _WEIGHT.sub(keep_words, plain))
+        if plain == before:  # what is left has no number
+            plain = _MORE.sub(unwrap, plain)
     plain = _KEYWORD.sub(drop, plain)
     if found:
         plain = " ".join(plain.split())

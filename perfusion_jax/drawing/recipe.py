@@ -20,8 +20,8 @@ from perfusion_jax.base_model import BaseModel
 from perfusion_jax.data.pictures import open_picture
 from perfusion_jax.drawing.generation import Drawn, drawing, skipped_steps
 from perfusion_jax.drawing.grids import grid
-from perfusion_jax.drawing.prompts import without_syntax
-from perfusion_jax.drawing.samplers import make_plan, settle, spaced
+from perfusion_jax.drawing.prompts import escaped, without_syntax
+from perfusion_jax.drawing.samplers import check_named, make_plan, settle, spaced
 from perfusion_jax.formats.concept_file import PERFUSION, TrainedConcept, load_concept, read_card
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
 from perfusion_jax.formats.tree_folder import load_tree
@@ -236,12 +236,14 @@ def command_of(recipe: Recipe, out: str) -> list[str]:
         "revision": recipe.base["revision"],
         "variant": recipe.base["variant"],
         "tree": recipe.tree,
-        "prompt": recipe.prompts[0],
+        "prompt": escaped(recipe.prompts[0]),
         "num_images": len(recipe.prompts),
         "seed": recipe.seeds[0],
         **{name: value for name, value in recipe.options.items() if value != DEFAULTS.get(name)},
         "init_image": recipe.init_image,
     }
+    if given.get("negative_prompt") is not None:
+        given["negative_prompt"] = escaped(given["negative_prompt"])
     if not recipe.init_image:
         given.pop("init_strength", None)
     if recipe.sweep:
@@ -265,11 +267,11 @@ def read_recipe(file: str | os.PathLike[str]) -> Recipe:
         UnavailableError: storage fails.
     """
     record = load_recipe(file)
-    # Pictures of before trees say nothing of them.
+    # Older pictures say nothing of these two.
     known = record.get("format") == FORMAT and record.keys() | {"tree"} == set(Recipe._fields)
-    if not known or not isinstance(record["options"], dict) or record["options"].keys() != set(OPTIONS):
+    if not known or not isinstance(record["options"], dict) or record["options"].keys() | {"spacing"} != set(OPTIONS):
         raise InputError(f"{file}: it was drawn by another version of perfusion_jax: {json.dumps(record)}")
-    return Recipe(**record)
+    return Recipe(**{**record, "options": {"spacing": None, **record["options"]}})
 
 
 def recipe_of_picture(file: str | os.PathLike[str], base_given: bool, base: str) -> Recipe:
@@ -314,7 +316,7 @@ def warn_of_unnamed(recipe: Recipe) -> None:
 def warn_of_few_steps(recipe: Recipe, base: BaseModel) -> None:
     """Says on stderr that drawing in so few steps does not begin where noise is."""
     options = recipe.options
-    schedule = spaced(base.model.schedule, options.get("spacing"))
+    schedule = spaced(base.model.schedule, options["spacing"])
     sampler, steps = settle(schedule, options["sampler"], options["steps"])
     first, total = float(make_plan(schedule, sampler, steps).timesteps[0]), schedule.num_train_timesteps
     if first < 0.9 * (total - 1) and not recipe.init_image:
@@ -334,6 +336,7 @@ def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[
     Raises:
         InputError: it cannot be drawn.
     """
+    check_named(base.model.schedule, recipe.options["sampler"])
     base, concepts = load_concepts(recipe, base)
     options = dict(recipe.options)
     _, steps = settle(base.model.schedule, options["sampler"], options["steps"])

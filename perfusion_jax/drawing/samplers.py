@@ -65,15 +65,10 @@ def settle(schedule: NoiseSchedule, sampler: str | None, steps: int | None) -> t
         steps: how many, or None.
 
     Raises:
-        InputError: no such sampler; or none is named, and the checkpoint was distilled for one that is not here.
+        InputError: no such sampler.
     """
     if sampler is None:
         name = schedule.config.get("_class_name", "")
-        if name.startswith(_OF_FEW_STEPS):
-            raise InputError(
-                f"the base model's scheduler is {name}, which is not here: name one of {', '.join(SAMPLERS)}, such as "
-                "euler_a with 4 to 8 steps and guidance 1, or put its scheduler_config.json into a copy of the model"
-            )
         sampler = next((own for prefix, own in _OWN_SAMPLERS if name.startswith(prefix)), None)
         if sampler is None:
             sampler = "ddim"
@@ -82,6 +77,20 @@ def settle(schedule: NoiseSchedule, sampler: str | None, steps: int | None) -> t
     if sampler not in SAMPLERS:
         raise InputError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
     return sampler, DEFAULT_STEPS[sampler] if steps is None else steps
+
+
+def check_named(schedule: NoiseSchedule, sampler: str | None) -> None:
+    """Sees that a sampler is named where the checkpoint was distilled for one that is not here.
+
+    Raises:
+        InputError: it is not.
+    """
+    name = schedule.config.get("_class_name", "")
+    if sampler is None and name.startswith(_OF_FEW_STEPS):
+        raise InputError(
+            f"the base model's scheduler is {name}, which is not here: name one of {', '.join(SAMPLERS)}, such as "
+            "euler_a with 4 to 8 steps and guidance 1"
+        )
 
 
 @functools.cache  # once for each

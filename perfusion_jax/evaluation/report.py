@@ -13,10 +13,10 @@ from etils import epath
 from PIL import Image
 
 from perfusion_jax.evaluation.scores import Setting, file_name
-from perfusion_jax.evaluation.statistics import Estimate, area, area_difference, estimate
+from perfusion_jax.evaluation.statistics import LEAST, Estimate, area, area_difference, estimate
 from perfusion_jax.evaluation.subjects import ALL, Subject
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import storage_errors, write_bytes
+from perfusion_jax.runtime.files import write_bytes
 
 MOST_EMBEDDED = 200
 """Sheets that are put into the page; more are left beside it."""
@@ -58,12 +58,16 @@ class Front(NamedTuple):
         """The same as plain JSON."""
         return {
             "settings": {
-                label: {key: each._asdict() for key, each in row.items()} for label, row in self.settings.items()
+                label: {key: _as_json(each) for key, each in row.items()} for label, row in self.settings.items()
             },
             "concepts": self.concepts,
-            "dominated_area": self.area and self.area._asdict(),
-            "lead": self.lead and self.lead._asdict(),
+            "dominated_area": self.area and _as_json(self.area),
+            "lead": self.lead and _as_json(self.lead),
         }
+
+
+def _as_json(number: Estimate) -> dict[str, float | None]:
+    return {name: None if np.isnan(value) else value for name, value in number._asdict().items()}
 
 
 def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, Front]:
@@ -198,9 +202,10 @@ def _table(fronts: Mapping[str, Front]) -> str:
             cells = "".join(f"<td>{_written(row[measure])}</td>" for measure in MEASURES)
             rows += f"<tr><td>{html.escape(_named(label, setting))}</td>{cells}</tr>"
     count = max(len(rows) for front in fronts.values() for rows in front.concepts.values())
+    enough = "with bootstrap intervals of 95&nbsp;%" if count >= LEAST else f"of fewer than {LEAST} no intervals"
     return (
         f'<div class="wide"><table><tr><th>setting</th>{heads}</tr>{rows}</table></div>'
-        f"<p><small>Means over {count} concepts, with bootstrap intervals of 95&nbsp;% over concepts.</small></p>"
+        f"<p><small>Means over {count} concept{'s' * (count > 1)}; {enough}.</small></p>"
     )
 
 
@@ -219,6 +224,8 @@ def _areas(fronts: Mapping[str, Front]) -> str:
 
 
 def _written(number: Estimate, form: str = ".3f") -> str:
+    if np.isnan(number.low):
+        return f"{number.mean:{form}}"
     return f"{number.mean:{form}} <small>{number.low:{form}} to {number.high:{form}}</small>"
 
 
@@ -228,10 +235,13 @@ def _linked(out: epath.Path, subject: Subject, file: str) -> str:
 
 
 def _embedded(out: epath.Path, subject: Subject, file: str) -> str:
-    """A sheet within the page, a tenth of its size as a PNG."""
+    """A sheet within the page, a tenth of its size as a PNG; its address where it is gone, or too large for WebP."""
     stored, stream = out / _linked(out, subject, file), io.BytesIO()
-    with storage_errors(stored, "read"), Image.open(io.BytesIO(stored.read_bytes())) as picture:
-        picture.save(stream, "webp", quality=85)
+    try:
+        with Image.open(io.BytesIO(stored.read_bytes())) as picture:
+            picture.save(stream, "webp", quality=85)
+    except (OSError, ValueError):
+        return _linked(out, subject, file)
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 

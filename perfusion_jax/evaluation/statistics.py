@@ -9,10 +9,11 @@ from scipy import stats
 
 RESAMPLES = 10_000
 COVERAGE = 0.95
+LEAST = 5  # concepts
 
 
 class Estimate(NamedTuple):
-    """A number over concepts, and the ends of its bootstrap interval of COVERAGE."""
+    """A number over concepts, and the ends of its bootstrap interval of COVERAGE; NaN of fewer than LEAST concepts."""
 
     mean: float
     low: float
@@ -26,7 +27,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     out as Student's t has it (Hesterberg, "What teachers should know about the bootstrap", 2015, section 4.3).
 
     Args:
-        values: at least one. Of a single one the interval is the value: nothing is known of others.
+        values: at least one. Of fewer than LEAST there is no interval: no mean of them is as far out as t.
     """
     array = np.asarray(values, np.float64)
     return _estimate(array.mean(), array[_resamples(len(array))].mean(axis=1), len(array))
@@ -79,8 +80,8 @@ def _resamples(count: int) -> Int[np.ndarray, "resamples count"]:
 
 
 def _estimate(value: float | np.ndarray, resampled: Float[np.ndarray, " resamples"], count: int) -> Estimate:
-    tail = (1 - COVERAGE) / 2
-    if count > 1:
-        tail = stats.norm.cdf(np.sqrt(count / (count - 1)) * stats.t.ppf(tail, count - 1))
+    if count < LEAST:
+        return Estimate(float(value), np.nan, np.nan)
+    tail = stats.norm.cdf(np.sqrt(count / (count - 1)) * stats.t.ppf((1 - COVERAGE) / 2, count - 1))
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return Estimate(float(value), float(low), float(high))

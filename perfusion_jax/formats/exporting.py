@@ -219,5 +219,5 @@ def _check_folder(folder: epath.Path, mark: bytes) -> None:
     with storage_errors(folder / MARK, "read"):
         found = (folder / MARK).read_bytes() if (folder / MARK).exists() else b""
     if found != mark:
-        whose = "an export of another kind, or of other concepts" if found else "no part of an export"
-        raise InputError(f"{folder}: holds {others[0]}, which is {whose}: name a new folder")
+        whose = "an export of another kind, or of other concepts" if found else "no part of an export of this version"
+        raise InputError(f"{folder}: holds {others[0]}, which is {whose}: name a new folder, or delete it")

@@ -47,8 +47,10 @@ def push(folder: Path, files: list[str], hub_id: str, public: bool) -> str:
         if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise UnavailableError(f"{hub_id}: the hub said: {reason}") from error
         raise InputError(f"{hub_id}: the hub said: {reason}") from error
-    except ValueError as error:  # the hub's client, of a card that the hub does not take
-        raise InputError(f"{hub_id}: the hub said: {' '.join(str(error).split())}") from error
     except OSError as error:  # no network
         raise UnavailableError(f"{hub_id}: the hub cannot be reached: {error}") from error
+    except InputError:
+        raise
+    except ValueError as error:  # the hub's client, of a card that the hub does not take
+        raise InputError(f"{hub_id}: the hub said: {' '.join(str(error).split())}") from error
     return str(url)

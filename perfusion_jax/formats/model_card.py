@@ -101,10 +101,11 @@ class Card:
         licences = {concept.licence for concept in self.concepts}
         licence = (licences.pop() if len(licences) == 1 else "") or "unknown"
         known = re.sub(r"[\s_]+", "-", licence.strip().lower())
-        # Of others the hub takes a name beside "other", and nothing else.
+        # Of others the hub takes a name of letters and digits beside "other"; the card's table has it as it was given.
         named = [f"license: {known}"]
         if known not in HUB_LICENCES:
-            named = ["license: other", f"license_name: {json.dumps(licence)}"]
+            slug = re.sub(r"[^a-z0-9.]+", "-", known).strip("-") or "unnamed"
+            named = ["license: other", f"license_name: {slug}"]
         tags = ["text-to-image", "diffusers", "perfusion"]
         tags += ["lora", "template:sd-lora"] if kind.startswith("lora") else []
         lines = [

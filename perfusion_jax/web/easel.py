@@ -12,7 +12,7 @@ import numpy as np
 from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
 from perfusion_jax.drawing.generation import Drawn, drawing
 from perfusion_jax.drawing.recipe import DEFAULTS, OPTIONS, Recipe, init_pixels, load_concepts, make_recipe
-from perfusion_jax.drawing.samplers import settle
+from perfusion_jax.drawing.samplers import check_named, settle
 from perfusion_jax.formats.concept_file import digests
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.runtime.errors import InputError
@@ -142,6 +142,7 @@ class Easel:
         Raises:
             InputError: it cannot be drawn, or written.
         """
+        check_named(self.base.model.schedule, recipe.options["sampler"])
         base, concepts = load_concepts(recipe, self.base)
         options = dict(recipe.options)
         if recipe.init_image:

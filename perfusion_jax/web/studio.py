@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from perfusion_jax.data.pictures import open_picture
 from perfusion_jax.drawing.generation import SLOTS
-from perfusion_jax.drawing.prompts import without_syntax
+from perfusion_jax.drawing.prompts import escaped, without_syntax
 from perfusion_jax.drawing.recipe import CONTROLS, Recipe, command_of, read_recipe
 from perfusion_jax.formats.concept_file import PERFUSION, load_concept
 from perfusion_jax.formats.exporting import KINDS, export
@@ -364,13 +364,13 @@ class Studio:
             concepts[entry.call] = {
                 name: float(values[number if len(values) > 1 else 0]) for name, values in lists.items()
             }
-        names = ("negative_prompt", "guidance", "guidance_rescale", "sampler", "steps", "lock", "width", "height")
-        options = {"spacing": None, **options}  # older pictures do not tell of it
+        names = ("guidance", "guidance_rescale", "sampler", "steps", "spacing", "lock", "width", "height")
         return {
-            "prompt": prompt,
+            "prompt": escaped(prompt),
             "count": recipe.prompts.count(recipe.prompts[0]),
             "seed": recipe.seeds[0],
-            **{name: options[name] for name in (*names, "spacing")},
+            **{name: options[name] for name in names},
+            "negative_prompt": None if options["negative_prompt"] is None else escaped(options["negative_prompt"]),
             "init_strength": options["init_strength"],
             "concepts": concepts,
             "note": "; ".join(notes),

@@ -364,15 +364,17 @@ class TestHub:
             (requests.exceptions.ChunkedEncodingError("broken off"), "goes on where it was"),
             (requests.exceptions.ReadTimeout(), "ReadTimeout. The same command goes on"),
             (OSError(errno.ENOSPC, "No space left on device"), "name another folder in HF_HOME"),
+            (PermissionError(errno.EACCES, "Permission denied", "/cache"), "Permission denied: '/cache'$"),
         ],
     )
-    def test_what_fails_on_the_way_is_one_line_and_may_be_tried_again(self, monkeypatch, error, advice):
+    def test_what_fails_on_the_way_is_one_line_and_tells_whether_to_try_again(self, monkeypatch, error, advice):
         def fail(*_, **__):
             raise error
 
         monkeypatch.setattr(source_lib, "snapshot_download", fail)
-        with pytest.raises(UnavailableError, match=f"owner/model: cannot be fetched: .*{advice}"):
+        with pytest.raises(InputError, match=f"owner/model: cannot be fetched: .*{advice}") as caught:
             load_base_model("owner/model")
+        assert isinstance(caught.value, UnavailableError) == (not isinstance(error, PermissionError))
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,24 @@ CASES = {
     "kohya's beside a picture": case(
         "it has pictures, such as sample.png, beside the folder 10_dog", picture("10_dog/a.png"), picture("sample.png")
     ),
+    "what is called like kohya's, beside a picture": case(
+        Learnt({"a.png": None}), picture("a.png"), text("2023_notes/a.md", "x")
+    ),
+    "jsonl of both": case(
+        Learnt({"01_left/a.png": "a {}", "b.png": "my {}"}),
+        picture("01_left/a.png"),
+        picture("b.png"),
+        text(
+            "metadata.jsonl",
+            '{"file_name": "01_left/a.png", "text": "a dog"}\n{"file_name": "b.png", "text": "my dog"}',
+        ),
+    ),
+    "beside kohya's": case(
+        Learnt({"10_dog/a.png": None}, warnings=("not used: notes.md, old/",)),
+        picture("10_dog/a.png"),
+        picture("old/a.png"),
+        text("notes.md", "x"),
+    ),
     "kohya's with masks": case(
         Learnt({"10_dog/a.png": None, "2_dog/a.png": None}, masked=("10_dog/a.png", "2_dog/a.png")),
         picture("10_dog/a.png"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perfusion_jax.drawing.prompts import without_syntax
+from perfusion_jax.drawing.prompts import escaped, without_syntax
 
 
 @pytest.mark.parametrize(
@@ -23,11 +23,12 @@ from perfusion_jax.drawing.prompts import without_syntax
         ),
         (r"(miku \(vocaloid\):1.2)", "miku (vocaloid)", [r"(miku \(vocaloid\):1.2)"]),
         (r"miku \(vocaloid\)", "miku (vocaloid)", []),
-        ("a dog (my friend) at 3:15 pm", "a dog my friend at 3:15 pm", ["(my friend)"]),
+        ("a dog (my friend at 3:15 pm)", "a dog my friend at 3:15 pm", ["(my friend at 3:15 pm)"]),
     ],
 )
 def test_what_is_not_plain_words_is_taken_out_and_told(prompt, plain, found):
     assert without_syntax(prompt) == (plain, found)
+    assert without_syntax(escaped(plain)) == (plain, [])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from diffusers.schedulers import scheduling_euler_ancestral_discrete
 
 from perfusion_jax import InputError
 from perfusion_jax.base_model.schedule import NoiseSchedule
-from perfusion_jax.drawing.samplers import make_plan, settle, spaced
+from perfusion_jax.drawing.samplers import check_named, make_plan, settle, spaced
 
 # diffusers asks PyTorch's tensors for NumPy arrays in the way of NumPy 1.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -188,8 +188,9 @@ def test_in_place_of_another_sampler_ddim_draws_and_a_warning_says_so(caplog):
 def test_of_models_distilled_for_another_sampler_one_must_be_named(name):
     schedule = NoiseSchedule.from_config({**BETAS, "_class_name": name}, "test")
     with pytest.raises(InputError, match=f"scheduler is {name}, which is not here: name one of ddim"):
-        settle(schedule, None, None)
-    assert settle(schedule, "euler_a", 4) == ("euler_a", 4)
+        check_named(schedule, None)
+    check_named(schedule, "euler_a")
+    assert settle(schedule, None, 20) == ("ddim", 20)  # where none can be named, as while one learns
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

@@ -182,7 +182,7 @@ def test_what_a_folder_holds_is_not_mixed_up(sd1_base, tmp_path):
     export(sd1_base, [rex], "lora", tmp_path)
     export(sd1_base, [rex], "lora", tmp_path)  # anew
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    other = "which is an export of another kind, or of other concepts: name a new folder"
+    other = "which is an export of another kind, or of other concepts: name a new folder, or delete it"
     with pytest.raises(InputError, match=other):
         export(sd1_base, [rex], "lora-peft", tmp_path)
     with pytest.raises(InputError, match=other):
@@ -195,7 +195,7 @@ def test_a_folder_of_somebodys_is_not_written_to(sd1_folder, sd1_base, tmp_path)
     model = shutil.copytree(sd1_folder, tmp_path / "model")
     (model / "README.md").write_text("mine")
     for kind in ("pipeline", "lora"):
-        with pytest.raises(InputError, match="which is no part of an export: name a new folder"):
+        with pytest.raises(InputError, match="which is no part of an export of this version: name a new folder"):
             export(load_base_model(model), [learnt(sd1_base)], kind, model)
     assert (model / "README.md").read_text() == "mine"
 

@@ -48,7 +48,7 @@ def test_what_is_public_is_asked_for(hub, folder):
     push(folder, FILES, "me/rex", public=True)
     assert hub.private == {"me/rex": False}
     hub.uploaded.clear()
-    with pytest.raises(InputError, match="me/rex: everybody can see this repository; give --public"):
+    with pytest.raises(InputError, match=r"^me/rex: everybody can see this repository; give --public"):
         push(folder, FILES, "me/rex", public=False)
     assert not hub.uploaded
 
@@ -73,7 +73,8 @@ def test_whatever_licence_somebody_names_the_hub_takes_the_card(hub, sd1_base, t
     push(tmp_path / "out", FILES, "me/rex", public=False)
     written = ModelCard.load(tmp_path / "out" / "README.md").data
     assert written.license == known
-    assert written.license_name == (licence if known == "other" else None)
+    assert written.license_name == ("my-own-photos-mine" if known == "other" else None)
+    assert licence in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
