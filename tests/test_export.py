@@ -46,15 +46,17 @@ def test_a_lora_and_what_is_wrong_with_it(small_folder, concept_file, tmp_path):
             assert picture.size == (32, 32)
         assert f"![{prompt}](example_{number}.png)" in card
         assert f'- text: "{prompt}"\n  output:\n    url: example_{number}.png' in card
-    (out / "else.txt").write_text("")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "else.txt").write_text("")
     for arguments, message in (
-        ((*given, "--to=lora", f"--out={out}"), "error: {out}: holds else.txt, which is no part of this export"),
+        ((*given, "--to=lora", f"--out={mine}"), f"error: {mine}: holds else.txt, which is no part of an export"),
         ((*given, "--to=lora", f"--out={out}2", "--strength=strong"), "error: --strength=strong: not numbers"),
         ((*given, "--to=lora", f"--out={out}2", "--strength=1", "--fit_scale"), "error: --strength and --fit_scale"),
         ((*given, f"--out={out}2"), "--to"),
     ):
         failed = run_export(*arguments)
         assert failed.returncode == 2, failed.stderr
-        assert message.format(out=out) in failed.stderr
+        assert message in failed.stderr
         assert "Traceback" not in failed.stderr
         assert not (tmp_path / "out2").exists()

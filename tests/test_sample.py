@@ -70,7 +70,7 @@ def run(*arguments):
 
 def test_draws_pictures_tells_how_and_draws_them_again(small_folder, rex, tmp_path):
     out = tmp_path / "new" / "rex.png"
-    small = (f"--base={small_folder}", "--steps=2", "--height=32", "--width=32")
+    small = (f"--base={small_folder}", "--steps=2", "--spacing=trailing", "--height=32", "--width=32")
     done = run(
         f"--attention={tmp_path}/maps",
         *small,

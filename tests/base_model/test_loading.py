@@ -289,7 +289,9 @@ class TestHub:
         again = self.run(hub, tmp_path, "owner/model", revision="main")
         assert again.stdout == first.stdout, again.stderr
 
-    @pytest.mark.parametrize("kind", ["sharded fp16", pytest.param("msgpack", marks=pytest.mark.slow), "pickle"])
+    @pytest.mark.parametrize(
+        "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sharded fp16", "msgpack")), "pickle"]
+    )
     def test_other_kinds_of_weights(self, hub, tmp_path, sd1_base, kind):
         repository = tmp_path / "repository"
         options = {}
@@ -339,6 +341,7 @@ class TestHub:
         told = last_line(self.run(hub, tmp_path, "owner/model"))
         assert "UnavailableError: owner/model: not in the cache, and the hub cannot be reached" in told
 
+    @pytest.mark.slow
     def test_offline_and_without_a_cache_the_error_names_the_setting(self, hub, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         told = last_line(self.run(hub, tmp_path, "owner/model"))

@@ -54,7 +54,7 @@ def learnt_on(inputs):
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=() if name == "dreambooth" else pytest.mark.slow) for name in CONFIGS]
+    "method", [pytest.param(name, marks=() if name == "lora" else pytest.mark.slow) for name in CONFIGS]
 )
 def test_a_fleet_of_another_method_is_learnt_and_drawn(inputs, learnt_on, method, tmp_path):
     config = make_config(inputs, method)

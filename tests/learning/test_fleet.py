@@ -77,6 +77,7 @@ def test_every_concept_is_written_and_reported(finished):
     assert [line["members"] for line in lines] == [4, 4, 4, 4, 1, 2, 2, 2, 2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rex", "tom"])
 def test_a_concept_equals_the_one_that_train_learns_alone(inputs, finished, tmp_path, name):
     config = config_of(str(inputs / "base"))
@@ -371,6 +372,7 @@ def test_a_second_job_on_one_workdir_is_refused(inputs, tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_an_error_and_the_same_command_goes_on(inputs, finished, tmp_path):
     """No file may grow beyond so many bytes: configs and reports fit, checkpoints do not."""
     config = make_config(inputs, members=4)
@@ -554,6 +556,7 @@ def test_as_many_members_are_learnt_at_once_as_fit(inputs, monkeypatch):
     assert [len(one.members) for one in plan(loaded, nine, nine, OpenRound())] == [5, 5]
 
 
+@pytest.mark.slow
 def test_the_memory_plan_reckons_with_the_pictures_that_there_are(inputs, monkeypatch, tmp_path):
     for name in ("many", "few"):
         shutil.copytree(inputs / "rex", tmp_path / name)

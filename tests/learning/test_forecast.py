@@ -48,7 +48,7 @@ slow = pytest.mark.slow
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "topology", ["v4:2x2x2", "v5e:2x4", pytest.param("v5p:2x2x1", marks=slow), pytest.param("v6e:4x4", marks=slow)]
+    "topology", ["v5e:2x4", *(pytest.param(other, marks=slow) for other in ("v4:2x2x2", "v5p:2x2x1", "v6e:4x4"))]
 )
 @pytest.mark.parametrize(
     ("tokens", "heads", "width", "dtype"),

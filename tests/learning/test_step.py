@@ -300,6 +300,7 @@ def test_a_gradient_that_is_not_finite_is_told_by_the_loss(small_base, metric, c
     assert bool(after.diverged)
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_keeps_the_concept_in_float32(small_base, metric, concept, examples):
     losses = []
     for base in (small_base, small_base.astype(jnp.bfloat16)):
