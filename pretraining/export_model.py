@@ -20,7 +20,7 @@ OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
 def main(_: list[str]) -> None:
     """Writes the folders and prints their size."""
     folder = vendors.cache() / train_diffusion.RUN.value
-    state = train_diffusion.latest(folder)
+    state = train_diffusion.trained(folder)
     autoencoder = AutoencoderKL.from_pretrained(vendors.cache() / train_diffusion.AUTOENCODER.value)
     text_tokenizer = tokenizer.save_tokenizer(vendors.cache() / "tokenizer")
     trainer = diffusion.make_trainer(

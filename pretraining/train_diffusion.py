@@ -99,16 +99,24 @@ def look(
     model.save_pipeline(copy.deepcopy(pipeline), folder / "model")
 
 
-def latest(folder: pathlib.Path) -> dict[str, Any]:
-    """The state of the decay phase, or of the constant phase if there was no other.
+def latest(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The state of the decay phase; or of the constant phase, if there was no other or it has gone on since."""
+    decaying, constant = (training_tools.load_checkpoint(folder / name) for name in ("decaying.pt", "constant.pt"))
+    if decaying and (constant is None or decaying["decay_start"] >= constant["step"]):
+        return decaying
+    return constant
+
+
+def trained(folder: pathlib.Path) -> dict[str, Any]:
+    """The same, of a model that there must be.
 
     Raises:
         UsageError: nothing has been trained.
     """
-    for name in ("decaying.pt", "constant.pt"):
-        if state := training_tools.load_checkpoint(folder / name):
-            return state
-    raise app.UsageError(f"{folder}: no checkpoint; run pretraining.train_diffusion first")
+    state = latest(folder)
+    if state is None:
+        raise app.UsageError(f"{folder}: no checkpoint; run pretraining.train_diffusion first")
+    return state
 
 
 def open_trainer(folder: pathlib.Path, trainer: training.Trainer, decay_samples: int) -> pathlib.Path:
@@ -118,7 +126,7 @@ def open_trainer(folder: pathlib.Path, trainer: training.Trainer, decay_samples:
     """
     constant, decaying = folder / "constant.pt", folder / "decaying.pt"
     path = decaying if decay_samples else constant
-    state = training_tools.load_checkpoint(path) or training_tools.load_checkpoint(constant)
+    state = latest(folder) if decay_samples else training_tools.load_checkpoint(constant)
     if state is not None:
         trainer.restore(state)
     if decay_samples and trainer.decay_start is None:
@@ -204,7 +212,7 @@ def main(_: list[str]) -> None:
     folder = vendors.cache() / RUN.value
     folder.mkdir(parents=True, exist_ok=True)
     if LIGHTEN.value:
-        training_tools.save_checkpoint(pathlib.Path(LIGHTEN.value), training.lightened(latest(folder)))
+        training_tools.save_checkpoint(pathlib.Path(LIGHTEN.value), training.lightened(trained(folder)))
         return
     run(folder, training.Settings(batch_size=BATCH_SIZE.value))
 

@@ -20,7 +20,7 @@ from perfusion_jax.formats.tree_folder import RECORD, TREE, write_tree
 from perfusion_jax.method import surgery
 from perfusion_jax.method.edit import Gate
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import check_writable, entries, storage_errors, to_path, write_bytes
+from perfusion_jax.runtime.files import check_writable, entries, read_text, to_path, write_bytes
 
 CARD = "README.md"
 MARK = ".perfusion_jax_export"
@@ -216,8 +216,7 @@ def _check_folder(folder: epath.Path, mark: bytes) -> None:
     others = [entry.name for entry in entries(folder) or () if entry.name != MARK]
     if not others:
         return
-    with storage_errors(folder / MARK, "read"):
-        found = (folder / MARK).read_bytes() if (folder / MARK).exists() else b""
+    found = read_text(folder / MARK).encode()
     if found != mark:
         whose = "an export of another kind, or of other concepts" if found else "no part of an export of this version"
         raise InputError(f"{folder}: holds {others[0]}, which is {whose}: name a new folder, or delete it")

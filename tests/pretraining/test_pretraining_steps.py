@@ -326,6 +326,11 @@ def test_a_trainer_comes_back_from_its_checkpoint(tmp_path, text_tokenizer):
     kept.restore(training_tools.load_checkpoint(tmp_path / "constant.pt"))
     for one, other in zip(kept.average.parameters(), light.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    again.save(tmp_path / "constant.pt")  # the constant phase has gone on: the branch is of the past
+    assert train_diffusion.latest(tmp_path)["step"] == 2
+    anew = make()
+    train_diffusion.open_trainer(tmp_path, anew, decay_samples=640)
+    assert (anew.step, anew.decay_start) == (2, 2)
 
 
 def test_the_folder_is_a_stable_diffusion_model(tmp_path, text_tokenizer):
