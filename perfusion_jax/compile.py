@@ -12,7 +12,7 @@ import json
 from absl import flags
 from ml_collections import config_flags
 
-from perfusion_jax.config import of_method
+from perfusion_jax.config import settle
 from perfusion_jax.runtime import command_line
 
 
@@ -25,7 +25,7 @@ def main() -> None:
 
     jax.config.update("jax_platforms", "cpu")
     given = flags.FLAGS
-    config = of_method(given.config, config_flags.get_override_values(given["config"]))
+    config = settle(given.config, config_flags.get_override_values(given["config"]))
     step = describe(config, given.topology)
     print(json.dumps(step, indent=2) if flags.FLAGS.json else text(step))
 

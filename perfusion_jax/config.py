@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from perfusion_jax.data.table import Row
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.names import PLACEHOLDER, SHORT_NAMES
+from perfusion_jax.runtime.names import CONCEPT_EXPORTS, PLACEHOLDER, SHORT_NAMES
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,6 @@ _MESH = Rule(
     ),
     "empty, or two numbers of devices: along concept and data; one of them may be -1",
 )
-
-EXPORTS = ("lora", "lora-peft", "bundle", "embedding")
-"""Kinds of exports that a run can write; those of whole models are for the export command."""
 
 KEYS: dict[str, Key] = {
     # The concept.
@@ -259,7 +256,9 @@ KEYS: dict[str, Key] = {
     # Keeping.
     "exports": Key(
         (),
-        Rule(tuple, lambda value: set(value) <= set(EXPORTS), f"any of {', '.join(map(repr, EXPORTS))}"),
+        Rule(
+            tuple, lambda value: set(value) <= set(CONCEPT_EXPORTS), f"any of {', '.join(map(repr, CONCEPT_EXPORTS))}"
+        ),
         "what else is written of a concept when it is finished, for other tools: exports/NAME/KIND in the workdir",
         may_change=True,
     ),
@@ -345,17 +344,23 @@ def make_config(base: str = "emoji", **values: Any) -> ConfigDict:
 get_config = make_config  # this module is the config file of a run that has none
 
 
-def of_method(config: ConfigDict, given: Collection[str] = ()) -> ConfigDict:
-    """The config where its method was changed after it was made, as by a flag.
+def settle(config: ConfigDict, given: Collection[str] = ()) -> ConfigDict:
+    """The config where its base or its method was changed after it was made, as by a flag.
 
     Args:
-        config: as it was made, with another method.
+        config: as it was made, with another base or method.
         given: keys that were given after it was made. They stay, and so do those that have no longer the default that
-            they have with Perfusion.
+            they have with some other base, or with Perfusion.
     """
-    own, defaults = METHODS.get(config.get("method"), {}), make_config(config.get("base", ""))
-    taken = {name: own[name] for name in own if name not in given and config.get(name) == defaults[name]}
-    return ConfigDict({**dict(config.items()), **taken})
+    result = dict(config.items())
+    if "base" in given:
+        wanted, others = make_config(result["base"]), [make_config(base) for base in BASES]
+        for name in {name for values in BASES.values() for name in values} - set(given) | {"base"}:
+            if name == "base" or result.get(name) in [other[name] for other in others]:
+                result[name] = wanted[name]
+    own, defaults = METHODS.get(result.get("method", ""), {}), make_config(result.get("base", ""))
+    result |= {name: own[name] for name in own if name not in given and result.get(name) == defaults[name]}
+    return ConfigDict(result)
 
 
 def check(config: ConfigDict) -> None:

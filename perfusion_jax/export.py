@@ -16,6 +16,7 @@ from absl import flags
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import is_local
+from perfusion_jax.runtime.names import CONCEPT_EXPORTS, MODEL_EXPORTS
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     from perfusion_jax.base_model import load_base_model
     from perfusion_jax.drawing.examples import draw_examples
     from perfusion_jax.formats.concept_file import load_concept
-    from perfusion_jax.formats.exporting import WHOLE_MODELS, export, fitted_strengths
+    from perfusion_jax.formats.exporting import export, fitted_strengths
     from perfusion_jax.formats.hub import push
 
     given = flags.FLAGS
@@ -36,7 +37,7 @@ def main() -> None:
         raise InputError("--strength and --fit_scale: give one of them")
     if given.push_to_hub and not is_local(given.out):
         raise InputError(f"--out={given.out}: what is pushed to the hub is read from a folder on this machine")
-    needs_all = given.fit_scale or given.examples > 0 or given.to in WHOLE_MODELS
+    needs_all = given.fit_scale or given.examples > 0 or given.to in MODEL_EXPORTS
     base = load_base_model(given.base, revision=given.revision, variant=given.variant, edited_only=not needs_all)
     concepts = [load_concept(file, base) for file in given.concept]
     if given.fit_scale:
@@ -52,9 +53,8 @@ def main() -> None:
 
 def run() -> None:
     """The command."""
-    kinds = ["lora", "lora-peft", "bundle", "embedding", "pipeline", "orbax"]
     flags.DEFINE_multi_string("concept", None, "concept file; may be given several times", required=True)
-    flags.DEFINE_enum("to", None, kinds, "what to write", required=True)
+    flags.DEFINE_enum("to", None, [*CONCEPT_EXPORTS, *MODEL_EXPORTS], "what to write", required=True)
     flags.DEFINE_string("out", None, "the folder to write", required=True)
     flags.DEFINE_string("push_to_hub", None, "also upload it to this repository of the Hugging Face hub, owner/name")
     flags.DEFINE_bool("public", False, "anybody may see what is uploaded; otherwise you alone")

@@ -17,6 +17,7 @@ from absl import flags
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import check_writable, to_path
+from perfusion_jax.runtime.names import SAMPLERS, SPACINGS
 
 
 def main() -> None:
@@ -81,14 +82,14 @@ def run() -> None:
     flags.DEFINE_enum(
         "sampler",
         None,
-        ["ddim", "dpm++", "euler", "euler_a"],
+        SAMPLERS,
         "how noise is taken away; as the base model's scheduler says if left out",
     )
     flags.DEFINE_integer("steps", None, "sampling steps; ddim 50, dpm++ 20, the others 30 if left out", lower_bound=1)
     flags.DEFINE_enum(
         "spacing",
         None,
-        ["leading", "trailing", "linspace"],
+        SPACINGS,
         "which timesteps these are; as the base model's scheduler says if left out",
     )
     flags.DEFINE_float(

@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from perfusion_jax import config as default_config
-from perfusion_jax.config import MEMORY_ADVICE, is_fleet, of_method
+from perfusion_jax.config import MEMORY_ADVICE, is_fleet, settle
 from perfusion_jax.data.table import parse_shard
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
@@ -61,7 +61,7 @@ def main() -> None:
     from perfusion_jax.pod import distributed
 
     given = flags.FLAGS
-    config = of_method(given.config, config_flags.get_override_values(given["config"]))
+    config = settle(given.config, config_flags.get_override_values(given["config"]))
     workdir = epath.Path(given.workdir)
     session = Session(Diagnostics(parse_profile(given.profile), given.debug_nans))
     if not is_fleet(config):

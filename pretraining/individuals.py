@@ -73,8 +73,8 @@ def hsv_to_rgb(hsv: torch.Tensor) -> torch.Tensor:
 def invent(colours: torch.Tensor, drawing: torch.Tensor, generator: torch.Generator) -> Individuals:
     """Individuals of given drawings.
 
-    A third keep the drawing's colours nearly; in a third all hues turn together; in a third each part has its own
-    shift, up to colours that have nothing to do with the drawing's. Shapes vary always.
+    Half keep the drawing's colours nearly, as things that people own do; in a quarter all hues turn together; in a
+    quarter each part has its own shift, up to colours that have nothing to do with the drawing's. Shapes vary always.
 
     Args:
         colours: float [drawings, parts, 3], the atlas's.
@@ -91,7 +91,7 @@ def invent(colours: torch.Tensor, drawing: torch.Tensor, generator: torch.Genera
 
     hsv = rgb_to_hsv(colours[drawing])
     way = uniform(count, 1)
-    together, apart = (way > 0.35).float(), (way > 0.65).float()
+    together, apart = (way > 0.5).float(), (way > 0.75).float()
     wild = apart * (uniform(count, 1) < 0.35).float()
     hue = hsv[..., 0] + normal(count, 1, deviation=0.015)
     hue = hue + together * uniform(count, 1, low=-0.5, high=0.5) * (1 - apart * (uniform(count, 1) < 0.5))

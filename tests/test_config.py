@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from perfusion_jax import InputError
-from perfusion_jax.config import EXPORTS, KEYS, METHODS, check, check_same, make_config, of_method, to_json
-from perfusion_jax.formats.exporting import KINDS
+from perfusion_jax.config import KEYS, METHODS, check, check_same, make_config, settle, to_json
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.runtime import shipped
 
@@ -100,7 +99,7 @@ def test_every_key_says_what_it_means():
 def test_ablations_choose_what_is_trained(changes, trained):
     config = get()
     config.update(changes)
-    config = of_method(config, changes)
+    config = settle(config, changes)
     check(config)
     assert Settings.of(config).trained == trained
 
@@ -108,13 +107,25 @@ def test_ablations_choose_what_is_trained(changes, trained):
 def test_a_method_has_its_own_defaults_where_nothing_else_is_said():
     config = get()
     config.update(method="dreambooth", steps=123, prior_pictures=0)
-    settled = of_method(config, {"method", "steps", "prior_pictures"})
+    settled = settle(config, {"method", "steps", "prior_pictures"})
     own = {name: settled[name] for name in METHODS["dreambooth"]}
     assert own == {**METHODS["dreambooth"], "steps": 123, "prior_pictures": 0}  # that it is given, though the default
     assert (settled.masks, settled.name, config.masks) == ("none", config.name, "auto")
-    assert of_method(get()).to_dict() == get().to_dict()
+    assert settle(get()).to_dict() == get().to_dict()
     made = make_config("emoji", method="dreambooth", steps=400)
     assert (made.steps, made.weights_rate) == (400, METHODS["dreambooth"]["weights_rate"])
+
+
+@pytest.mark.parametrize("before", ["emoji", "sd15", "a/folder"])
+@pytest.mark.parametrize("after", ["emoji", "sdxl", "another/folder"])
+def test_a_base_that_a_flag_names_brings_what_it_wants(before, after):
+    config = make_config(before, name="rex", steps=123)
+    config.base = after
+    assert settle(config, {"base"}) == make_config(after, name="rex", steps=123)
+    config.guidance_scale = 2.5
+    assert settle(config, {"base", "guidance_scale"}).guidance_scale == 2.5
+    config.guidance_scale = 3.5  # as the config's file says
+    assert settle(config, {"base"}).guidance_scale == 3.5
 
 
 @pytest.mark.parametrize(
@@ -136,7 +147,7 @@ def test_keys_that_play_no_part_in_a_method_are_refused(method, changes, message
     config = get()
     config.update(method=method, **changes)
     with pytest.raises(InputError, match=re.escape(message)):
-        check(of_method(config, {"method", *changes}))
+        check(settle(config, {"method", *changes}))
 
 
 def test_a_workdir_keeps_its_config():
@@ -167,7 +178,3 @@ def test_a_fleet_does_not_change_its_steps():
 
 def test_the_step_has_the_same_defaults_as_the_keys():
     assert Settings.of(make_config("emoji")) == Settings()
-
-
-def test_a_run_exports_kinds_that_there_are():
-    assert set(EXPORTS) < set(KINDS)

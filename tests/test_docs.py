@@ -7,7 +7,7 @@ import pytest
 import yaml
 from documents import DOCS, DOCUMENTS, README, ROOT, commands, flags_of, joined
 
-from perfusion_jax.config import KEYS
+from perfusion_jax.config import KEYS, OVERRIDES
 
 MOST_WORDS = 700
 OURS = ("perfusion_jax", "pretraining", "configs", "launch", "benchmarks", "docs", "tests")
@@ -71,6 +71,20 @@ def test_keys_that_are_named_are_keys(file):
     assert set(re.findall(r"--config\.(\w+)", joined(file))) <= {*KEYS, "KEY"}
     named = set(re.findall(r"`config\.([a-z_]+)[`=]", joined(file)))
     assert named - {"json", "py"} <= set(KEYS)
+
+
+@each_document
+def test_names_beside_files_are_in_them(file):
+    for names, path in re.findall(r"`([A-Za-z_.]+)` in\s+\[[^\]]*\]\(([^)]+\.py)\)", prose(file)):
+        code = (file.parent / path).read_text()
+        for name in names.split("."):
+            assert re.search(rf"\b(?:def|class) {name}\b|^ *{name}\b.*[:=]", code, re.MULTILINE), (names, path)
+
+
+def test_the_columns_of_a_table_are_named():
+    text = (ROOT / "docs" / "fleets.md").read_text()
+    (named,) = re.findall(r"may differ in (.*?) are learnt in rounds of their own", text, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", named)) == set(OVERRIDES)
 
 
 def test_every_document_is_in_the_index():

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float32, Float64, Real
 
 from perfusion_jax.base_model.schedule import NoiseSchedule
 from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.names import SAMPLERS, SPACINGS
 
 # Fewer steps than these end with a first-order step (diffusers' `lower_order_final`).
 _SHORT = 15
@@ -61,7 +62,7 @@ def settle(schedule: NoiseSchedule, sampler: str | None, steps: int | None) -> t
     Args:
         schedule: the checkpoint's, whose scheduler's class says which sampler is its own. Of a class that is none of
             these, DDIM takes the place, and a warning says so.
-        sampler: a key of SAMPLERS, or None.
+        sampler: one of SAMPLERS, or None.
         steps: how many, or None.
 
     Raises:
@@ -115,7 +116,7 @@ def make_plan(schedule: NoiseSchedule, sampler: str, steps: int, skipped: int = 
 
     Args:
         schedule: the checkpoint's.
-        sampler: a key of SAMPLERS.
+        sampler: one of SAMPLERS.
         steps: in how many the whole schedule is walked.
         skipped: how many of them, from the noisy end, are left out; then what follows starts from a picture.
 
@@ -130,7 +131,7 @@ def make_plan(schedule: NoiseSchedule, sampler: str, steps: int, skipped: int = 
         raise InputError(f"{steps} sampling steps: this model's schedule allows 1 to {total}")
     if not 0 <= skipped < steps:
         raise InputError(f"{skipped} of {steps} sampling steps left out: at least one must be left")
-    plan = SAMPLERS[sampler](schedule, steps, skipped)
+    plan = _COLUMNS[sampler](schedule, steps, skipped)
     return Plan(*(jnp.asarray(column, jnp.float32) for column in plan))
 
 
@@ -177,8 +178,8 @@ def _spacing(schedule: NoiseSchedule) -> str:
     name = schedule.config.get("_class_name", "")
     default = "linspace" if name.startswith(("DPMSolver", "Euler", "LMS", "KDPM", "Heun")) else "leading"
     spacing = schedule.config.get("timestep_spacing", default)
-    if spacing not in ("leading", "trailing", "linspace"):
-        raise InputError(f"timestep_spacing {spacing!r} of the scheduler is not one of leading, trailing, linspace")
+    if spacing not in SPACINGS:
+        raise InputError(f"timestep_spacing {spacing!r} of the scheduler is not one of {', '.join(SPACINGS)}")
     return spacing
 
 
@@ -295,7 +296,7 @@ def _euler_steps(
     return timesteps, signal[:-1], noise[:-1], carry, current, np.zeros_like(current), up * signal[1:], start
 
 
-SAMPLERS: dict[str, Callable[[NoiseSchedule, int, int], Columns]] = {
+_COLUMNS: dict[str, Callable[[NoiseSchedule, int, int], Columns]] = {
     "ddim": _ddim,
     "dpm++": _dpm,
     "euler": _euler,

@@ -21,6 +21,7 @@ from perfusion_jax.method import surgery
 from perfusion_jax.method.edit import Gate
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import check_writable, entries, read_text, to_path, write_bytes
+from perfusion_jax.runtime.names import CONCEPT_EXPORTS, MODEL_EXPORTS
 
 CARD = "README.md"
 MARK = ".perfusion_jax_export"
@@ -105,9 +106,8 @@ _KINDS: dict[str, Callable[[Export], Contents]] = {
     "pipeline": Export.pipeline,
     "orbax": Export.orbax,
 }
-KINDS = tuple(_KINDS)
-WHOLE_MODELS = ("pipeline", "orbax")
-"""The kinds that hold all of the base model, or of its UNet: for others it may be loaded with `edited_only`."""
+KINDS = (*CONCEPT_EXPORTS, *MODEL_EXPORTS)
+"""The base model may be loaded with `edited_only` but for MODEL_EXPORTS."""
 
 
 def fitted_strengths(base: BaseModel, concepts: Sequence[TrainedConcept]) -> list[float]:

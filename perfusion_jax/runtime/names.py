@@ -29,5 +29,17 @@ SHORT_NAMES = {
 }
 """Base models that have a short name."""
 
+SAMPLERS = ("ddim", "dpm++", "euler", "euler_a")
+"""Ways to take noise away, of drawing/samplers.py."""
+
+SPACINGS = ("leading", "trailing", "linspace")
+"""Ways to choose timesteps (diffusers' `timestep_spacing`)."""
+
+CONCEPT_EXPORTS = ("lora", "lora-peft", "bundle", "embedding")
+"""What a concept is exported as, of formats/exporting.py; a run can write these too."""
+
+MODEL_EXPORTS = ("pipeline", "orbax")
+"""Exports that hold all of the base model, or of its UNet."""
+
 STUDIO = ".studio"
 """The studio's own folder among its runs."""

@@ -1,4 +1,8 @@
-"""The studio over HTTP: a page, and JSON behind it, for one person on this machine or one who knows the password."""
+"""The studio over HTTP: a page, and JSON behind it, for one person on this machine or one who knows the password.
+
+Not Gradio: transformers 4, which has the Flax models, keeps it at 6.17, where a part that was hidden before it was
+first shown stays hidden; and words to hover, completion and masks want a page of their own anyway.
+"""
 
 import base64
 import io

@@ -23,7 +23,7 @@ from perfusion_jax.formats.concept_file import PERFUSION, load_concept
 from perfusion_jax.formats.exporting import KINDS, export
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.names import STUDIO
+from perfusion_jax.runtime.names import SAMPLERS, SPACINGS, STUDIO
 from perfusion_jax.web import jobs as queue
 from perfusion_jax.web.easel import DRAWINGS, Easel, entries_of
 from perfusion_jax.web.forms import Form, thing_config
@@ -39,8 +39,6 @@ RESERVED = (EXPORTS, DRAWINGS, PICTURES)
 
 MOST_DRAWN = 64  # pictures of one request
 SHOWN_BEFORE = 48  # earlier drawings
-SAMPLERS = ("", "ddim", "dpm++", "euler", "euler_a")
-SPACINGS = ("", "leading", "trailing", "linspace")
 MOST_VIEWS = 1000
 
 
@@ -262,9 +260,9 @@ class Studio:
             "negative_prompt": form.text("negative_prompt") or None,
             "guidance": form.number("guidance", 0, 100),
             "guidance_rescale": form.number("guidance_rescale", 0, 1) or 0.0,
-            "sampler": form.one_of("sampler", SAMPLERS) or None,
+            "sampler": form.one_of("sampler", ("", *SAMPLERS)) or None,
             "steps": form.whole("steps", 1, 1000),
-            "spacing": form.one_of("spacing", SPACINGS) or None,
+            "spacing": form.one_of("spacing", ("", *SPACINGS)) or None,
             "lock": form.one_of("lock", ("local", "global")),
             "width": form.whole("width", 8, 4096),
             "height": form.whole("height", 8, 4096),

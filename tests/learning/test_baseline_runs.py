@@ -13,7 +13,7 @@ from jax import flatten_util
 from ml_collections import ConfigDict
 
 from perfusion_jax import generate, load_base_model
-from perfusion_jax.config import of_method
+from perfusion_jax.config import settle
 from perfusion_jax.data.examples import PLACEHOLDER
 from perfusion_jax.data.table import Row
 from perfusion_jax.formats.concept_file import load_concept
@@ -45,7 +45,7 @@ def inputs(tmp_path_factory):
 
 def make_config(inputs, method):
     given = {"method": method, "steps": 4, **CONFIGS[method]}
-    return of_method(fleet_runs.make_config(inputs, **given), given)
+    return settle(fleet_runs.make_config(inputs, **given), given)
 
 
 @pytest.fixture(scope="module")
