@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from perfusion_jax.base_model import Architecture, load_architecture
 from perfusion_jax.base_model.flax_classes import FlaxUNet2DConditionModel
+from perfusion_jax.config import make_config
 from perfusion_jax.learning.forecast import compile_step, topology_devices
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.pod import hlo_report
@@ -124,7 +125,9 @@ def main() -> None:
             else:
                 concepts, samples = OURS[name]
                 members = concepts * len(devices)
-                found = compile_step(model, Settings(batch_size=samples), mesh, members, PIXELS, TEMPLATES)
+                found = compile_step(
+                    model, Settings.of(make_config("sd15", batch_size=samples)), mesh, members, PIXELS, TEMPLATES
+                )
             gigabytes = [figure / 1e9 for figure in (found.traffic, found.accessed, found.temporaries, found.peak)]
             print(
                 f"{name:<20}{found.flops / 1e12:>8.2f}{''.join(f'{figure:>13.2f}' for figure in gigabytes)}"

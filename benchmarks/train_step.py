@@ -34,6 +34,7 @@ from transformers import CLIPTextModel
 
 from perfusion_jax import load_base_model
 from perfusion_jax.base_model import BaseModel
+from perfusion_jax.config import make_config
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.learning import step as training
 from perfusion_jax.learning.fleet_step import Members, make_fleet_step, step_components
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, nargs="+", default=[1, 16])
     options = parser.parse_args()
     where = setup(options)
-    settings = Settings(batch_size=options.batch)
+    settings = Settings.of(make_config(batch_size=options.batch))
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_full_size(Path(temporary) / "sd15") if options.sd15 else shipped.MODEL
         base = load_base_model(folder, dtype=where.jax_dtype)

@@ -433,23 +433,48 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
+def check_is_of_run(saved: str, file: object) -> dict[str, Any]:
+    """The config that a run saved in its workdir.
+
+    Args:
+        saved: what stands in `file`.
+        file: its name, for the message.
+
+    Raises:
+        InputError: it is something else, as the config.json of a model.
+    """
+    try:
+        config = json.loads(saved)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}: not JSON ({error}); take another --workdir") from error
+    if not isinstance(config, dict) or not {"base", *PER_CONCEPT} <= config.keys():
+        raise InputError(f"{file}: not the config of a run; take another --workdir")
+    return config
+
+
 def check_same(config: ConfigDict, saved: str, file: object) -> None:
     """Checks that a run goes on as it began.
+
+    Args:
+        config: of the run now.
+        saved: what stands in `file`. Keys of later versions are not in it; they had what is their default now.
+        file: its name, for the message.
 
     Raises:
         InputError: the config differs from the one saved in the workdir, in more than what may change; all keys are
             named.
     """
-    try:
-        before = json.loads(saved)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}: not JSON ({error}); delete the workdir, or take another one") from error
-    if not isinstance(before, dict):
-        raise InputError(f"{file}: not the config of a run; delete the workdir, or take another one")
-    now = json.loads(to_json(config))
+    defaults, now = (json.loads(to_json(each)) for each in (make_config(config.base), config))
+    before = {**defaults, **check_is_of_run(saved, file)}
     differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     # Concepts of a fleet that are done would have taken other numbers of steps than the rest.
     free = {name for name, key in KEYS.items() if key.may_change} - ({"steps"} if is_fleet(config) else set())
-    changes = [f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differing if name not in free]
+    gone = [name for name in differing if name not in now]
+    if gone:
+        raise InputError(
+            f"{file}: this workdir was begun by another version, which had the keys {', '.join(gone)}; take another "
+            "--workdir"
+        )
+    changes = [f"{name} was {before[name]!r}, is {now[name]!r}" for name in differing if name not in free]
     if changes:
         raise InputError(f"{file}: this workdir is of another config ({'; '.join(changes)}); take another --workdir")

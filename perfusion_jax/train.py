@@ -58,6 +58,7 @@ def main() -> None:
 
     from perfusion_jax.learning.diagnostics import Diagnostics, parse_profile
     from perfusion_jax.learning.runs import Session, train_fleet, train_one
+    from perfusion_jax.learning.workdir import COMPILED
     from perfusion_jax.pod import distributed
 
     given = flags.FLAGS
@@ -74,7 +75,7 @@ def main() -> None:
             stack.enter_context(distributed.job(given.coordinator_address, given.num_processes, given.process_id))
         if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             # So that on another host, after a preemption, nothing is compiled again.
-            jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+            jax.config.update("jax_compilation_cache_dir", str(workdir / COMPILED))
             # A bucket is slow in what a limit of size needs, and in keeping what compiles in no time.
             jax.config.update("jax_compilation_cache_max_size", -1)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -174,7 +174,3 @@ def test_a_fleet_does_not_change_its_steps():
     after.steps = 900
     with pytest.raises(InputError, match="steps was 400, is 900"):
         check_same(after, to_json(before), "config.json")
-
-
-def test_the_step_has_the_same_defaults_as_the_keys():
-    assert Settings.of(make_config("emoji")) == Settings()

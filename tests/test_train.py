@@ -136,8 +136,22 @@ def test_a_finished_run_says_so(finished, config, capsys):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_text()
     assert train_one(config, epath.Path(workdir)) == workdir / "concepts" / "rex.safetensors"
-    assert "finished already, after 12 steps" in capsys.readouterr().out
+    assert "finished already" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_what_was_not_written_at_the_end_is_written_by_the_same_command(finished, config, tmp_path, capsys):
+    workdir, result = epath.Path(tmp_path / "run"), tmp_path / "run" / "concepts" / "rex.safetensors"
+    shutil.copytree(finished[0], workdir)
+    learnt = result.read_bytes()
+    result.write_bytes(b"of fewer steps")
+    (tmp_path / "run" / "finished.json").unlink()  # interrupted after the last step
+    config.exports = ("embedding",)
+    for said in ("", "finished already"):
+        train_one(config, workdir)
+        assert said in capsys.readouterr().out
+        assert result.read_bytes() == learnt
+    assert [file.name for file in (tmp_path / "run" / "exports" / "rex" / "embedding").glob("*.safetensors")]
 
 
 @pytest.mark.slow

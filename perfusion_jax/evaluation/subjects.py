@@ -14,7 +14,7 @@ from perfusion_jax.data.pictures import fit
 from perfusion_jax.data.sources import read_pictures
 from perfusion_jax.data.table import Row, read_table
 from perfusion_jax.formats.concept_file import read_card
-from perfusion_jax.learning.workdir import CONFIG
+from perfusion_jax.learning.workdir import CONFIG, concept_file
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import is_local, read_text, storage_errors, to_path
 
@@ -100,7 +100,7 @@ def of_workdir(workdir: epath.Path) -> list[Subject]:
     subjects = [
         Subject(
             row.name,
-            workdir / "concepts" / f"{row.name}.safetensors",
+            concept_file(workdir, row.name),
             row.pictures,
             row.masks,
             row.captions,

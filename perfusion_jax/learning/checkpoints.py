@@ -144,10 +144,6 @@ class Checkpoints:
             if not self._manager.save(step, args=ocp.args.StandardSave(state)):
                 raise ValueError(f"Orbax left step {step} out, after step {self._manager.latest_step()}")
 
-    def latest(self) -> int:
-        """The step of the newest checkpoint; -1 if there is none."""
-        return max(self._manager.all_steps(), default=-1)
-
     def restore(self, like: Any, warn: Callable[[str], None]) -> tuple[Any, int] | None:
         """Reads the newest checkpoint that is whole; newer ones that are not are renamed to `STEP.unreadable`.
 

@@ -379,10 +379,12 @@ class Loop:
             scores = Scores(*np.asarray(best.scores)[slot].tolist())
         concept, card = jax.tree.map(jnp.asarray, concept), make_card(member.config, self.resources.base, step)
         save_concept(self.records.concept(member), concept, card)
+        exports: list[str] = []
         for kind in self._config.exports:
             folder = self.records.export(member, kind)
             try:
                 export(self.resources.drawing_base, [TrainedConcept(concept, card)], kind, folder)
+                exports.append(kind)
             except UnavailableError:
                 raise
             except InputError as error:  # as where the folder holds something else; the concept itself is written
@@ -390,4 +392,4 @@ class Loop:
         if not self.records.alone and not self._config.validate_every and member.config.validation_prompts:
             sheet, scores = self._draw(slot, concept)
             write_picture(self.records.sheet(member), sheet)
-        return report_line(member.row, "done", **facts, **(scores.facts if scores else {}))
+        return report_line(member.row, "done", **facts, exports=exports, **(scores.facts if scores else {}))

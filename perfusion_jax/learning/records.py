@@ -1,6 +1,7 @@
 """Where a run writes what it learns: concepts and pictures in its workdir, progress in the folder of its job."""
 
 import dataclasses
+import json
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
@@ -9,9 +10,9 @@ from etils import epath
 from perfusion_jax.data.table import Row
 from perfusion_jax.learning.report import OpenRound, Report
 from perfusion_jax.learning.rounds import Member, Round, rounded_up
-from perfusion_jax.learning.workdir import Log
+from perfusion_jax.learning.workdir import CHECKPOINTS, EXPORTS, FINISHED, OPEN_ROUND, SAMPLES, Log, concept_file
 from perfusion_jax.pod import distributed
-from perfusion_jax.runtime.files import storage_errors
+from perfusion_jax.runtime.files import read_text, storage_errors, write_bytes
 
 
 def report_line(row: Row, state: str, **facts: Any) -> dict[str, Any]:
@@ -42,19 +43,19 @@ class Records:
     @property
     def checkpoints(self) -> epath.Path:
         """The folder of checkpoints."""
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     def concept(self, member: Member) -> epath.Path:
         """The file of a concept."""
-        return self.workdir / "concepts" / f"{member.name}.safetensors"
+        return concept_file(self.workdir, member.name)
 
     def export(self, member: Member, kind: str) -> epath.Path:
         """The folder of a concept's export."""
-        return self.workdir / "exports" / member.name / kind
+        return self.workdir / EXPORTS / member.name / kind
 
     def sheet(self, member: Member, step: int | None = None) -> epath.Path:
         """The file of a concept's pictures, after a step or when it is finished."""
-        folder = self.workdir / "samples"
+        folder = self.workdir / SAMPLES
         if step is None:
             return folder / f"{member.name}.png"
         return (folder if self.alone else folder / member.name) / f"step_{step:06d}.png"
@@ -101,9 +102,29 @@ class Records:
         return closing(Log(self.folder, step)) if distributed.is_first() else nullcontext()
 
     def add(self, lines: list[dict[str, Any]]) -> None:
-        """Adds lines to the report, if there is one."""
+        """Adds lines to the report; a run of one concept keeps its only line apart.
+
+        Raises:
+            InputError, UnavailableError: it cannot be written.
+        """
         if self.report is not None:
             self.report.add(lines)
+        elif lines:
+            write_bytes(self.folder / FINISHED, json.dumps(lines[-1]).encode())
+
+    def is_finished(self, member: Member) -> bool:
+        """Whether the only concept of a run has come to its end, and all that its config asks for is written.
+
+        Raises:
+            InputError, UnavailableError: storage fails.
+        """
+        try:
+            line = json.loads(read_text(self.folder / FINISHED) or "{}")
+        except json.JSONDecodeError:  # the end is done again
+            return False
+        with storage_errors(self.concept(member), "read"):
+            written = self.concept(member).exists() and set(member.config.exports) <= set(line.get("exports", ()))
+        return written and line.get("steps", -1) >= member.config.steps
 
     def over(self, current: Round) -> set[int]:
         """The slots of a round whose concepts are done with, as the report says."""
@@ -113,4 +134,4 @@ class Records:
 
     @property
     def _open(self) -> epath.Path:
-        return self.folder / "round.json"
+        return self.folder / OPEN_ROUND

@@ -4,7 +4,8 @@ Concepts of a table are learnt in rounds of as many as fit; the pictures of the 
 learnt. A finished concept is written at once, and a line of `report.jsonl` says so:
 
     {"name": "rex", "state": "done", "steps": 400, "seconds": 61.2, "chip_seconds": 7.7, "error": "",
-     "row": "0f3a...", "image_similarity": ..., "text_similarity": ..., "prompt_precision": ..., "score": ...}
+     "row": "0f3a...", "exports": [], "image_similarity": ..., "text_similarity": ..., "prompt_precision": ...,
+     "score": ...}
 
 `state` is `done`, `diverged` (its loss was no longer finite) or `failed` (its folder or pictures cannot be used).
 `seconds` is how long its round had taken by then, `chip_seconds` its share of the chips' time, at any moment that of
@@ -33,7 +34,6 @@ from ml_collections import ConfigDict
 
 from perfusion_jax.config import OVERRIDES, PER_CONCEPT, check, member_config
 from perfusion_jax.data.table import Row, read_table
-from perfusion_jax.learning.checkpoints import Checkpoints
 from perfusion_jax.learning.diagnostics import Diagnostics, Profiler
 from perfusion_jax.learning.judges import settle
 from perfusion_jax.learning.loop import Watch, learn_round
@@ -44,7 +44,7 @@ from perfusion_jax.learning.report import Report
 from perfusion_jax.learning.resources import Resources, load_resources
 from perfusion_jax.learning.rounds import Member, Round, plan
 from perfusion_jax.learning.scoring import check_validation, show_masks
-from perfusion_jax.learning.workdir import begin, has_results
+from perfusion_jax.learning.workdir import CONCEPTS, LOCK, MASKS, ONE_BY_ONE, PROFILE, REPORT, begin, has_results
 from perfusion_jax.pod import distributed
 from perfusion_jax.pod.slots import slot_owners
 from perfusion_jax.runtime.errors import InputError, Stopped, UnavailableError, out_of_memory
@@ -89,15 +89,13 @@ def train_one(config: ConfigDict, workdir: epath.Path, session: Session = AT_A_T
     check(config)
     row = Row(**{name: config[name] for name in PER_CONCEPT}, masks="", captions="", overrides={}, cells={}, where="")
     records = Records(workdir, workdir, report=None)
-    with locked(workdir / "lock", "take another --workdir"):
+    with locked(workdir / LOCK, "take another --workdir"):
         config = settle(config, workdir)
         begin(config, workdir)
         member = Member(row, config)
         result = records.concept(member)
-        with closing(Checkpoints(records.checkpoints, config.keep_checkpoints)) as checkpoints:
-            taken = checkpoints.latest()
-        if taken >= config.steps and result.exists():
-            print(f"finished already, after {taken} steps: {result}")
+        if records.is_finished(member):
+            print(f"finished already: {result}")
         else:
             _learn(config, records, [member], [member], session)
     return result
@@ -133,12 +131,12 @@ def train_fleet(
 
         def take() -> None:
             _check_split(workdir, count)
-            stack.enter_context(locked(folder / "lock", "take another --workdir, or another --shard of it"))
+            stack.enter_context(locked(folder / LOCK, "take another --workdir, or another --shard of it"))
 
         distributed.from_first(take)
         config = settle(config, folder)
         distributed.from_first(lambda: begin(config, folder))
-        report = Report(folder / "report.jsonl")
+        report = Report(folder / REPORT)
         broken = [row for row in rows if row.problem and not report.is_over(row.name)]
         report.add([report_line(row, "failed", error=row.problem) for row in broken])
         todo = [member for member in members if not report.is_over(member.name)]
@@ -158,7 +156,7 @@ def _summarise(rows: Sequence[Row], report: Report, workdir: epath.Path, is_part
     counts = {state: sum(line["state"] == state for line in lines) for state in ("done", "diverged", "failed")}
     summary = ", ".join(f"{number} {state}" for state, number in counts.items() if number) or "none in this shard"
     if distributed.is_first():
-        print(f"{len(lines)} concept{'' if len(lines) == 1 else 's'}: {summary}; {workdir / 'concepts'}, {report.file}")
+        print(f"{len(lines)} concept{'' if len(lines) == 1 else 's'}: {summary}; {workdir / CONCEPTS}, {report.file}")
     if counts["done"] == len(lines):
         return
     wrong = next(line for line in lines if line["state"] != "done")
@@ -227,7 +225,7 @@ def _learn(
     with (
         distributed.stopping() if session.stop is None else nullcontext(session.stop) as stop,
         ThreadPoolExecutor(1, "prepare") as executor,
-        closing(Profiler(str(records.folder / "profile"), session.diagnostics.profile)) as profiler,
+        closing(Profiler(str(records.folder / PROFILE), session.diagnostics.profile)) as profiler,
         closing(session.bar(steps, len(todo), name, shown=distributed.is_first())) as bar,
     ):
         watch = Watch(bar=bar, profiler=profiler, debug_nans=session.diagnostics.debug_nans)
@@ -273,13 +271,13 @@ class _Job:
             self.watch.bar.skip(sum(current.limits) - sum(left.limits))
             if self.records.alone:
                 masks = np.asarray(prepared.examples[0].masks[:, 0])
-                show_masks(self.records.workdir / "masks.png", prepared.pixels[0], masks)
+                show_masks(self.records.workdir / MASKS, prepared.pixels[0], masks)
             self._learn_round(left, prepared, upcoming)
 
     @property
     def _marker(self) -> epath.Path:
         """There if memory does not suffice to prepare a round beside another, as a job of many processes has found."""
-        return self.records.folder / "prepare_one_by_one"
+        return self.records.folder / ONE_BY_ONE
 
     def _is_marked(self) -> bool:
         with storage_errors(self._marker, "read"):

@@ -51,22 +51,22 @@ class Settings:
         straight_through: let the gradient pass through i* as if it were the batch's mean encoding.
     """
 
-    method: str = "perfusion"
-    batch_size: int = 16
-    accumulation: int = 1
-    rank: int = 1
-    values_rate: float = 0.03
-    embedding_rate: float = 0.006
-    weights_rate: float = 0.0
-    bias: float = 0.75
-    temperature: float = 0.1
-    target_input_decay: float = 0.99
-    flip: bool = True
-    trained: tuple[str, ...] = ("embedding", "value_outputs")
-    prior_pictures: int = 0
-    prior_weight: float = 1.0
-    snr_gamma: float = 0.0
-    straight_through: bool = False
+    method: str
+    batch_size: int
+    accumulation: int
+    rank: int
+    values_rate: float
+    embedding_rate: float
+    weights_rate: float
+    bias: float
+    temperature: float
+    target_input_decay: float
+    flip: bool
+    trained: tuple[str, ...]
+    prior_pictures: int
+    prior_weight: float
+    snr_gamma: float
+    straight_through: bool
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Settings":

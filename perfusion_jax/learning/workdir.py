@@ -13,19 +13,46 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from perfusion_jax.base_model import BaseModel
-from perfusion_jax.config import check_same, to_json
+from perfusion_jax.config import check_is_of_run, check_same, to_json
 from perfusion_jax.formats.concept_file import ConceptCard
-from perfusion_jax.runtime.files import is_local, read_text, storage_errors, write_bytes
+from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import entries, is_local, read_text, storage_errors, write_bytes
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+PROFILE = "profile"
+CHECKPOINTS = "checkpoints"
+CONCEPTS = "concepts"
+SAMPLES = "samples"
+EXPORTS = "exports"
+MASKS = "masks.png"  # of a run of one concept
+FINISHED = "finished.json"  # likewise
+REPORT = "report.jsonl"  # of a fleet
+OPEN_ROUND = "round.json"  # likewise
+ONE_BY_ONE = "prepare_one_by_one"  # likewise
+COMPILED = "compiled"  # likewise
+LOCK = "lock"
+WRITTEN = (
+    *(CONFIG, METRICS, TENSORBOARD, PROFILE, CHECKPOINTS, CONCEPTS, SAMPLES, EXPORTS, MASKS, FINISHED),
+    *(REPORT, OPEN_ROUND, ONE_BY_ONE, COMPILED, LOCK),
+)
+"""All that a run writes in its workdir."""
+
+# What a run would overwrite, cut short or delete.
+_REPLACED = (METRICS, CHECKPOINTS, MASKS, FINISHED, REPORT, OPEN_ROUND)
+
+
+def concept_file(workdir: epath.Path, name: str) -> epath.Path:
+    """Where a run writes the concept of that name."""
+    return workdir / CONCEPTS / f"{name}.safetensors"
 
 
 def begin(config: ConfigDict, workdir: epath.Path) -> None:
     """Makes the workdir and saves the config in it; once there are results, sees that it is the same config.
 
     Raises:
-        InputError: it is another config, or the workdir cannot be used.
+        InputError: it is another config, or the workdir is of something else, or cannot be used.
         UnavailableError: storage fails.
     """
     file = workdir / CONFIG
@@ -33,10 +60,31 @@ def begin(config: ConfigDict, workdir: epath.Path) -> None:
     with storage_errors(workdir, "written"):
         workdir.mkdir(parents=True, exist_ok=True)
     before = read_text(file)
+    if before:
+        check_is_of_run(before, file)
+    else:
+        _check_unused(workdir, config.name)
     if before and has_results(workdir):
         check_same(config, before, file)
     if before != text:
         write_bytes(file, text.encode())
+
+
+def _check_unused(workdir: epath.Path, name: str) -> None:
+    """Sees that nothing in a folder without a config would be lost to a run.
+
+    Raises:
+        InputError: something would.
+        UnavailableError: storage fails.
+    """
+    there = {entry.name for entry in entries(workdir) or ()}
+    files = [workdir / place for place in _REPLACED if place in there]
+    if concept_file(workdir, name) in (entries(workdir / CONCEPTS) or ()):
+        files.append(concept_file(workdir, name))
+    if files:
+        raise InputError(
+            f"{files[0]}: is there without the {CONFIG} of a run, and a run would replace it; take another --workdir"
+        )
 
 
 def saved_config(workdir: epath.Path) -> dict[str, Any]:
@@ -60,7 +108,7 @@ def has_results(workdir: epath.Path) -> bool:
     Raises:
         InputError, UnavailableError: it cannot be read.
     """
-    return any(read_text(workdir / name) for name in (METRICS, "report.jsonl"))
+    return any(read_text(workdir / name) for name in (METRICS, REPORT))
 
 
 class Log:
@@ -81,8 +129,8 @@ class Log:
         self._write()
         # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the run then waits for ever.
         with self._events_errors():
-            (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
-            self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+            (workdir / TENSORBOARD).mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(str(workdir / TENSORBOARD / "events"))
         # Tells TensorBoard to forget what an earlier run logged after this step.
         self._add(Event(session_log=SessionLog(status=SessionLog.START)), step)
 
@@ -125,7 +173,7 @@ class Log:
         self._flushed = time.monotonic()
 
     def _events_errors(self) -> AbstractContextManager[None]:
-        return storage_errors(self._file.parent / "tensorboard", "written")
+        return storage_errors(self._file.parent / TENSORBOARD, "written")
 
     def _write(self) -> None:
         write_bytes(self._file, "".join(f"{line}\n" for line in self._lines).encode())

@@ -14,6 +14,7 @@ from collectives import collectives
 from test_step import PROMPTS, SIDE, make_metric
 
 from perfusion_jax import load_base_model
+from perfusion_jax.config import make_config
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.learning import fleet_step
 from perfusion_jax.learning import step as training
@@ -21,7 +22,7 @@ from perfusion_jax.pod import mesh as mesh_lib
 from perfusion_jax.pod import slots as slots_lib
 
 MESHES = ((8, 1), (4, 2), (2, 4))
-SETTINGS = training.Settings(batch_size=8, accumulation=2)
+SETTINGS = training.Settings.of(make_config(batch_size=8, accumulation=2))
 CONCEPTS = 12
 DIVERGES = 5
 PICTURES = 8  # that the examples are padded to

@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 from peft import LoraConfig
 
+from perfusion_jax.config import make_config
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.formats.concept_file import by_name
 from perfusion_jax.learning import step as training
@@ -38,11 +39,16 @@ def make_examples(base, prompts, seed):
 
 
 def settings_of(method):
-    trained = tuple(field.name for field in dataclasses.fields(BASELINES[method]))
     prior = 2 if method in ("custom_diffusion", "dreambooth") else 0
-    return Settings(
-        method=method, batch_size=BATCH, rank=RANK, trained=trained, prior_pictures=prior, prior_weight=PRIOR_WEIGHT
+    config = make_config(
+        method=method,
+        batch_size=BATCH,
+        rank=RANK,
+        prior_pictures=prior,
+        prior_weight=PRIOR_WEIGHT,
+        train_embedding=True,
     )
+    return Settings.of(config)
 
 
 def in_the_middle(base, method):

@@ -53,7 +53,6 @@ def test_a_folder_may_have_any_name(tmp_path, name):
         checkpoints.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["dog", name])
     checkpoints = Checkpoints(tmp_path / name / "checkpoints", keep=2)
-    assert checkpoints.latest() == 20
     restored, step = checkpoints.restore({"weights": jnp.zeros(len(name))}, pytest.fail)
     assert step == 20
     np.testing.assert_array_equal(restored["weights"], 20)

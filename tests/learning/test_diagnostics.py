@@ -8,6 +8,7 @@ import pytest
 from test_step import make_concept, make_examples, make_metric
 
 from perfusion_jax import InputError
+from perfusion_jax.config import make_config
 from perfusion_jax.learning import diagnostics
 from perfusion_jax.learning import step as training
 from perfusion_jax.learning.diagnostics import Profiler, first_nan, parse_profile
@@ -48,7 +49,7 @@ def test_the_operation_that_gave_the_first_nan_is_named(small_base, monkeypatch)
         loss, encoding = true_loss(*arguments)
         return loss + jnp.log(loss - 1e9), encoding
 
-    settings = Settings(batch_size=1)
+    settings = Settings.of(make_config(batch_size=1))
     learning = training.start(concept, settings)
     arguments = (small_base.model, small_base.params, whitening, examples, learning, jax.random.key(0), settings)
     with monkeypatch.context() as patched:

@@ -13,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from configs import fleet
 from perfusion_jax.base_model import load_architecture
 from perfusion_jax.base_model.flash_attention import flash_attention
+from perfusion_jax.config import make_config
 from perfusion_jax.learning import forecast
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.pod.mesh import make_mesh
@@ -37,7 +38,7 @@ SIDE = 64  # latents of 32 x 32: enough tokens for the attention kernel
 def test_nothing_is_sent_between_concepts(tmp_path, topology, shape):
     model = load_architecture(save_checkpoint(tmp_path, "sd1", small=True), dtype=jnp.dtype(jnp.bfloat16))
     mesh = make_mesh(shape, forecast.topology_devices(topology))
-    report = forecast.compile_step(model, Settings(batch_size=4), mesh, 2 * shape[0], SIDE, prompts=2)
+    report = forecast.compile_step(model, Settings.of(make_config(batch_size=4)), mesh, 2 * shape[0], SIDE, prompts=2)
     assert not any("concept" in axes for axes in report.collectives)
     assert bool(report.collectives) == (shape[1] != 1)
     assert report.fits
@@ -112,7 +113,9 @@ def test_sixteen_concepts_cost_what_one_with_sixteen_samples_costs(tmp_path):
     side = model.picture_side
 
     def report(members, batch):
-        return forecast.compile_step(model, Settings(batch_size=batch), mesh, 8 * members, side, prompts=2)
+        return forecast.compile_step(
+            model, Settings.of(make_config(batch_size=batch)), mesh, 8 * members, side, prompts=2
+        )
 
     with ThreadPoolExecutor() as executor:  # the compiler uses a core for each
         many, one = executor.map(report, (16, 1), (1, 16))

@@ -13,10 +13,11 @@ import torch_text
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 
+from perfusion_jax.config import make_config
 from perfusion_jax.learning import step as training
 from perfusion_jax.learning.step import Batch, Examples, Settings
 
-SETTINGS = Settings(batch_size=4)
+SETTINGS = Settings.of(make_config(batch_size=4))
 PROMPTS = ["a photo of a <rex>", "the <rex> on the beach", "my <rex>"]
 SIDE = 8  # latents
 
