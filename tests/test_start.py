@@ -22,7 +22,9 @@ def run(program, **environment):
     return ended.stdout
 
 
-@pytest.mark.parametrize("module", ["", ".train", ".sample", ".covariance", ".compile", ".studio"])
+@pytest.mark.parametrize(
+    "module", ["", ".train", ".sample", ".covariance", ".compile", ".evaluate", ".export", ".studio"]
+)
 def test_what_takes_seconds_to_import_is_imported_when_it_is_needed(module):
     loaded = run(f"import sys, perfusion_jax{module}; print(*(name for name in {HEAVY} if name in sys.modules))")
     assert loaded.split() == []

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from configs.dog import get_config
 from perfusion_jax import InputError
+from perfusion_jax import config as default_config
 from perfusion_jax.formats.concept_file import load_concept
 from perfusion_jax.learning import step as training
 from perfusion_jax.learning.diagnostics import Diagnostics
@@ -74,18 +75,19 @@ def config(inputs, small_folder):
     return make_config(inputs, small_folder)
 
 
-def flags(config):
-    """The command line that gives `config`."""
+def flags(config, file=True):
+    """The command line that gives `config`, by a config file or by flags alone."""
     keys = set(config.keys()) - {"templates", "validation_prompts", "base"}
-    default = get_config(config.base)
+    default = (get_config if file else default_config.make_config)(config.base)
     values = [f"--config.{key}={config[key]}" for key in sorted(keys) if config[key] != default[key]]
     values += [f"--config.{key}={tuple(config[key])!r}" for key in ("templates", "validation_prompts")]
-    return [f"--config={ROOT / 'configs' / 'dog.py'}:{config.base}", *values]
+    base = f"--config={ROOT / 'configs' / 'dog.py'}:{config.base}" if file else f"--config.base={config.base}"
+    return [base, *values]
 
 
-def start(config, workdir, **environment):
+def start(config, workdir, file=True, **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", "perfusion_jax.train", *flags(config), f"--workdir={workdir}"],
+        [sys.executable, "-m", "perfusion_jax.train", *flags(config, file), f"--workdir={workdir}"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -99,7 +101,8 @@ def finished(inputs, small_folder, tmp_path_factory):
     """The concept of an undisturbed run from the command line: (workdir, what it printed)."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     # Compiled for itself, so that what others are compared with comes from another compilation than theirs.
-    process = start(make_config(inputs, small_folder), workdir, JAX_ENABLE_COMPILATION_CACHE="false")
+    config = make_config(inputs, small_folder)
+    process = start(config, workdir, file=False, JAX_ENABLE_COMPILATION_CACHE="false")
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return workdir, output
@@ -115,6 +118,9 @@ def test_a_run_leaves_what_it_promises(finished, config, small_base):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    timed = [line for line in lines if "step_seconds" in line]
+    assert timed
+    assert all(line["samples_per_second"] == pytest.approx(2 / line["step_seconds"]) for line in timed)
     scores = {line["step"]: line["score"] for line in lines if "score" in line}
     assert sorted(scores) == [4, 8, 12]
     assert card.step == max(scores, key=scores.get)
