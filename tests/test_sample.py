@@ -15,12 +15,18 @@ from odd_names import ODD_NAMES
 from PIL import Image
 
 from perfusion_jax import InputError
+from perfusion_jax.data.measuring import find_or_measure
+from perfusion_jax.data.sources import count_pictures, read_pictures
+from perfusion_jax.data.table import read_table
 from perfusion_jax.drawing import recipe as recipes
 from perfusion_jax.drawing.attention_sheets import write_attention
 from perfusion_jax.drawing.generation import Drawn
 from perfusion_jax.drawing.recipe import init_pixels
+from perfusion_jax.evaluation.subjects import of_workdirs
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
+from perfusion_jax.formats.covariance_file import load_covariance
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
+from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import UnavailableError
 from perfusion_jax.runtime.files import check_writable, to_path, write_bytes
 
@@ -250,7 +256,17 @@ def test_storage_that_fails_is_named(recipe, small_base, rex, tmp_path, monkeypa
 
 def test_addresses_of_no_storage_are_named(recipe, small_base):
     http = "http://host/x"
+    assert count_pictures(http) == 0
     for read in (
+        lambda: read_pictures(http),
+        lambda: read_pictures(f"tfds:{http}#dog"),
+        lambda: read_pictures(str(shipped.EXAMPLES / "dog"), masks=http),
+        lambda: read_pictures(str(shipped.EXAMPLES / "dog"), captions=http),
+        lambda: read_table(http, ()),
+        lambda: load_covariance(http, 8),
+        lambda: find_or_measure(small_base, http),
+        lambda: of_workdirs([http]),
+        lambda: of_workdirs([f"ours={http}"]),
         lambda: recipes.read_concepts([http]),
         lambda: recipes.read_concepts([f"tom={http}"]),
         lambda: recipes.read_prompts(None, http),

@@ -140,7 +140,7 @@ def read_concepts(given: Sequence[str]) -> list[dict[str, str]]:
 def _names_a_file(word: str) -> bool:
     """Whether a word is NAME=FILE; a folder, a bucket or a file may have = in its name, too."""
     name, sign, _ = word.partition("=")
-    return bool(sign) and "/" not in name and not (is_local(word) and epath.Path(word).exists())
+    return bool(sign) and "/" not in name and not (is_local(word) and to_path(word).exists())
 
 
 def _sha256(file: str) -> str:

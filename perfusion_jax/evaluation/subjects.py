@@ -73,7 +73,7 @@ def of_workdirs(given: Sequence[str]) -> list[Subject]:
     seen: Counter[str] = Counter()
     for text in given:
         match = re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", text, re.DOTALL)
-        whole = match is None or (is_local(to_path(text)) and to_path(text).exists())
+        whole = match is None or (is_local(text) and to_path(text).exists())
         label, folder = (ALL, text) if match is None or whole else (match[1], match[2])
         seen[label] += 1
         run = label if label == ALL or seen[label] == 1 else f"{label}_{seen[label]}"
@@ -127,9 +127,7 @@ def of_files(files: Sequence[str], pictures: Sequence[str]) -> list[Subject]:
         raise InputError(
             f"--concept is given {len(files)} times and --pictures {len(pictures)} times: give each concept its own"
         )
-    return [
-        Subject(read_card(file).name, epath.Path(file), folder) for file, folder in zip(files, pictures, strict=True)
-    ]
+    return [Subject(read_card(file).name, to_path(file), folder) for file, folder in zip(files, pictures, strict=True)]
 
 
 def check_names(subjects: Sequence[Subject]) -> None:

@@ -74,13 +74,18 @@ def share_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     try:
+        folder = cache_folder()
+    except InputError as error:
+        logging.warning("%s; without it, what is compiled is compiled anew by each command", error)
+        return
+    try:
         cpu = next(
             line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
         )
     except (OSError, StopIteration):
         cpu = platform.processor()
     machine = f"{platform.machine()}-{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled" / machine))
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled" / machine))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 

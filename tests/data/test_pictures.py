@@ -8,6 +8,7 @@ from PIL import Image
 from perfusion_jax import InputError
 from perfusion_jax.data.folders import read_folder
 from perfusion_jax.data.pictures import fit
+from perfusion_jax.data.sources import count_pictures
 from perfusion_jax.runtime.errors import UnavailableError
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -137,8 +138,9 @@ def test_storage_that_fails_for_now_is_no_fault_of_the_pictures(tmp_path, monkey
         read_folder(tmp_path)
     # Nor is a folder missing that cannot be looked into.
     monkeypatch.setattr(type(epath.Path(tmp_path)), "iterdir", fail)
-    with pytest.raises(UnavailableError, match=f"{tmp_path}: cannot be read"):
-        read_folder(tmp_path)
+    for read in (read_folder, count_pictures):
+        with pytest.raises(UnavailableError, match=f"{tmp_path}: cannot be read"):
+            read(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["masks", "a.txt"])

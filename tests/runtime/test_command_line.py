@@ -1,5 +1,6 @@
 """What all command lines share."""
 
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,18 @@ def test_memory_that_does_not_suffice_is_told_in_a_line():
     told = ended.stderr.splitlines()[-1]
     assert told.startswith("error: the memory of a device does not suffice (")
     assert told.endswith("): take less")
+
+
+def test_a_user_without_a_home_is_told_and_goes_on():
+    program = (
+        "import os; os.path.expanduser = lambda path: path\n"  # what it does where a user has no home
+        "from perfusion_jax.runtime import command_line; command_line.run(lambda: print('done'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment["XDG_CACHE_HOME"] = ""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert ended.stdout == "done\n", ended.stderr
+    assert "XDG_CACHE_HOME; without it, what is compiled is compiled anew" in ended.stderr
 
 
 def test_commands_import_no_pytorch_where_it_is_installed():
