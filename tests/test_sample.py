@@ -330,6 +330,15 @@ def test_a_picture_is_not_believed_blindly(recipe, rex, tmp_path, capsys):
     write_picture(file, np.zeros((8, 8, 3), np.uint8), {"format": "another"})
     with pytest.raises(InputError, match="another version of perfusion_jax"):
         recipes.recipe_of_picture(file, False, "emoji")
+    of_two = {"prompts": ["a <rex>"]}  # and two seeds
+    for change in ({"base": ["sd15"]}, {"concepts": [{"name": "rex"}]}, {"seeds": ["1", 2]}, {"columns": 0}, of_two):
+        write_picture(file, np.zeros((8, 8, 3), np.uint8), recipe._asdict() | change)
+        with pytest.raises(InputError, match=r"picture\.png: its record of how it was drawn was changed: (\w+) cannot"):
+            recipes.read_recipe(file)
+    for change in ({"steps": "2"}, {"bias": ["a"]}, {"sampler": [1]}, {"batch_size": 0}, {"negative_prompt": 1}):
+        write_picture(file, np.zeros((8, 8, 3), np.uint8), recipe._replace(options=recipe.options | change)._asdict())
+        with pytest.raises(InputError, match=rf"was changed: {next(iter(change))} cannot be"):
+            recipes.read_recipe(file)
     (tmp_path / "text.png").write_text("a picture")
     for name, message in (("text.png", "not a picture"), ("nowhere.png", "no such picture")):
         with pytest.raises(InputError, match=message):

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -271,7 +271,60 @@ def read_recipe(file: str | os.PathLike[str]) -> Recipe:
     known = record.get("format") == FORMAT and record.keys() | {"tree"} == set(Recipe._fields)
     if not known or not isinstance(record["options"], dict) or record["options"].keys() | {"spacing"} != set(OPTIONS):
         raise InputError(f"{file}: it was drawn by another version of perfusion_jax: {json.dumps(record)}")
-    return Recipe(**{**record, "options": {"spacing": None, **record["options"]}})
+    recipe = Recipe(**{**record, "options": {"spacing": None, **record["options"]}})
+    wrong = _impossible(recipe)
+    if wrong:
+        value = {**recipe.options, **recipe._asdict()}[wrong]
+        raise InputError(f"{file}: its record of how it was drawn was changed: {wrong} cannot be {json.dumps(value)}")
+    return recipe
+
+
+def _impossible(recipe: Recipe) -> str:
+    """The first field or option of a recipe from a file that is of no kind that it can be; empty if there is none."""
+
+    def text(value: Any) -> bool:
+        return isinstance(value, str)
+
+    def whole(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**32
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float)
+
+    def list_of(kind: Callable[[Any], bool], value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(map(kind, value))
+
+    def control(value: Any) -> bool:
+        return number(value) or list_of(number, value)
+
+    def concept(value: Any) -> bool:
+        return isinstance(value, dict) and value.keys() == {"name", "file", "sha256"} and all(map(text, value.values()))
+
+    def sweep(value: Any) -> bool:
+        known = isinstance(value, list) and len(value) == 2 and value[0] in (*CONTROLS, "guidance")
+        return known and list_of(number, value[1])
+
+    base, options, versions = recipe.base, recipe.options, recipe.versions
+    is_base = isinstance(base, dict) and base.keys() == {"source", "revision", "variant"} and text(base["source"])
+    possible = {
+        "base": is_base and all(value is None or text(value) for value in base.values()),
+        "concepts": recipe.concepts == [] or list_of(concept, recipe.concepts),
+        "prompts": list_of(text, recipe.prompts),
+        "seeds": list_of(whole, recipe.seeds) and len(recipe.seeds) == len(recipe.prompts),
+        "columns": whole(recipe.columns) and recipe.columns > 0,
+        "init_image": recipe.init_image is None or text(recipe.init_image),
+        "sweep": recipe.sweep is None or sweep(recipe.sweep),
+        "versions": isinstance(versions, dict)
+        and versions.keys() <= set(LIBRARIES)
+        and all(map(text, versions.values())),
+        "tree": recipe.tree is None or text(recipe.tree),
+        "batch_size": whole(options["batch_size"]) and options["batch_size"] > 0,
+    }
+    kinds = {**dict.fromkeys(CONTROLS, control), **dict.fromkeys(("steps", "height", "width"), whole)}
+    kinds |= dict.fromkeys(("guidance", "guidance_rescale", "init_strength"), number)
+    kinds |= dict.fromkeys(("sampler", "spacing", "negative_prompt", "lock"), text)
+    possible |= {name: options[name] is None or kind(options[name]) for name, kind in kinds.items()}
+    return next((name for name, is_possible in possible.items() if not is_possible), "")
 
 
 def recipe_of_picture(file: str | os.PathLike[str], base_given: bool, base: str) -> Recipe:
