@@ -17,6 +17,7 @@ from perfusion_jax.runtime.command_line import BAD_INPUT
         (["--config=configs/dgo.py", "--config.steps=3"], "--config: [Errno 2] No such file or directory"),
         (["--config=configs/dog.py", "--config.steps=many"], "flag --config.steps=many: invalid literal"),
         (["--config=configs/dog.py", "--config.step=3"], "--config: no such key: 'step'. Did you mean \"steps\""),
+        (["--config=configs/dog.py", "--config.templates=("], "config.templates is ('(',); it must be at least 1"),
         (["--config=configs/dog.py", "dog"], "'dog' is not a flag; see --help"),
     ],
 )
@@ -28,6 +29,27 @@ def test_mistakes_in_a_command_are_told_in_a_line(tmp_path, arguments, message):
     assert "\\n" not in ended.stderr  # a message, and not the quoted form of one
     assert ended.stderr.splitlines()[-1].startswith(f"error: {message}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "1: SyntaxError: invalid syntax"),
+        ("import nothing_of_that_name", "1: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        ("def get_config():\n    return foo", "2: NameError: name 'foo' is not defined"),
+        ("def get_config():\n    return {}['a']", "2: KeyError: 'a'"),
+        ("def get_config():\n    return 1 + 'x'", "2: TypeError: unsupported operand"),
+        ("x = 1", " it needs a function get_config(base) that returns make_config(...) ("),
+        ("def get_config():\n    pass", " it needs a function get_config(base) that returns make_config(...) ("),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_told_with_its_line(tmp_path, text, message):
+    (tmp_path / "rex.py").write_text(text)
+    command = [sys.executable, "-m", "perfusion_jax.train", f"--workdir={tmp_path}/run", f"--config={tmp_path}/rex.py"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == BAD_INPUT
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'rex.py'}:{message}")
 
 
 def test_memory_that_does_not_suffice_is_told_in_a_line():
