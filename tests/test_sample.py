@@ -126,6 +126,8 @@ def test_bad_words_are_one_line_and_nothing_is_drawn(small_folder, rex, tmp_path
     assert "has 20 tokens" in error
     assert "step" not in done.stderr
     assert not done.stdout
+    done = run("--again", tmp_path / "x.png", "--steps=3", "--concept=x", f"--out={tmp_path}/y.png")
+    assert "error: --again draws as the picture says, without --concept, --steps: leave" in done.stderr
     done = run("--prompt=a dog")
     assert done.stderr.strip().splitlines()[-1] == "error: give --out, the .png file to write"
 
@@ -288,6 +290,18 @@ def test_files_and_folders_may_have_any_name(recipe, small_base, tmp_path, monke
     concept = save(small_base, f"{name}=.safetensors", "rex")
     for word in (concept, f"rex={concept}"):
         assert [entry["file"] for entry in recipes.read_concepts([word])] == [concept]
+
+
+def test_only_what_was_drawn_is_replaced(recipe, tmp_path):
+    out = to_path(tmp_path / "rex.png")
+    recipes.write(recipe, [[Drawn(np.zeros((2, 8, 8, 3), np.uint8), None)]], out)
+    files = recipes.files_of(recipe, out)
+    assert sorted(files) == sorted(tmp_path.glob("*.png"))
+    recipes.check_replaced([*files, tmp_path / "new.png"])
+    assert recipes.files_of(recipe._replace(sweep=("bias", [0.4])), out) == [out]
+    Image.new("RGB", (8, 8)).save(files[0])  # somebody's own
+    with pytest.raises(InputError, match=r"rex_0\.png: is there already, and perfusion_jax\.sample has not drawn it"):
+        recipes.check_replaced(map(to_path, files))
 
 
 def test_concept_files_that_cannot_be_used(recipe, small_base, rex, tmp_path, monkeypatch):

@@ -25,12 +25,15 @@ from perfusion_jax.drawing.samplers import check_named, make_plan, settle, space
 from perfusion_jax.formats.concept_file import PERFUSION, TrainedConcept, load_concept, read_card
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
 from perfusion_jax.formats.tree_folder import load_tree
-from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.errors import InputError, UnavailableError
 from perfusion_jax.runtime.files import is_local, storage_errors, to_path
 
 FORMAT = "perfusion_jax picture 1"
 LIBRARIES = ("perfusion_jax", "jax", "flax", "diffusers")
 CONTROLS = ("bias", "temperature", "strength", "start", "end")
+FLAGS = ("concept", "tree", "prompt", "prompts", "num_images", "seed", "init_image", "sweep")
+"""What a recipe is made of beside the options and the base model, as flags."""
+
 OPTIONS = (
     *CONTROLS,
     *("sampler", "steps", "spacing", "guidance", "guidance_rescale", "negative_prompt", "lock", "height", "width"),
@@ -449,6 +452,33 @@ def init_pixels(recipe: Recipe, base: BaseModel) -> np.ndarray:
     return np.asarray(ImageOps.fit(image, size, Image.Resampling.LANCZOS))
 
 
+def files_of(recipe: Recipe, out: epath.Path) -> list[epath.Path]:
+    """The files that `write` writes: of several pictures without a sweep each one's, and at last `out`."""
+    count = 0 if recipe.sweep or len(recipe.prompts) == 1 else len(recipe.prompts)
+    return [*(out.with_stem(f"{out.stem}_{number}") for number in range(count)), out]
+
+
+def check_replaced(files: Sequence[epath.Path]) -> None:
+    """Sees, before anything is drawn, that no picture of somebody's own will be replaced, but drawn ones alone.
+
+    Raises:
+        InputError: one does not say how it was drawn.
+        UnavailableError: storage fails.
+    """
+    for file in files:
+        with storage_errors(file, "read"):
+            there = file.exists()
+        try:
+            if there:
+                load_recipe(file)
+        except UnavailableError:
+            raise
+        except InputError as error:
+            raise InputError(
+                f"{file}: is there already, and perfusion_jax.sample has not drawn it: name another file, or move it"
+            ) from error
+
+
 def write(recipe: Recipe, drawn: list[list[Drawn]], out: epath.Path) -> None:
     """Writes pictures: a single one to `out`; several each beside it, as NAME_0.png and so on, and their grid to `out`.
 
@@ -468,9 +498,9 @@ def write(recipe: Recipe, drawn: list[list[Drawn]], out: epath.Path) -> None:
     if len(pictures) == 1:
         write_picture(out, pictures[0], record)
         return
-    for number, picture in enumerate(pictures):
+    for number, (picture, file) in enumerate(zip(pictures, files_of(recipe, out)[:-1], strict=True)):
         of_one = {"prompts": [recipe.prompts[number]], "seeds": [recipe.seeds[number]], "columns": 1}
-        write_picture(out.with_stem(f"{out.stem}_{number}"), picture, {**record, **of_one})
+        write_picture(file, picture, {**record, **of_one})
     rows = [pictures[first : first + recipe.columns] for first in range(0, len(pictures), recipe.columns)]
     labels = recipe.prompts[:: recipe.columns] if len(set(recipe.prompts)) > 1 else []
     write_picture(out, grid(rows, labels), record)
