@@ -257,7 +257,9 @@ KEYS: dict[str, Key] = {
     "exports": Key(
         (),
         Rule(
-            tuple, lambda value: set(value) <= set(CONCEPT_EXPORTS), f"any of {', '.join(map(repr, CONCEPT_EXPORTS))}"
+            tuple,
+            lambda value: all(isinstance(kind, str) and kind in CONCEPT_EXPORTS for kind in value),
+            f"any of {', '.join(map(repr, CONCEPT_EXPORTS))}",
         ),
         "what else is written of a concept when it is finished, for other tools: exports/NAME/KIND in the workdir",
         may_change=True,

@@ -13,29 +13,45 @@ from absl import flags
 
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import check_writable, is_local, storage_errors, to_path, write_bytes
 
 
 def main() -> None:
-    """Measures the covariance of a base model's text encoder."""
+    """Measures the covariance of a base model's text encoder.
+
+    Raises:
+        InputError: the captions or --out cannot be used.
+        UnavailableError: storage or the hub fails.
+    """
     # Imported when the flags are right: JAX and diffusers take seconds.
     from perfusion_jax.base_model import load_base_model
-    from perfusion_jax.data.measuring import measure, own_captions
+    from perfusion_jax.data.measuring import find_or_measure, measure, own_captions
 
     given = flags.FLAGS
-    out = Path(given.out)
+    out, captions = to_path(given.out), to_path(given.captions) if given.captions else None
     if out.suffix != ".npz":
         raise InputError(f"{out}: the result is a .npz file; name it so")
-    if out.is_file():
-        print(f"{out} is there already; delete it to make it anew")
-        return
-    if given.captions and not Path(given.captions).is_file():
-        raise InputError(f"{given.captions}: no such file of captions")
+    with storage_errors(out, "read"):
+        if out.exists():
+            print(f"{out} is there already; delete it to make it anew")
+            return
+    if captions is not None:
+        with storage_errors(captions, "read"):
+            if captions.is_dir() or not captions.exists():
+                raise InputError(f"{captions}: no such file of captions")
+    check_writable(out.parent)
     base = load_base_model(given.base, revision=given.revision, variant=given.variant)
+    if not is_local(out) or (captions is not None and not is_local(captions)):
+        # A measurement that goes on where it was interrupted needs files on this machine.
+        measured = find_or_measure(base, given.captions or "")
+        write_bytes(out, measured.read_bytes())
+        print(f"{out}: a copy of {measured}")
+        return
     with tempfile.TemporaryDirectory() as folder:
-        captions = Path(given.captions) if given.captions else Path(folder) / "made_up.txt"
-        if not given.captions:
-            captions.write_text(own_captions(base))
-        print(measure(base, captions, out))
+        source = Path(captions or Path(folder) / "made_up.txt")
+        if captions is None:
+            source.write_text(own_captions(base))
+        print(measure(base, source, Path(out)))
 
 
 def run() -> None:

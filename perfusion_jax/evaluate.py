@@ -19,7 +19,12 @@ from perfusion_jax.runtime.files import check_writable, read_text, to_path, writ
 
 
 def main() -> None:
-    """Evaluates --workdir, or --concept, and writes --out."""
+    """Evaluates --workdir, or --concept, and writes --out.
+
+    Raises:
+        InputError: the flags do not go together, or what they name cannot be used or replaced.
+        UnavailableError: storage or the hub fails.
+    """
     # Imported when the flags are right: JAX and diffusers take seconds.
     from ml_collections import ConfigDict
     from tqdm import tqdm
@@ -29,7 +34,7 @@ def main() -> None:
     from perfusion_jax.drawing.recipe import read_prompts
     from perfusion_jax.evaluation.report import check_plots, write_report
     from perfusion_jax.evaluation.scores import PROMPTS, Drawing, over_devices, read_scores, score_all, settings_of
-    from perfusion_jax.evaluation.subjects import check_names, of_files, of_workdirs
+    from perfusion_jax.evaluation.subjects import base_of, check_names, of_files, of_workdirs
     from perfusion_jax.learning.judges import NONE, find_judges, open_judges
 
     given = flags.FLAGS
@@ -45,13 +50,14 @@ def main() -> None:
     index, count = parse_shard(given.shard) if given.shard else (0, 1)
     if count == 1 and (given.sweep or len(settings) > 1):
         check_plots()
-    keys = {"base": given.base, "evaluator": given.evaluator, "instance_encoder": given.instance_encoder}
+    named = base_of(subjects, given)
+    keys = {"base": named.source, "evaluator": given.evaluator, "instance_encoder": given.instance_encoder}
     judges = find_judges(ConfigDict(keys))
     if judges.evaluator == NONE:
         raise InputError("nothing to score by: give --evaluator, the folder or hub id of a CLIP")
-    evaluator = open_judges(judges, given.base, "--{key}: {error}")
+    evaluator = open_judges(judges, named.source, "--{key}: {error}")
     facts = {
-        "base model": f"{given.base} at {given.revision}" if given.revision else given.base,
+        "base model": " at ".join(filter(None, (named.source, named.revision))),
         **judges._asdict(),
         "prompts": prompts,
         "seeds": f"{given.seed} to {given.seed + given.num_images - 1}",
@@ -59,18 +65,23 @@ def main() -> None:
     }
     out = to_path(given.out)
     check_writable(out)
-    text = json.dumps(facts, indent=2)
-    if read_text(out / "evaluation.json") not in ("", text):
+    record, text = out / "evaluation.json", json.dumps(facts, indent=2)
+    before = read_text(record)
+    if before not in ("", text):
         raise InputError(f"{out}: holds another evaluation: give another --out, or delete it")
-    write_bytes(out / "evaluation.json", text.encode())
-    base = load_base_model(given.base, dtype=network_dtype(), revision=given.revision, variant=given.variant)
+    for name in ("report.json", "report.html"):
+        if not before and read_text(out / name):
+            raise InputError(f"{out / name}: is there already, and is of no evaluation: give another --out, or move it")
+    base = load_base_model(dtype=network_dtype(), **named._asdict())
     plan = Drawing(
         prompts,
         range(given.seed, given.seed + given.num_images),
         {"steps": given.steps, "batch_size": given.batch_size},
     )
     mine = subjects[index::count]
-    work = score_all(*over_devices(base, evaluator), mine, settings, plan, out)
+    work = score_all(
+        *over_devices(base, evaluator), mine, settings, plan, out, lambda: write_bytes(record, text.encode())
+    )
     for _ in tqdm(work, "evaluating", sum(len(settings[subject.label]) for subject in mine), unit="sheet"):
         pass
     if count == 1:
@@ -93,7 +104,11 @@ def run() -> None:
     flags.DEFINE_integer("seed", 0, "of the first of them; the next has the next", lower_bound=0, upper_bound=2**31)
     flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)
     flags.DEFINE_integer("steps", None, "sampling steps; the sampler's own if left out", lower_bound=1)
-    flags.DEFINE_string("base", "emoji", "base model: emoji, sd15, sd21, sdxl, a folder, a file or a hub id")
+    flags.DEFINE_string(
+        "base",
+        None,
+        "base model, that of the runs or emoji if left out: emoji, sd15, sd21, sdxl, a folder, a file or a hub id",
+    )
     flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
     flags.DEFINE_string("variant", None, "weight files to take, such as fp16")
     flags.DEFINE_string("evaluator", "", "folder or hub id of a CLIP; as training chooses it if left out")

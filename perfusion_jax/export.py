@@ -15,7 +15,7 @@ from absl import flags
 
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import is_local
+from perfusion_jax.runtime.files import at_home, is_local
 from perfusion_jax.runtime.names import CONCEPT_EXPORTS, MODEL_EXPORTS
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     print(*written, sep="\n")
     if given.push_to_hub:
         files = [f"{entry.name}/*" if entry.is_dir() else entry.name for entry in written]
-        print(push(Path(given.out), files, given.push_to_hub, given.public))
+        print(push(Path(at_home(given.out)), files, given.push_to_hub, given.public))
 
 
 def run() -> None:

@@ -21,12 +21,21 @@ from perfusion_jax.runtime.names import SAMPLERS, SPACINGS
 
 
 def main() -> None:
-    """Draws --prompt and writes --out, or tells how --again was drawn."""
+    """Draws --prompt and writes --out, or tells how --again was drawn.
+
+    Raises:
+        InputError: the flags do not go together, or what they name cannot be used or replaced.
+        UnavailableError: storage or the hub fails.
+    """
     # Imported when the flags are right: JAX and diffusers take seconds.
     from perfusion_jax.base_model import load_base_model, network_dtype
     from perfusion_jax.drawing.attention_sheets import write_attention
     from perfusion_jax.drawing.recipe import (
+        FLAGS,
+        OPTIONS,
+        check_replaced,
         draw,
+        files_of,
         recipe_of_flags,
         recipe_of_picture,
         warn_of_few_steps,
@@ -36,6 +45,11 @@ def main() -> None:
 
     arguments = flags.FLAGS
     if arguments.again:
+        idle = [f"--{name}" for name in (*FLAGS, *OPTIONS) if arguments[name].present]
+        if idle:
+            raise InputError(
+                f"--again draws as the picture says, without {', '.join(idle)}: leave that out, or --again"
+            )
         recipe = recipe_of_picture(arguments.again, bool(arguments["base"].present), arguments.base)
         print(json.dumps(recipe._asdict(), indent=2, ensure_ascii=False))
         if not arguments.out:
@@ -48,11 +62,13 @@ def main() -> None:
     if out.suffix.lower() != ".png":
         raise InputError(f"{out}: pictures are written as .png; name it so")
     check_writable(out.parent)
+    check_replaced(files_of(recipe, out))
     folder = to_path(arguments.attention) if arguments.attention else None
     if folder:
         if recipe.sweep:
             raise InputError("--attention shows the pictures of one setting: leave out --sweep")
         check_writable(folder)
+        check_replaced([folder / f"{number}.png" for number in range(len(recipe.prompts))])
     warn_of_unnamed(recipe)
     base = load_base_model(dtype=network_dtype(), **recipe.base)  # type: ignore[arg-type]
     warn_of_few_steps(recipe, base)

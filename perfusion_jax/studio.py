@@ -18,7 +18,7 @@ from etils import epath
 
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import check_writable, is_local, locked
+from perfusion_jax.runtime.files import at_home, check_writable, is_local, locked
 from perfusion_jax.runtime.names import STUDIO
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -58,7 +58,7 @@ def main() -> None:
     password = check_password(given.host)
     if any(find_spec(name) is None for name in ("starlette", "uvicorn", "python_multipart")):
         raise InputError("the studio's server is not installed: pip install 'perfusion_jax[studio]'")
-    runs = Path(given.runs).resolve()
+    runs = Path(at_home(given.runs)).resolve()
     hidden = runs / STUDIO
     check_writable(hidden / "uploads")
     with locked(epath.Path(hidden / "lock"), "open the page of that studio, or take another --runs"):

@@ -23,6 +23,7 @@ from perfusion_jax.config import MEMORY_ADVICE, is_fleet, settle
 from perfusion_jax.data.table import parse_shard
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import to_path
 
 
 def tell_result(config: ConfigDict, result: epath.Path) -> None:
@@ -63,7 +64,7 @@ def main() -> None:
 
     given = flags.FLAGS
     config = settle(given.config, config_flags.get_override_values(given["config"]))
-    workdir = epath.Path(given.workdir)
+    workdir = to_path(given.workdir)
     session = Session(Diagnostics(parse_profile(given.profile), given.debug_nans))
     if not is_fleet(config):
         if given.shard or given.distributed:

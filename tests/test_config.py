@@ -45,6 +45,7 @@ def test_configs_that_ship_are_possible(name, base):
         ("templates", ("a photo of a dog",)),
         ("validation_prompts", ("a {} and a {}",)),
         ("log_every", 0),
+        ("exports", (["lora"],)),
     ],
 )
 def test_impossible_values_are_named(key, value):

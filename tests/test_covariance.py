@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from etils import epath
 from safetensors.numpy import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from perfusion_jax import InputError
+from perfusion_jax import InputError, covariance
 from perfusion_jax.data.text_covariance import BATCH, accumulate, covariance_of, partial_file, resume
 from perfusion_jax.formats.covariance_file import load_covariance, load_whitening
 from perfusion_jax.method import edit
@@ -23,6 +25,7 @@ from perfusion_jax.method.covariance import MAX_CONDITION, checked, whitening_of
 from perfusion_jax.method.edit import Edit, Gate
 from perfusion_jax.runtime.command_line import BAD_INPUT
 from perfusion_jax.runtime.errors import UnavailableError
+from perfusion_jax.runtime.files import to_path
 
 
 def write_captions(file, count, seed=0):
@@ -228,6 +231,22 @@ class TestCommand:
                 "; one goes on a line" if captions == "captions.txt" else ""
             )
             assert "Traceback" not in stderr
+
+    def test_a_bucket_gets_a_copy_of_what_is_measured_here(self, sd1_folder, tmp_path, bucket, monkeypatch, capsys):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        write_captions(tmp_path / "captions.txt", 200)
+        captions = to_path(f"{bucket}/captions.txt")
+        given = {"base": str(sd1_folder), "captions": str(captions), "out": f"{bucket}/new/c.npz"}
+        given |= {"revision": None, "variant": None}
+        monkeypatch.setattr(covariance, "flags", SimpleNamespace(FLAGS=SimpleNamespace(**given)))
+        with pytest.raises(InputError, match=r"gs://bucket/captions\.txt: no such file of captions"):
+            covariance.main()
+        captions.write_bytes((tmp_path / "captions.txt").read_bytes())
+        covariance.main()
+        assert load_covariance(given["out"], 48).shape == (48, 48)
+        covariance.main()
+        assert "gs://bucket/new/c.npz is there already" in capsys.readouterr().out
+        assert not Path("gs:").exists()
 
     def test_what_another_run_left_is_not_mixed_in(self, sd1_folder, sd1_base, tmp_path):
         captions, out = tmp_path / "captions.txt", tmp_path / "c.npz"

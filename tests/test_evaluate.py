@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,13 +18,15 @@ import pytest
 from exported import learnt
 from PIL import Image
 
+from perfusion_jax import InputError
+from perfusion_jax.evaluation.subjects import Base, Subject, base_of
 from perfusion_jax.formats.concept_file import save_concept
 from perfusion_jax.method import baselines
 from perfusion_jax.runtime import shipped
 
 
 @pytest.fixture(scope="module")
-def concepts(small_base, tmp_path_factory):
+def concepts(small_base, small_folder, tmp_path_factory):
     """Two concepts and their pictures, given as a fleet leaves them in its workdir."""
     workdir = tmp_path_factory.mktemp("fleet")
     lines = ["name,super_category,pictures"]
@@ -35,14 +39,15 @@ def concepts(small_base, tmp_path_factory):
         save_concept(workdir / "concepts" / f"{name}.safetensors", concept, card)
         lines.append(f"{name},dog,{name}")
     (workdir / "concepts.csv").write_text("\n".join(lines) + "\n")
-    config = {"crop": True, "concepts": str(workdir / "concepts.csv")}
+    config = {"crop": True, "concepts": str(workdir / "concepts.csv"), "base": str(small_folder)}
     (workdir / "config.json").write_text(json.dumps(config))
     (workdir / "prompts.txt").write_text("a photo of a {}\na {} in the snow\n")
     return workdir
 
 
 def evaluate(folder, concepts, *arguments, devices=1):
-    command = [sys.executable, "-m", "perfusion_jax.evaluate", f"--base={folder}", f"--evaluator={shipped.EVALUATOR}"]
+    command = [sys.executable, "-m", "perfusion_jax.evaluate", f"--evaluator={shipped.EVALUATOR}"]
+    command += [f"--base={folder}"] if folder else []
     command += [f"--prompts={concepts / 'prompts.txt'}", "--num_images=2", "--steps=2", *map(str, arguments)]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags})
@@ -67,7 +72,11 @@ class Pictures(HTMLParser):
 
 def test_a_fleet_is_evaluated_and_goes_on(small_folder, concepts, tmp_path):
     given = (f"--workdir={concepts}", f"--out={tmp_path / 'out'}", "--sweep=bias=0.3:0.7:2")
-    done = evaluate(small_folder, concepts, *given)
+    wrong = evaluate("emoji", concepts, *given)
+    assert wrong.returncode == 2
+    assert "give --base" in wrong.stderr
+    # What failed stands in nothing's way, and the runs say their base model.
+    done = evaluate(None, concepts, *given)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     files = [tmp_path / "out" / "scores" / f"{name}.jsonl" for name in ("rex", "tom")]
@@ -99,6 +108,25 @@ def test_a_fleet_is_evaluated_and_goes_on(small_folder, concepts, tmp_path):
     other = evaluate(small_folder, concepts, *given[:2], "--seed=1")
     assert other.returncode == 2
     assert f"error: {tmp_path / 'out'}: holds another evaluation" in other.stderr
+
+
+def test_a_report_of_somebody_elses_is_not_replaced(small_folder, concepts, tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    failed = evaluate(small_folder, concepts, f"--workdir={concepts}", f"--out={tmp_path}")
+    assert failed.returncode == 2
+    assert f"error: {tmp_path / 'report.html'}: is there already, and is of no evaluation" in failed.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_runs_say_what_they_were_learnt_on():
+    sd, xl = Base("sd", None, "fp16"), Base("xl", None, None)
+    runs = [Subject(name, Path(name), "", base=base) for name, base in (("a", sd), ("b", sd), ("c", None))]
+    said = SimpleNamespace(base=None, revision="main", variant=None)
+    assert base_of(runs, said) == Base("sd", "main", "fp16")
+    assert base_of(runs[2:], said) == Base("emoji", "main", None)
+    assert base_of(runs, SimpleNamespace(base="xl", revision=None, variant=None)) == xl
+    with pytest.raises(InputError, match="of several base models, sd, xl: evaluate them apart, or give --base"):
+        base_of([*runs, runs[0]._replace(base=xl)], said)
 
 
 @pytest.mark.slow

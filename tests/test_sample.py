@@ -15,12 +15,18 @@ from odd_names import ODD_NAMES
 from PIL import Image
 
 from perfusion_jax import InputError
+from perfusion_jax.data.measuring import find_or_measure
+from perfusion_jax.data.sources import count_pictures, read_pictures
+from perfusion_jax.data.table import read_table
 from perfusion_jax.drawing import recipe as recipes
 from perfusion_jax.drawing.attention_sheets import write_attention
 from perfusion_jax.drawing.generation import Drawn
 from perfusion_jax.drawing.recipe import init_pixels
+from perfusion_jax.evaluation.subjects import of_workdirs
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
+from perfusion_jax.formats.covariance_file import load_covariance
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
+from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import UnavailableError
 from perfusion_jax.runtime.files import check_writable, to_path, write_bytes
 
@@ -120,6 +126,8 @@ def test_bad_words_are_one_line_and_nothing_is_drawn(small_folder, rex, tmp_path
     assert "has 20 tokens" in error
     assert "step" not in done.stderr
     assert not done.stdout
+    done = run("--again", tmp_path / "x.png", "--steps=3", "--concept=x", f"--out={tmp_path}/y.png")
+    assert "error: --again draws as the picture says, without --concept, --steps: leave" in done.stderr
     done = run("--prompt=a dog")
     assert done.stderr.strip().splitlines()[-1] == "error: give --out, the .png file to write"
 
@@ -250,7 +258,17 @@ def test_storage_that_fails_is_named(recipe, small_base, rex, tmp_path, monkeypa
 
 def test_addresses_of_no_storage_are_named(recipe, small_base):
     http = "http://host/x"
+    assert count_pictures(http) == 0
     for read in (
+        lambda: read_pictures(http),
+        lambda: read_pictures(f"tfds:{http}#dog"),
+        lambda: read_pictures(str(shipped.EXAMPLES / "dog"), masks=http),
+        lambda: read_pictures(str(shipped.EXAMPLES / "dog"), captions=http),
+        lambda: read_table(http, ()),
+        lambda: load_covariance(http, 8),
+        lambda: find_or_measure(small_base, http),
+        lambda: of_workdirs([http]),
+        lambda: of_workdirs([f"ours={http}"]),
         lambda: recipes.read_concepts([http]),
         lambda: recipes.read_concepts([f"tom={http}"]),
         lambda: recipes.read_prompts(None, http),
@@ -272,6 +290,18 @@ def test_files_and_folders_may_have_any_name(recipe, small_base, tmp_path, monke
     concept = save(small_base, f"{name}=.safetensors", "rex")
     for word in (concept, f"rex={concept}"):
         assert [entry["file"] for entry in recipes.read_concepts([word])] == [concept]
+
+
+def test_only_what_was_drawn_is_replaced(recipe, tmp_path):
+    out = to_path(tmp_path / "rex.png")
+    recipes.write(recipe, [[Drawn(np.zeros((2, 8, 8, 3), np.uint8), None)]], out)
+    files = recipes.files_of(recipe, out)
+    assert sorted(files) == sorted(tmp_path.glob("*.png"))
+    recipes.check_replaced([*files, tmp_path / "new.png"])
+    assert recipes.files_of(recipe._replace(sweep=("bias", [0.4])), out) == [out]
+    Image.new("RGB", (8, 8)).save(files[0])  # somebody's own
+    with pytest.raises(InputError, match=r"rex_0\.png: is there already, and perfusion_jax\.sample has not drawn it"):
+        recipes.check_replaced(map(to_path, files))
 
 
 def test_concept_files_that_cannot_be_used(recipe, small_base, rex, tmp_path, monkeypatch):
@@ -314,6 +344,15 @@ def test_a_picture_is_not_believed_blindly(recipe, rex, tmp_path, capsys):
     write_picture(file, np.zeros((8, 8, 3), np.uint8), {"format": "another"})
     with pytest.raises(InputError, match="another version of perfusion_jax"):
         recipes.recipe_of_picture(file, False, "emoji")
+    of_two = {"prompts": ["a <rex>"]}  # and two seeds
+    for change in ({"base": ["sd15"]}, {"concepts": [{"name": "rex"}]}, {"seeds": ["1", 2]}, {"columns": 0}, of_two):
+        write_picture(file, np.zeros((8, 8, 3), np.uint8), recipe._asdict() | change)
+        with pytest.raises(InputError, match=r"picture\.png: its record of how it was drawn was changed: (\w+) cannot"):
+            recipes.read_recipe(file)
+    for change in ({"steps": "2"}, {"bias": ["a"]}, {"sampler": [1]}, {"batch_size": 0}, {"negative_prompt": 1}):
+        write_picture(file, np.zeros((8, 8, 3), np.uint8), recipe._replace(options=recipe.options | change)._asdict())
+        with pytest.raises(InputError, match=rf"was changed: {next(iter(change))} cannot be"):
+            recipes.read_recipe(file)
     (tmp_path / "text.png").write_text("a picture")
     for name, message in (("text.png", "not a picture"), ("nowhere.png", "no such picture")):
         with pytest.raises(InputError, match=message):

@@ -10,6 +10,7 @@ from perfusion_jax.base_model.source import find_folder, read_config, read_index
 from perfusion_jax.base_model.weights import Checkpoint, find_checkpoint
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.files import at_home
 
 # A folder may hold C beside the diffusers layout, which passes over it.
 COVARIANCE = "covariance.npz"
@@ -161,7 +162,7 @@ def find_layout(source: str, revision: str | None, variant: str | None = None, w
         InputError: there is no such model, or it cannot be run.
         UnavailableError: the hub cannot be reached, or storage fails.
     """
-    file = Path(source).expanduser()
+    file = Path(at_home(source))
     is_file = file.suffix.lower() in SUFFIXES or file.is_file()
     if source == "emoji" or file.is_dir() or not is_file:
         return FolderLayout(find_folder(source, revision, variant, weights), variant)

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from perfusion_jax.base_model.weights import has_variant
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError, UnavailableError
-from perfusion_jax.runtime.files import is_lasting, storage_errors
+from perfusion_jax.runtime.files import at_home, is_lasting, storage_errors
 from perfusion_jax.runtime.names import SHORT_NAMES
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -60,7 +60,7 @@ def find_folder(source: str, revision: str | None, variant: str | None = None, w
         raise InputError(
             "emoji: the small model that ships with the package is not in this build; name a folder or a hub id"
         )
-    folder = shipped.MODEL if source == "emoji" else Path(source).expanduser()
+    folder = shipped.MODEL if source == "emoji" else Path(at_home(source))
     if not folder.is_dir():
         if not is_hub_id(source):
             raise InputError(f"{source}: no such folder, and not a hub id (owner/name)")
@@ -79,7 +79,7 @@ def find_transformers_folder(source: str) -> Path:
         InputError: there is no such folder or hub id, or the hub has pickled weights alone.
         UnavailableError: the hub cannot be reached.
     """
-    folder = Path(source).expanduser()
+    folder = Path(at_home(source))
     if folder.is_dir():
         return folder
     if not is_hub_id(source):
@@ -111,7 +111,7 @@ def find_cached_folder(hub_id: str) -> Path | None:
 def may_fetch(source: str) -> bool:
     """Whether a base model of that name comes from the hub, and HF_HUB_OFFLINE does not forbid to ask it."""
     on_hub = source in SHORT_NAMES or is_hub_id(source)
-    return on_hub and not Path(source).expanduser().exists() and not constants.HF_HUB_OFFLINE
+    return on_hub and not Path(at_home(source)).exists() and not constants.HF_HUB_OFFLINE
 
 
 def _has_weights(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from perfusion_jax.data.folders import read_folder
 from perfusion_jax.data.pictures import Picture
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import is_local, is_storage_error, storage_errors, subfolders
+from perfusion_jax.runtime.files import is_local, is_storage_error, storage_errors, subfolders, to_path
 from perfusion_jax.runtime.names import DATASET
 
 INFO = "dataset_info.json"
@@ -157,13 +157,14 @@ def _opened(source: str) -> Iterator[tuple[Any, str]]:
     folder, _, split = source.removeprefix(DATASET).rpartition("#")
     if not folder:
         raise InputError(f"{source}: no concept is named; write tfds:FOLDER#CONCEPT")
+    path = to_path(folder)
     with storage_errors(folder, "read"):
         try:
-            (epath.Path(folder) / INFO).read_bytes()  # tfds would call it missing, whatever storage does
+            (path / INFO).read_bytes()  # tfds would call it missing, whatever storage does
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{folder}: not a dataset of tensorflow_datasets: no {INFO} in it") from error
         try:
-            builder = tfds.builder_from_directory(folder)
+            builder = tfds.builder_from_directory(path)
             if split not in builder.info.splits:
                 raise InputError(f"{folder}: no concept {split!r}; it has {', '.join(sorted(builder.info.splits))}")
             yield builder, split
@@ -179,7 +180,7 @@ def _string(value: bytes | str) -> str:
 
 def main() -> None:
     """Writes the dataset."""
-    print(write_dataset(epath.Path(flags.FLAGS.folders), epath.Path(flags.FLAGS.out)))
+    print(write_dataset(to_path(flags.FLAGS.folders), to_path(flags.FLAGS.out)))
 
 
 def run() -> None:

@@ -13,7 +13,7 @@ from perfusion_jax.data.masks import normalise, shrink
 from perfusion_jax.data.pictures import Picture
 from perfusion_jax.runtime.errors import InputError
 
-PLACEHOLDER = "<concept>"  # the concept's own name matters to people alone: in training there is one concept
+PLACEHOLDER = "<concept>"  # of a concept without a name of its own: which it is matters to people alone
 
 
 class Examples(NamedTuple):
@@ -64,7 +64,11 @@ def encode(base: BaseModel, pixels: np.ndarray) -> LatentDistribution:
 
 
 def prompt_ids(
-    model: Architecture, pictures: Sequence[Picture], templates: Sequence[str], phrase: str = PLACEHOLDER
+    model: Architecture,
+    pictures: Sequence[Picture],
+    templates: Sequence[str],
+    phrase: str = PLACEHOLDER,
+    placeholder: str = PLACEHOLDER,
 ) -> np.ndarray:
     """Tokenises the prompts of each picture: its caption, or else the templates.
 
@@ -73,6 +77,7 @@ def prompt_ids(
         pictures: with captions that have one `{}`, or without.
         templates: for those without, likewise.
         phrase: what stands at the `{}`.
+        placeholder: the concept's, which the phrase has.
 
     Returns:
         int32 [pictures, prompts, tokens]; the concept's token is `vocabulary_size`.
@@ -84,7 +89,7 @@ def prompt_ids(
     def of_picture(picture: Picture) -> np.ndarray:
         prompts = [picture.caption] * len(templates) if picture.caption else templates
         try:
-            return model.tokenizer([prompt.replace("{}", phrase) for prompt in prompts], [PLACEHOLDER])
+            return model.tokenizer([prompt.replace("{}", phrase) for prompt in prompts], [placeholder])
         except InputError as error:
             raise InputError(f"the caption of {picture.name}: {error}" if picture.caption else str(error)) from error
 

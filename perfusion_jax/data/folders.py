@@ -25,7 +25,7 @@ from etils import epath
 
 from perfusion_jax.data.pictures import ENDINGS, Picture, read_picture
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import entries, storage_errors
+from perfusion_jax.runtime.files import entries, storage_errors, to_path
 
 CAPTION_ENDINGS = (".txt", ".caption")
 # What metadata files call a caption.
@@ -87,7 +87,7 @@ def read_folder(
             caption = " ".join(read_words(files.caption_files[file]).split())
         picture = read_picture(file, files.masks.get(file), caption or None, files.trigger)
         # Of several folders, whose files may be called alike.
-        pictures.append(replace(picture, name=str(file.relative_to(epath.Path(folder)))))
+        pictures.append(replace(picture, name=str(file.relative_to(to_path(folder)))))
     return pictures
 
 
@@ -97,7 +97,7 @@ def find_files(
     captions: str | os.PathLike[str] | None = None,
 ) -> Files:
     """Finds a concept's files without reading pictures; arguments and errors as for `read_folder`."""
-    root = epath.Path(folder)
+    root = to_path(folder)
     inside = _list(root)
     if inside is None:
         raise InputError(f"{root}: no such folder of pictures")
@@ -115,7 +115,7 @@ def find_files(
     if not pictures:
         raise InputError(f"{root}: no pictures in it ({', '.join(ENDINGS)}){_hint(inside)}")
     if masks is not None:
-        mask_folders = {epath.Path(masks): pictures}
+        mask_folders = {to_path(masks): pictures}
     elif (root / "masks").exists():
         mask_folders = {root / "masks": pictures}
     else:
@@ -129,7 +129,7 @@ def find_files(
             raise InputError(f"{masks}: no such folder")
     if not mask_files:
         mask_files = _masks_beside(pictures, labels)
-    texts = inside if captions is None else _list(epath.Path(captions))
+    texts = inside if captions is None else _list(to_path(captions))
     if texts is None:
         raise InputError(f"{captions}: no such folder")
     texts = [file for file in texts if file.suffix.lower() in CAPTION_ENDINGS]

@@ -5,14 +5,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from etils import epath
 from tqdm import tqdm
 
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.data.caption_source import make_captions
 from perfusion_jax.data.text_covariance import accumulate, covariance_of, partial_file, resume, weights_digest
-from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import cache_folder, storage_errors, write_arrays, write_bytes
+from perfusion_jax.runtime.errors import InputError, UnavailableError
+from perfusion_jax.runtime.files import cache_folder, storage_errors, to_path, write_arrays, write_bytes
 
 SAVE_EVERY = 2.0  # seconds
 # For each dimension of C. A caption has about ten tokens, so there are a hundred encodings for each dimension, and the
@@ -86,22 +85,29 @@ def find_or_measure(base: BaseModel, captions: str) -> Path:
         captions: a file of them, local or in a bucket; empty: made-up ones.
 
     Raises:
-        InputError: the captions cannot be read, or say too little; or the folder cannot be written.
+        InputError: the captions cannot be read, or say too little; or there is no cache folder that can be written.
         UnavailableError: storage fails.
     """
     if captions:
         with storage_errors(captions, "read"):
             try:
-                text = epath.Path(captions).read_bytes()
+                text = to_path(captions).read_bytes()
             except FileNotFoundError as error:
                 raise InputError(f"{captions}: no such file of captions") from error
     else:
         text = own_captions(base).encode()
     name = hashlib.sha256(weights_digest(base).encode() + text).hexdigest()[:32]
     file = cache_folder() / "covariance" / f"{name}.npz"
-    if not file.is_file():
+    with storage_errors(file, "read"):
+        found = file.is_file()
+    if not found:
         kept = file.with_suffix(".txt")
-        write_bytes(kept, text)
+        try:
+            write_bytes(kept, text)
+        except UnavailableError:
+            raise
+        except InputError as error:
+            raise InputError(f"{error}; C is kept there: name another cache folder in XDG_CACHE_HOME") from error
         try:
             print(measure(base, kept, file))
         except InputError as error:

@@ -1,10 +1,12 @@
 """Pictures: read from a file, with a mask, and scaled to the square that the model sees."""
 
 import io
+import struct
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pillow_heif
+from absl import logging
 from etils import epath
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
@@ -17,6 +19,10 @@ ENDINGS = (
 SMALLEST = 16  # pixels; there is nothing to learn from less
 # Share by which the shape of a mask may differ from its picture's, by rounding.
 SHAPE_TOLERANCE = 0.01
+# Modes of PIL that are kept as they are read; others, such as LAB, are made RGB first.
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "F", "I")
+# What PIL raises on EXIF data that is damaged.
+_BAD_EXIF = (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error)
 
 pillow_heif.register_heif_opener()
 
@@ -63,7 +69,7 @@ def read_picture(file: epath.Path, mask_file: epath.Path | None, caption: str | 
         UnavailableError: storage fails.
     """
     stored = _open(file)
-    image = _upright(stored)
+    image = _upright(stored, file)
     if min(image.size) < SMALLEST:
         raise InputError(f"{file}: {image.width} x {image.height} pixels; at least {SMALLEST} x {SMALLEST} are needed")
     mask = None
@@ -99,7 +105,7 @@ def _read_mask(file: epath.Path, picture: Image.Image, size: tuple[int, int]) ->
     mask = alpha if _is_plain(grey) and not _is_plain(alpha) else grey
     if not _alike(mask.size, size) and _alike(mask.size, picture.size):
         # Drawn by a program that does not turn pictures as EXIF says.
-        mask.getexif()[ExifTags.Base.Orientation] = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        mask.getexif()[ExifTags.Base.Orientation] = _orientation(picture)
         mask = ImageOps.exif_transpose(mask)
     if not _alike(mask.size, size):
         raise InputError(
@@ -127,11 +133,24 @@ def open_picture(file: epath.Path) -> Image.Image:
         InputError: it cannot be read.
         UnavailableError: storage fails.
     """
-    return _upright(_open(file))
+    return _upright(_open(file), file)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image)
+def _upright(image: Image.Image, file: epath.Path) -> Image.Image:
+    """Turns a picture as its EXIF data say; where they are damaged it stays as it is stored, with a warning."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except _BAD_EXIF as error:
+        logging.warning("%s: its EXIF data are damaged (%s): taken as it is stored", file, error)
+        return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF data say of how a picture is turned; 1, not at all, where they are damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _BAD_EXIF:
+        return 1
 
 
 def _open(file: epath.Path) -> Image.Image:
@@ -146,9 +165,11 @@ def _open(file: epath.Path) -> Image.Image:
         image.load()
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
             # PIL cuts 16-bit greys off at 255 instead of scaling them.
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            orientation = _orientation(image)
             image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
             image.getexif()[ExifTags.Base.Orientation] = orientation
+        if image.mode not in _MODES:
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except UnidentifiedImageError as error:
         raise InputError(f"{file}: not a picture") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -5,7 +5,8 @@ from etils import epath
 from perfusion_jax.data.folders import find_files, read_folder
 from perfusion_jax.data.pictures import Picture
 from perfusion_jax.runtime import shipped
-from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.errors import InputError, UnavailableError
+from perfusion_jax.runtime.files import to_path
 from perfusion_jax.runtime.names import DATASET
 
 EXAMPLE = "emoji:"
@@ -33,7 +34,7 @@ def read_pictures(source: str, masks: str = "", captions: str = "") -> list[Pict
 
 def _folder(source: str) -> epath.Path:
     if not source.startswith(EXAMPLE):
-        return epath.Path(source)
+        return to_path(source)
     name = source.removeprefix(EXAMPLE)
     examples = sorted(folder.name for folder in shipped.EXAMPLES.iterdir() if folder.is_dir())
     if name not in examples:
@@ -46,6 +47,9 @@ def count_pictures(source: str) -> int:
 
     Args:
         source: as `config.pictures`.
+
+    Raises:
+        UnavailableError: storage fails.
     """
     try:
         if source.startswith(DATASET):
@@ -53,5 +57,7 @@ def count_pictures(source: str) -> int:
 
             return dataset.split_size(source)
         return len(find_files(_folder(source)).pictures)
+    except UnavailableError:
+        raise
     except InputError:
         return 0

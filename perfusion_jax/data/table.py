@@ -26,7 +26,7 @@ from etils import epath
 
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError, UnavailableError
-from perfusion_jax.runtime.files import read_text, storage_errors, subfolders
+from perfusion_jax.runtime.files import read_text, storage_errors, subfolders, to_path
 from perfusion_jax.runtime.names import PLACEHOLDER
 
 NEEDED = ("name", "super_category", "pictures")
@@ -34,7 +34,7 @@ FOLDERS = ("masks", "captions")
 TABLES = (".csv", ".jsonl")
 EMOJI = "emoji"  # the examples that ship with the package
 
-_SCHEME = re.compile(r"(emoji|tfds):|[a-z0-9]+://")  # emoji:dog, tfds:..., gs://...: not relative to anything
+_SCHEME = re.compile(r"(emoji|tfds):|[a-z0-9]+://|~/")  # emoji:dog, tfds:..., gs://..., ~/dog: not relative to anything
 
 
 class Row(NamedTuple):
@@ -81,7 +81,7 @@ def read_table(source: str, overridable: Collection[str]) -> list[Row]:
         InputError: it is not there, or a line cannot be used; the message names file, line and key.
         UnavailableError: its storage fails.
     """
-    path = epath.Path(shipped.EXAMPLES if source == EMOJI else source)
+    path = to_path(shipped.EXAMPLES if source == EMOJI else source)
     rows = _lines(path, overridable) if path.suffix in TABLES else _folders(path)
     if not rows:
         raise InputError(f"{path}: no concepts in it")

@@ -34,6 +34,7 @@ from perfusion_jax.method.baselines import Word, add
 from perfusion_jax.method.edit import Gate
 from perfusion_jax.method.surgery import Params
 from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.names import PLACEHOLDER
 
 # Concepts are padded to this many, so that up to this many can come and go without compiling anew.
 SLOTS = 4
@@ -366,7 +367,15 @@ def _changed(unet_params: Params, concepts: Sequence[TrainedConcept], strengths:
 
 def _unprompted(model: Architecture, negative_prompt: str | None, batch_size: int) -> Unprompted:
     weight = float(negative_prompt is not None or not model.empty_prompt_is_zero)
-    ids = np.repeat(model.tokenizer([negative_prompt or ""]), batch_size, axis=0)
+    try:
+        ids = model.tokenizer([negative_prompt or ""])
+    except InputError as error:
+        if PLACEHOLDER.search(negative_prompt or ""):
+            raise InputError(
+                f"negative_prompt is {negative_prompt!r}: it can name no concept: leave that out"
+            ) from error
+        raise
+    ids = np.repeat(ids, batch_size, axis=0)
     return Unprompted(ids, np.full(batch_size, weight, np.float32))
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -25,12 +25,15 @@ from perfusion_jax.drawing.samplers import check_named, make_plan, settle, space
 from perfusion_jax.formats.concept_file import PERFUSION, TrainedConcept, load_concept, read_card
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
 from perfusion_jax.formats.tree_folder import load_tree
-from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.runtime.errors import InputError, UnavailableError
 from perfusion_jax.runtime.files import is_local, storage_errors, to_path
 
 FORMAT = "perfusion_jax picture 1"
 LIBRARIES = ("perfusion_jax", "jax", "flax", "diffusers")
 CONTROLS = ("bias", "temperature", "strength", "start", "end")
+FLAGS = ("concept", "tree", "prompt", "prompts", "num_images", "seed", "init_image", "sweep")
+"""What a recipe is made of beside the options and the base model, as flags."""
+
 OPTIONS = (
     *CONTROLS,
     *("sampler", "steps", "spacing", "guidance", "guidance_rescale", "negative_prompt", "lock", "height", "width"),
@@ -140,7 +143,7 @@ def read_concepts(given: Sequence[str]) -> list[dict[str, str]]:
 def _names_a_file(word: str) -> bool:
     """Whether a word is NAME=FILE; a folder, a bucket or a file may have = in its name, too."""
     name, sign, _ = word.partition("=")
-    return bool(sign) and "/" not in name and not (is_local(word) and epath.Path(word).exists())
+    return bool(sign) and "/" not in name and not (is_local(word) and to_path(word).exists())
 
 
 def _sha256(file: str) -> str:
@@ -271,7 +274,60 @@ def read_recipe(file: str | os.PathLike[str]) -> Recipe:
     known = record.get("format") == FORMAT and record.keys() | {"tree"} == set(Recipe._fields)
     if not known or not isinstance(record["options"], dict) or record["options"].keys() | {"spacing"} != set(OPTIONS):
         raise InputError(f"{file}: it was drawn by another version of perfusion_jax: {json.dumps(record)}")
-    return Recipe(**{**record, "options": {"spacing": None, **record["options"]}})
+    recipe = Recipe(**{**record, "options": {"spacing": None, **record["options"]}})
+    wrong = _impossible(recipe)
+    if wrong:
+        value = {**recipe.options, **recipe._asdict()}[wrong]
+        raise InputError(f"{file}: its record of how it was drawn was changed: {wrong} cannot be {json.dumps(value)}")
+    return recipe
+
+
+def _impossible(recipe: Recipe) -> str:
+    """The first field or option of a recipe from a file that is of no kind that it can be; empty if there is none."""
+
+    def text(value: Any) -> bool:
+        return isinstance(value, str)
+
+    def whole(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**32
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float)
+
+    def list_of(kind: Callable[[Any], bool], value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(map(kind, value))
+
+    def control(value: Any) -> bool:
+        return number(value) or list_of(number, value)
+
+    def concept(value: Any) -> bool:
+        return isinstance(value, dict) and value.keys() == {"name", "file", "sha256"} and all(map(text, value.values()))
+
+    def sweep(value: Any) -> bool:
+        known = isinstance(value, list) and len(value) == 2 and value[0] in (*CONTROLS, "guidance")
+        return known and list_of(number, value[1])
+
+    base, options, versions = recipe.base, recipe.options, recipe.versions
+    is_base = isinstance(base, dict) and base.keys() == {"source", "revision", "variant"} and text(base["source"])
+    possible = {
+        "base": is_base and all(value is None or text(value) for value in base.values()),
+        "concepts": recipe.concepts == [] or list_of(concept, recipe.concepts),
+        "prompts": list_of(text, recipe.prompts),
+        "seeds": list_of(whole, recipe.seeds) and len(recipe.seeds) == len(recipe.prompts),
+        "columns": whole(recipe.columns) and recipe.columns > 0,
+        "init_image": recipe.init_image is None or text(recipe.init_image),
+        "sweep": recipe.sweep is None or sweep(recipe.sweep),
+        "versions": isinstance(versions, dict)
+        and versions.keys() <= set(LIBRARIES)
+        and all(map(text, versions.values())),
+        "tree": recipe.tree is None or text(recipe.tree),
+        "batch_size": whole(options["batch_size"]) and options["batch_size"] > 0,
+    }
+    kinds = {**dict.fromkeys(CONTROLS, control), **dict.fromkeys(("steps", "height", "width"), whole)}
+    kinds |= dict.fromkeys(("guidance", "guidance_rescale", "init_strength"), number)
+    kinds |= dict.fromkeys(("sampler", "spacing", "negative_prompt", "lock"), text)
+    possible |= {name: options[name] is None or kind(options[name]) for name, kind in kinds.items()}
+    return next((name for name, is_possible in possible.items() if not is_possible), "")
 
 
 def recipe_of_picture(file: str | os.PathLike[str], base_given: bool, base: str) -> Recipe:
@@ -396,6 +452,33 @@ def init_pixels(recipe: Recipe, base: BaseModel) -> np.ndarray:
     return np.asarray(ImageOps.fit(image, size, Image.Resampling.LANCZOS))
 
 
+def files_of(recipe: Recipe, out: epath.Path) -> list[epath.Path]:
+    """The files that `write` writes: of several pictures without a sweep each one's, and at last `out`."""
+    count = 0 if recipe.sweep or len(recipe.prompts) == 1 else len(recipe.prompts)
+    return [*(out.with_stem(f"{out.stem}_{number}") for number in range(count)), out]
+
+
+def check_replaced(files: Sequence[epath.Path]) -> None:
+    """Sees, before anything is drawn, that no picture of somebody's own will be replaced, but drawn ones alone.
+
+    Raises:
+        InputError: one does not say how it was drawn.
+        UnavailableError: storage fails.
+    """
+    for file in files:
+        with storage_errors(file, "read"):
+            there = file.exists()
+        try:
+            if there:
+                load_recipe(file)
+        except UnavailableError:
+            raise
+        except InputError as error:
+            raise InputError(
+                f"{file}: is there already, and perfusion_jax.sample has not drawn it: name another file, or move it"
+            ) from error
+
+
 def write(recipe: Recipe, drawn: list[list[Drawn]], out: epath.Path) -> None:
     """Writes pictures: a single one to `out`; several each beside it, as NAME_0.png and so on, and their grid to `out`.
 
@@ -415,9 +498,9 @@ def write(recipe: Recipe, drawn: list[list[Drawn]], out: epath.Path) -> None:
     if len(pictures) == 1:
         write_picture(out, pictures[0], record)
         return
-    for number, picture in enumerate(pictures):
+    for number, (picture, file) in enumerate(zip(pictures, files_of(recipe, out)[:-1], strict=True)):
         of_one = {"prompts": [recipe.prompts[number]], "seeds": [recipe.seeds[number]], "columns": 1}
-        write_picture(out.with_stem(f"{out.stem}_{number}"), picture, {**record, **of_one})
+        write_picture(file, picture, {**record, **of_one})
     rows = [pictures[first : first + recipe.columns] for first in range(0, len(pictures), recipe.columns)]
     labels = recipe.prompts[:: recipe.columns] if len(set(recipe.prompts)) > 1 else []
     write_picture(out, grid(rows, labels), record)

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -163,6 +163,7 @@ def score_all(
     settings: Mapping[str, Sequence[Setting]],
     plan: Drawing,
     out: epath.Path,
+    begin: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Any]]:
     """Draws and scores what is missing; gives each line as it is written.
 
@@ -172,11 +173,14 @@ def score_all(
         settings: by label; each concept is drawn under all of its label's, from the same noise.
         plan: what is drawn.
         out: a folder, local or in a bucket.
+        begin: is called before the first line is written: until then, nothing of what is wrong with an evaluation has
+            left anything that a mended one would not go with.
 
     Raises:
         InputError: a concept, its pictures or a prompt cannot be used.
         UnavailableError: storage fails.
     """
+    begun = False
     ways = mesh.size if mesh is not None else 1
     options = {**plan.options, "batch_size": -(-plan.options["batch_size"] // ways) * ways, "mesh": mesh}
     for subject in subjects:
@@ -203,6 +207,9 @@ def score_all(
             facts = {name: values.round(5).tolist() for name, values in scores._asdict().items()}
             known = {"name": subject.name, "label": subject.label, "concept": digest, "setting": setting.label}
             lines.append({**known, **facts})
+            if not begun:
+                begin()
+                begun = True
             write_bytes(_file(out, subject), "".join(f"{json.dumps(line)}\n" for line in lines).encode())
             yield lines[-1]
 

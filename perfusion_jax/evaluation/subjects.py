@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -22,6 +22,14 @@ ALL = "all"
 """The label of what has none."""
 
 
+class Base(NamedTuple):
+    """A base model, as the keyword arguments of `load_base_model` say it."""
+
+    source: str
+    revision: str | None
+    variant: str | None
+
+
 class Subject(NamedTuple):
     """A concept to evaluate.
 
@@ -33,6 +41,7 @@ class Subject(NamedTuple):
         crop: whether pictures are cut to a square, as they were learnt.
         label: what reports call all that was learnt in one way, such as a method's name.
         run: the label, or where the label has several workdirs, the label and the number of this one's.
+        base: that it was learnt on, as its run says; None where no run does.
     """
 
     name: str
@@ -43,6 +52,7 @@ class Subject(NamedTuple):
     crop: bool = True
     label: str = ALL
     run: str = ALL
+    base: Base | None = None
 
     @property
     def folder(self) -> str:
@@ -73,7 +83,7 @@ def of_workdirs(given: Sequence[str]) -> list[Subject]:
     seen: Counter[str] = Counter()
     for text in given:
         match = re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", text, re.DOTALL)
-        whole = match is None or (is_local(to_path(text)) and to_path(text).exists())
+        whole = match is None or (is_local(text) and to_path(text).exists())
         label, folder = (ALL, text) if match is None or whole else (match[1], match[2])
         seen[label] += 1
         run = label if label == ALL or seen[label] == 1 else f"{label}_{seen[label]}"
@@ -94,6 +104,7 @@ def of_workdir(workdir: epath.Path) -> list[Subject]:
     try:
         config = json.loads(text)
         crop, table = config["crop"], config["concepts"]
+        base = Base(config["base"], config.get("revision") or None, config.get("variant") or None)
         rows = read_table(table, OVERRIDES) if table else [_row(config)]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{workdir / CONFIG}: cannot be read ({error!r})") from error
@@ -105,6 +116,7 @@ def of_workdir(workdir: epath.Path) -> list[Subject]:
             row.masks,
             row.captions,
             row.overrides.get("crop", crop),
+            base=base,
         )
         for row in rows
         if not row.problem
@@ -127,9 +139,30 @@ def of_files(files: Sequence[str], pictures: Sequence[str]) -> list[Subject]:
         raise InputError(
             f"--concept is given {len(files)} times and --pictures {len(pictures)} times: give each concept its own"
         )
-    return [
-        Subject(read_card(file).name, epath.Path(file), folder) for file, folder in zip(files, pictures, strict=True)
-    ]
+    return [Subject(read_card(file).name, to_path(file), folder) for file, folder in zip(files, pictures, strict=True)]
+
+
+def base_of(subjects: Sequence[Subject], given: Any) -> Base:
+    """The base model of an evaluation.
+
+    Args:
+        subjects: what is evaluated.
+        given: `base`, `revision` and `variant`, each None where nobody has said it. Without a base it is that of the
+            runs, and where there are none, `emoji`.
+
+    Raises:
+        InputError: the runs are of several.
+    """
+    of_runs = {subject.base for subject in subjects if subject.base}
+    if given.base or not of_runs:
+        return Base(given.base or "emoji", given.revision, given.variant)
+    if len(of_runs) > 1:
+        names = ", ".join(sorted({base.source for base in of_runs}))
+        raise InputError(
+            f"--workdir: these runs are of several base models, {names}: evaluate them apart, or give --base"
+        )
+    (base,) = of_runs
+    return base._replace(revision=given.revision or base.revision, variant=given.variant or base.variant)
 
 
 def check_names(subjects: Sequence[Subject]) -> None:

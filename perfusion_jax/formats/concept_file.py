@@ -154,7 +154,8 @@ def load_concept(file: str | Path, base: BaseModel) -> TrainedConcept:
     card, tensors = _read(to_path(file))
     if not base.has_fingerprint(card.fingerprint):
         raise InputError(
-            f"{file}: trained on the base model {card.base_model}, which {base.name} is not: load that one"
+            f"{file}: trained on the base model {card.base_model}, which {base.name} is not: give --base "
+            f"{card.base_model}, or a copy of it"
         )
     return TrainedConcept(_concept(to_path(file), card.method, tensors, base), card)
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load
 
 from perfusion_jax.method.covariance import checked, whitening_of
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import read_arrays, storage_errors
+from perfusion_jax.runtime.files import read_arrays, storage_errors, to_path
 
 
 def load_covariance(file: str | Path, width: int) -> np.ndarray:
@@ -30,7 +30,7 @@ def load_covariance(file: str | Path, width: int) -> np.ndarray:
         InputError: it cannot be read, is of another shape, or is no covariance that can be inverted.
         UnavailableError: storage fails.
     """
-    file = epath.Path(file)
+    file = to_path(file)
     array = _read_matrix(file)
     try:
         matrix = np.asarray(array, np.float64)

@@ -17,7 +17,6 @@ from perfusion_jax.base_model.clipseg import load_segmenter
 from perfusion_jax.config import KEYS
 from perfusion_jax.data.captions import with_slots
 from perfusion_jax.data.examples import (
-    PLACEHOLDER,
     Examples,
     encode,
     given_masks,
@@ -70,8 +69,9 @@ def prepare_data(config: ConfigDict, base: BaseModel, pictures: Sequence[Picture
     if side % base.model.vae_factor:
         raise InputError(f"config.size is {side}; it must be a multiple of {base.model.vae_factor}")
     check_validation(config, base.model)
-    named = phrase(config, PLACEHOLDER)
-    longest = named.replace(PLACEHOLDER, config.super_category)
+    placeholder = f"<{config.name}>"
+    named = phrase(config, placeholder)
+    longest = named.replace(placeholder, config.super_category)
     shorten = partial(base.model.tokenizer.shorten, phrase=longest)
     chosen = config.name != KEYS["name"].default
     pictures = with_slots(pictures, config.name, config.super_category, shorten, chosen)
@@ -84,7 +84,7 @@ def prepare_data(config: ConfigDict, base: BaseModel, pictures: Sequence[Picture
         base.model, [whole if picture.inside is None else picture.inside for picture in pictures]
     )
     sizes = np.array([picture.sizes for picture in pictures], np.float32)
-    ids = prompt_ids(base.model, pictures, config.templates, named)
+    ids = prompt_ids(base.model, pictures, config.templates, named, placeholder)
     return Data(pixels, prompts_used(pictures, config.templates), make_examples(latents, masks, sizes, ids))
 
 

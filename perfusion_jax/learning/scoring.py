@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from perfusion_jax.base_model import Architecture, BaseModel
-from perfusion_jax.data.examples import PLACEHOLDER
 from perfusion_jax.drawing.generation import generate
 from perfusion_jax.drawing.grids import grid
 from perfusion_jax.drawing.samplers import make_plan, settle
@@ -26,9 +25,10 @@ def check_validation(config: ConfigDict, model: Architecture) -> None:
     Raises:
         InputError: one is too long, or the model's schedule has fewer steps than are to be taken.
     """
+    placeholder = f"<{config.name}>"
     try:
-        prompts = [prompt.replace("{}", phrase(config, PLACEHOLDER)) for prompt in config.validation_prompts]
-        model.tokenizer(prompts, [PLACEHOLDER])
+        prompts = [prompt.replace("{}", phrase(config, placeholder)) for prompt in config.validation_prompts]
+        model.tokenizer(prompts, [placeholder])
     except InputError as error:
         raise InputError(f"config.validation_prompts: {error}") from error
     try:

@@ -2,8 +2,10 @@
 
 import hashlib
 import platform
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
@@ -17,6 +19,8 @@ from perfusion_jax.runtime.files import cache_folder
 
 # Exit status where the same command would fail again.
 BAD_INPUT = 2
+# What ml_collections calls the module that the file of --config is.
+_CONFIG_FILE = "config_config"
 # Compiled programs that the cache keeps; those used longest ago go first.
 CACHE_BYTES = 2 * 2**30
 
@@ -74,13 +78,18 @@ def share_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     try:
+        folder = cache_folder()
+    except InputError as error:
+        logging.warning("%s; without it, what is compiled is compiled anew by each command", error)
+        return
+    try:
         cpu = next(
             line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
         )
     except (OSError, StopIteration):
         cpu = platform.processor()
     machine = f"{platform.machine()}-{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled" / machine))
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled" / machine))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 
@@ -126,18 +135,48 @@ def run(
         try:
             left = flags.FLAGS(arguments)
             if "config" in flags.FLAGS:
-                getattr(flags.FLAGS.config, "lock", None)  # a config file that cannot be read says so when looked at
+                flags.FLAGS.config.to_dict()  # a config file that cannot be read says so when looked at
             return left
-        except flags.Error as error:
-            problem = f"{error}; see --help"
-        except OSError as error:
-            problem = f"--config: {str(error).splitlines()[-1].strip()}"
-        except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:  # of a config file
-            # ml_collections hands a KeyError on inside another one; its text is the quoted form of what it was given.
-            cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
-            missing = isinstance(cause, KeyError)
-            problem = f"--config: no such key: {cause.args[0]}".replace("\n", ". ") if missing else str(error)
+        except Exception as error:  # a config file may raise anything
+            problem = _fault_in_config(error, arguments) or _mistake_in_flags(error)
+            if not problem:
+                raise
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _fault_in_config(error: BaseException, arguments: Sequence[str]) -> str:
+    """Where the user's config file is wrong, as `rex.py:7: NameError: ...`; empty if an error is of something else."""
+    causes = [error]
+    while (inner := causes[-1].__cause__ or causes[-1].__context__) is not None:  # ml_collections and absl hand it on
+        causes.append(inner)
+    for cause in causes:
+        if isinstance(cause, SyntaxError) and str(cause.filename).endswith(".py"):  # and not of a flag's value
+            return f"{cause.filename}:{cause.lineno}: {type(cause).__name__}: {cause.msg}"
+        own = [at for at in traceback.walk_tb(cause.__traceback__) if at[0].f_globals.get("__name__") == _CONFIG_FILE]
+        if own:
+            frame, line = own[-1]
+            said = " ".join(str(cause).splitlines())
+            return f"{frame.f_code.co_filename}:{line}: {type(cause).__name__}: {said}"
+    # It has no such function, one that cannot be called so, or one that returns something else.
+    cause = causes[-1]
+    if isinstance(cause, (AttributeError, TypeError)) and re.search("get_config|'to_dict'", str(cause)):
+        file = re.search(r"^--?config[=\n]([^:\n]*)", "\n".join(arguments), re.MULTILINE)
+        name = file[1] if file else "--config"
+        return f"{name}: it needs a function get_config(base) that returns make_config(...) ({cause})"
+    return ""
+
+
+def _mistake_in_flags(error: Exception) -> str:
+    """What is wrong with the flags, in a line; empty if an error is of something else."""
+    if isinstance(error, flags.Error):
+        return f"{error}; see --help"
+    if isinstance(error, OSError):
+        return f"--config: {str(error).splitlines()[-1].strip()}"
+    # ml_collections hands a KeyError on inside another one; its text is the quoted form of what it was given.
+    cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    if isinstance(cause, KeyError):
+        return f"--config: no such key: {cause.args[0]}".replace("\n", ". ")
+    return str(error) if isinstance(error, (AttributeError, TypeError, ValueError)) else ""

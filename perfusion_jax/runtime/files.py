@@ -44,14 +44,24 @@ def is_local(path: str | os.PathLike[str]) -> bool:
     return "://" not in os.fspath(path)
 
 
+def at_home(path: str | os.PathLike[str]) -> str:
+    """A path with the user's home folder in place of the `~/` that it begins with.
+
+    A shell does not see to it in `--workdir=~/runs`, nor does anything in a table. Other `~` stay: files may have them
+    in their names.
+    """
+    text = os.fspath(path)
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
 def to_path(path: str | os.PathLike[str]) -> epath.Path:
-    """A path as people give it, local or in a bucket.
+    """A path as people give it, local or in a bucket; `~/` is the home folder.
 
     Raises:
         InputError: it is an address of something else.
     """
     try:
-        return epath.Path(path)
+        return epath.Path(at_home(path))
     except KeyError as error:  # of no scheme that epath knows
         raise InputError(f"{path}: {error.args[0]} is no storage known here: give a local path or gs://...") from error
 
@@ -85,8 +95,15 @@ def read_text(file: epath.Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where commands keep for the next ones what takes long to make: `~/.cache/perfusion_jax`, or of XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "perfusion_jax"
+    """Where commands keep for the next ones what takes long to make: `~/.cache/perfusion_jax`, or of XDG_CACHE_HOME.
+
+    Raises:
+        InputError: there is neither.
+    """
+    folder = at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if folder.startswith("~/"):  # as in a container whose user has no name
+        raise InputError("this user has no home folder to keep files in: name a folder in XDG_CACHE_HOME")
+    return Path(folder) / "perfusion_jax"
 
 
 def entries(folder: epath.Path) -> list[epath.Path] | None:

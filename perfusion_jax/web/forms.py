@@ -158,8 +158,5 @@ def thing_config(source: Mapping[str, str | None], form: Form, name: str, pictur
     given = {key: value for key, value in own.items() if value is not None} | parse_keys(form.text("keys"))
     more = {key: source[key] for key in ("revision", "variant") if source[key]}
     config = make_config(source["source"] or "", name=name, super_category=kind, pictures=pictures, **{**more, **given})
-    try:
-        check(config)
-    except TypeError as error:  # of what no rule has thought of
-        raise InputError(f"the keys of the config cannot be used: {error}") from error
+    check(config)
     return config

@@ -85,6 +85,14 @@ CASES = {
         for ending in ("heic", "jfif", "WEBP", "JPG")
     },
     "fractions": case("a.tif: its pixels are numbers of 32 bits", lambda f: Image.new("F", SIZE).save(f / "a.tif")),
+    "damaged EXIF": case(
+        Learnt(
+            {"a.png": None, "b.png": None},
+            warnings=("a.png: its EXIF data are damaged (not a TIFF file", "b.png: its EXIF data are damaged (unpack"),
+        ),
+        picture("a.png", exif=b"Exif\0\0JUNKJUNK"),
+        picture("b.png", exif=b"Exif\0\0II*\0"),
+    ),
     "one moves": case(
         Learnt({"a.gif": None}),
         lambda f: Image.new("P", SIZE).save(f / "a.gif", save_all=True, append_images=[Image.new("P", SIZE, 1)]),
@@ -360,8 +368,9 @@ def test_a_caption_that_names_another_concept_is_named(small_base, tmp_path):
     save(tmp_path / "a.png")
     write(tmp_path / "a.txt", "a dog with <tom>")
     pictures = with_slots(read_folder(tmp_path), "rex", "dog", shorten)
-    with pytest.raises(InputError, match=r"the caption of a\.png: the prompt .* names <tom>, but the concepts given"):
-        prompt_ids(small_base.model, pictures, ["a {}"])
+    message = r"the caption of a\.png: the prompt .* names <tom>, but the concepts given are: <rex>"
+    with pytest.raises(InputError, match=message):
+        prompt_ids(small_base.model, pictures, ["a {}"], "<rex> dog", "<rex>")
 
 
 def test_some_pictures_with_a_mask_and_some_without_are_refused_by_name(small_base, tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -61,6 +62,14 @@ def test_an_interrupted_measurement_is_gone_on_with(small_base, cache, monkeypat
     file = measuring.find_or_measure(small_base, "")
     assert f"going on after {2 * BATCH} captions" in capsys.readouterr().out
     assert not partial_file(file).exists()
+
+
+@pytest.mark.parametrize(("folder", "message"), [("/dev/null", "cannot be "), ("", "this user has no home folder")])
+def test_a_cache_folder_that_cannot_be_had_is_named_with_what_names_another(small_base, monkeypatch, folder, message):
+    monkeypatch.setenv("XDG_CACHE_HOME", folder)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does where a user has no home
+    with pytest.raises(InputError, match=f"{message}.*XDG_CACHE_HOME"):
+        measuring.find_or_measure(small_base, "")
 
 
 @pytest.mark.parametrize(

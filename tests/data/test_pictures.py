@@ -7,7 +7,8 @@ from PIL import Image
 
 from perfusion_jax import InputError
 from perfusion_jax.data.folders import read_folder
-from perfusion_jax.data.pictures import fit
+from perfusion_jax.data.pictures import fit, open_picture
+from perfusion_jax.data.sources import count_pictures
 from perfusion_jax.runtime.errors import UnavailableError
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -44,6 +45,20 @@ def test_other_colour_modes_are_converted(tmp_path, mode):
     assert picture.pixels.shape == (20, 40, 3)
     assert picture.pixels[10, 5].max() < 10
     assert picture.pixels[10, 35].min() > 245
+
+
+def test_colours_that_cannot_be_converted_are_named(tmp_path, monkeypatch):
+    two_halves().save(tmp_path / "a.png")
+    (tmp_path / "masks").mkdir()
+    Image.new("LAB", (40, 20), (255, 128, 128)).save(tmp_path / "masks" / "a.tif")
+    assert read_folder(tmp_path)[0].mask.min() > 0.9
+
+    def refuse(image, mode):
+        raise ValueError(f"conversion from {image.mode} to {mode} not supported")  # as older versions of PIL do
+
+    monkeypatch.setattr(Image.Image, "convert", refuse)
+    with pytest.raises(InputError, match=r"a\.tif: cannot be read \(conversion from LAB to RGB not supported"):
+        open_picture(epath.Path(tmp_path / "masks" / "a.tif"))
 
 
 def test_sixteen_bit_greys_are_scaled_not_cut(tmp_path):
@@ -137,8 +152,9 @@ def test_storage_that_fails_for_now_is_no_fault_of_the_pictures(tmp_path, monkey
         read_folder(tmp_path)
     # Nor is a folder missing that cannot be looked into.
     monkeypatch.setattr(type(epath.Path(tmp_path)), "iterdir", fail)
-    with pytest.raises(UnavailableError, match=f"{tmp_path}: cannot be read"):
-        read_folder(tmp_path)
+    for read in (read_folder, count_pictures):
+        with pytest.raises(UnavailableError, match=f"{tmp_path}: cannot be read"):
+            read(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["masks", "a.txt"])

@@ -28,7 +28,7 @@ def test_a_csv_and_a_jsonl_table_say_the_same(tmp_path):
     csv = (
         "name,super_category,pictures,masks,captions,steps,flip,values_rate,licence\n"
         "rex,dog,rex,,,600,FALSE,0.01,\n"
-        'my-cup,"coffee cup",gs://bucket/cup,cup_masks,/captions,,,,CC-0\n'
+        'my-cup,"coffee cup",gs://bucket/cup,cup_masks,~/captions,,,,CC-0\n'
         "tom,cat,emoji:cat,,,,,,\n"
     )
     lines = [
@@ -45,7 +45,7 @@ def test_a_csv_and_a_jsonl_table_say_the_same(tmp_path):
             "super_category": "coffee cup",
             "pictures": "gs://bucket/cup",
             "masks": "cup_masks",
-            "captions": "/captions",
+            "captions": "~/captions",
             "licence": "CC-0",
         },
         {"name": "tom", "super_category": "cat", "pictures": "emoji:cat"},
@@ -56,7 +56,7 @@ def test_a_csv_and_a_jsonl_table_say_the_same(tmp_path):
     rex, cup, tom = ours
     assert rex.overrides == {"steps": 600, "flip": False, "values_rate": 0.01}
     assert (rex.pictures, rex.masks) == (str(tmp_path / "rex"), "")
-    assert (cup.pictures, cup.masks, cup.captions) == ("gs://bucket/cup", str(tmp_path / "cup_masks"), "/captions")
+    assert (cup.pictures, cup.masks, cup.captions) == ("gs://bucket/cup", str(tmp_path / "cup_masks"), "~/captions")
     assert (tom.pictures, tom.overrides) == ("emoji:cat", {})
     config = member_config(fleet.get_config(), rex)
     assert (config.name, config.super_category, config.steps, config.flip) == ("rex", "dog", 600, False)

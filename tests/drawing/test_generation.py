@@ -162,7 +162,7 @@ def test_attention_and_progress(small_base):
         ("a <rex>", {"batch_size": 2.0}, "batch_size is 2.0; it must be a whole number"),
         ("a <rex>", {"height": 32.0}, "height is 32.0; it must be a whole number"),
         ("a <rex>", {"guidance_rescale": 2.0}, "guidance_rescale is 2.0; it must be at least 0 and at most 1"),
-        ("a <rex>", {"negative_prompt": "a <rex>"}, "names <rex>"),
+        ("a <rex>", {"negative_prompt": "a <rex>"}, "negative_prompt is 'a <rex>': it can name no concept"),
     ],
 )
 def test_impossible_requests_are_refused(small_base, prompt, options, message):

@@ -5,12 +5,22 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 
 from configs.dog import get_config
+from perfusion_jax import InputError
 from perfusion_jax.data.table import Row
 from perfusion_jax.learning.preparation import prepare
 from perfusion_jax.learning.rounds import Member, Round, round_settings
+from perfusion_jax.learning.scoring import check_validation
+
+
+def test_a_concept_is_called_by_its_own_name(small_base):
+    config = get_config(str(small_base.name))
+    config.update(name="rex", validation_prompts=("a {} with <tom>",))
+    with pytest.raises(InputError, match=r"config\.validation_prompts: .* names <tom>, .* given are: <rex>"):
+        check_validation(config, small_base.model)
 
 
 def test_super_categories_in_pieces_are_told_of_once_for_each_concept(small_base, small_folder, tmp_path, caplog):

@@ -1,5 +1,6 @@
 """What all command lines share."""
 
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from perfusion_jax.runtime.command_line import BAD_INPUT
         (["--config=configs/dgo.py", "--config.steps=3"], "--config: [Errno 2] No such file or directory"),
         (["--config=configs/dog.py", "--config.steps=many"], "flag --config.steps=many: invalid literal"),
         (["--config=configs/dog.py", "--config.step=3"], "--config: no such key: 'step'. Did you mean \"steps\""),
+        (["--config=configs/dog.py", "--config.templates=("], "config.templates is ('(',); it must be at least 1"),
         (["--config=configs/dog.py", "dog"], "'dog' is not a flag; see --help"),
     ],
 )
@@ -29,6 +31,27 @@ def test_mistakes_in_a_command_are_told_in_a_line(tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "1: SyntaxError: invalid syntax"),
+        ("import nothing_of_that_name", "1: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        ("def get_config():\n    return foo", "2: NameError: name 'foo' is not defined"),
+        ("def get_config():\n    return {}['a']", "2: KeyError: 'a'"),
+        ("def get_config():\n    return 1 + 'x'", "2: TypeError: unsupported operand"),
+        ("x = 1", " it needs a function get_config(base) that returns make_config(...) ("),
+        ("def get_config():\n    pass", " it needs a function get_config(base) that returns make_config(...) ("),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_told_with_its_line(tmp_path, text, message):
+    (tmp_path / "rex.py").write_text(text)
+    command = [sys.executable, "-m", "perfusion_jax.train", f"--workdir={tmp_path}/run", f"--config={tmp_path}/rex.py"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == BAD_INPUT
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'rex.py'}:{message}")
+
+
 def test_memory_that_does_not_suffice_is_told_in_a_line():
     program = (
         "import jax.numpy as jnp; from perfusion_jax.runtime import command_line;"
@@ -40,6 +63,18 @@ def test_memory_that_does_not_suffice_is_told_in_a_line():
     told = ended.stderr.splitlines()[-1]
     assert told.startswith("error: the memory of a device does not suffice (")
     assert told.endswith("): take less")
+
+
+def test_a_user_without_a_home_is_told_and_goes_on():
+    program = (
+        "import os; os.path.expanduser = lambda path: path\n"  # what it does where a user has no home
+        "from perfusion_jax.runtime import command_line; command_line.run(lambda: print('done'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment["XDG_CACHE_HOME"] = ""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert ended.stdout == "done\n", ended.stderr
+    assert "XDG_CACHE_HOME; without it, what is compiled is compiled anew" in ended.stderr
 
 
 def test_commands_import_no_pytorch_where_it_is_installed():

@@ -13,7 +13,7 @@ from odd_names import ODD_NAMES
 
 from perfusion_jax import InputError
 from perfusion_jax.runtime.errors import UnavailableError
-from perfusion_jax.runtime.files import locked, read_text, replacing, storage_errors, write_arrays, write_bytes
+from perfusion_jax.runtime.files import locked, read_text, replacing, storage_errors, to_path, write_arrays, write_bytes
 
 
 def failing(error):
@@ -58,6 +58,12 @@ def test_a_file_may_have_any_name(tmp_path, name):
     write_bytes(tmp_path / name, b"1")
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_bytes() == b"1"
+
+
+def test_a_path_may_begin_at_home_and_a_name_with_its_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/people/me")
+    for given, meant in (("~/runs", "/people/me/runs"), ("~dog", "~dog"), ("a/~/b", "a/~/b"), ("gs://b/~/c", None)):
+        assert str(to_path(given)) == (meant or given)
 
 
 @BOTH
