@@ -21,8 +21,8 @@ from perfusion_jax.base_model import load_architecture, whole_sizes
 from perfusion_jax.config import make_config
 from perfusion_jax.data.pictures import fit, read_picture
 from perfusion_jax.data.text_covariance import accumulate, covariance_of
-from perfusion_jax.drawing.denoising import Concepts, prompt_context
-from perfusion_jax.drawing.generation import drawing, noise_for
+from perfusion_jax.drawing.denoising import Concepts, noise_for, prompt_context
+from perfusion_jax.drawing.generation import drawing
 from perfusion_jax.formats.concept_file import load_concept
 from perfusion_jax.formats.lora import lora_bytes
 from perfusion_jax.learning.runs import train_fleet, train_one

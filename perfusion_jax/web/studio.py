@@ -16,7 +16,7 @@ from etils import epath
 from PIL import Image, ImageOps
 
 from perfusion_jax.data.pictures import open_picture
-from perfusion_jax.drawing.generation import SLOTS
+from perfusion_jax.drawing.controls import SLOTS
 from perfusion_jax.drawing.prompts import escaped, without_syntax
 from perfusion_jax.drawing.recipe import CONTROLS, Recipe, command_of, read_recipe
 from perfusion_jax.formats.concept_file import PERFUSION, load_concept

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from perfusion_jax import InputError
-from perfusion_jax.drawing.generation import compiled_step, drawing, generate, per_concept
+from perfusion_jax.drawing.controls import per_concept
+from perfusion_jax.drawing.generation import drawing, generate
+from perfusion_jax.drawing.programs import compiled_step
 from perfusion_jax.formats.concept_file import ConceptCard, TrainedConcept
 from perfusion_jax.method import baselines
 from perfusion_jax.method.baselines import BASELINES

@@ -470,16 +470,17 @@ def test_an_interrupted_fleet_goes_on_on_another_mesh(inputs, finished, tmp_path
     """Where weights are whole on both devices, these share the drawing of a concept's three pictures and one more."""
     telling = """
 import jax
-from perfusion_jax.drawing import generation
-draw = generation.draw_batch
-def draw_and_tell(mesh, base, params, *arguments, **options):
-    images, seen = draw(mesh, base, params, *arguments, **options)
-    if mesh is not None:
-        alone, _ = draw(None, base, jax.tree.map(lambda leaf: leaf.addressable_data(0), params), *arguments, **options)
+from perfusion_jax.drawing.programs import Program
+draw = Program.draw
+def draw_and_tell(program, *arguments):
+    images, seen = draw(program, *arguments)
+    if program.mesh is not None:
+        params = jax.tree.map(lambda leaf: leaf.addressable_data(0), program.params)
+        alone, _ = draw(program._replace(mesh=None, params=params), *arguments)
         shapes = [part.data.shape for part in images.addressable_shards]
         print("shared:", shapes, abs(jax.device_get(images) - jax.device_get(alone)).max() < 1e-3)
     return images, seen
-generation.draw_batch = draw_and_tell
+Program.draw = draw_and_tell
 """
     config = make_config(inputs, members=4, validation_prompts=("a {} on the moon",), sampling_steps=2)
     config.pictures_per_prompt = 3
