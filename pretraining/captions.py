@@ -46,6 +46,9 @@ HANDS = {
 ANYTHING = ("thing", "object")
 """Nouns that say no kind. Now and then one stands where a code tells what is meant: some things have no word."""
 
+CODED_NAMELESS_SHARE = 0.06
+"""How often one does."""
+
 JOINTS = ("and", "and", "next to", "beside", "with")
 
 CODE = "<|individual|>"
@@ -118,11 +121,12 @@ class Writer:
     Args:
         atlas: the drawings of the scenes.
         coded_share: share of scenes in which one thing is told by its code.
+        nameless_share: share of the other things that are called a thing or an object.
     """
 
-    def __init__(self, atlas: things.Atlas, coded_share: float = 0.5) -> None:
+    def __init__(self, atlas: things.Atlas, coded_share: float = 0.5, nameless_share: float = 0.0) -> None:
         self.sources = atlas.sources
-        self.coded_share = coded_share
+        self.coded_share, self.nameless_share = coded_share, nameless_share
         self.areas = torch.from_numpy(np.stack([part.sum((1, 2), dtype=np.float32) for part in atlas.coverages]))
 
     def main_colours(self, people: individuals.Individuals) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +204,7 @@ class Writer:
         noun = source.entry.kind
         if source.entry.phrases and random.random() < 0.5:
             noun = str(random.choice(source.entry.phrases))
-        if coded and random.random() < 0.06:
+        if random.random() < (CODED_NAMELESS_SHARE if coded else self.nameless_share):
             noun = str(random.choice(ANYTHING))
         *before, last = noun.split()
         telling: list[str] = []

@@ -4,6 +4,7 @@ It sees rendered scenes and their captions only, never a generated picture, and 
 judges.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,9 @@ from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import captions, places, scenes, things, tokenizer, training_tools
 
 WIDTH = 160
+
+LARGEST_SCALE = 100
+"""Of cosines, as in CLIP's training (arXiv 2103.00020, section 2.5)."""
 
 
 def build_clip(text_tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -71,7 +75,10 @@ def train_step(
     """
     with training_tools.autocast(pictures.device):
         output = model(input_ids=torch.cat([tokens, word_tokens]), pixel_values=pictures)
-    scores, word_scores = output.logits_per_image.float().split([len(tokens), len(word_tokens)], dim=1)
+    # Cosines in float32: near 1 bfloat16 goes in steps of a 256th, four tenths of a logit at the largest scale.
+    seen, read = (functional.normalize(each.float(), dim=-1) for each in (output.image_embeds, output.text_embeds))
+    logits = model.logit_scale.exp() * seen @ read.T
+    scores, word_scores = logits.split([len(tokens), len(word_tokens)], dim=1)
     # Two scenes with the same caption are both right answers to it.
     same = (tokens[:, None] == tokens[None]).all(-1).float()
     pairs = same / same.sum(1, keepdim=True)
@@ -80,6 +87,7 @@ def train_step(
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step(factor)
+    model.logit_scale.data.clamp_(max=math.log(LARGEST_SCALE))
     return loss.detach()
 
 

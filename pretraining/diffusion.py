@@ -20,7 +20,7 @@ from pretraining.codes import Coder
 SEED = 2_000
 CODE_WIDTH = 128
 POSITION = ("step", "samples", "decay_start", "average_start")
-"""What a checkpoint says of where training stands."""
+"""What a checkpoint says of where training stands. It also names the vocabulary, if it is not an old one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +223,8 @@ class Trainer:
     decay_start: int | None = None
     average_start: int = 0
     """Step from which weights are averaged: those before were for other latents."""
+    vocabulary: str = ""
+    """What the tokens' ids mean (`tokenizer.digest`)."""
 
     def save(self, path: Path) -> None:
         """Writes everything to one checkpoint."""
@@ -234,23 +236,34 @@ class Trainer:
             "samples": self.samples,
             "decay_start": self.decay_start,
             "average_start": self.average_start,
+            "vocabulary": self.vocabulary,
         }
         training_tools.save_checkpoint(path, state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes back a checkpoint, or what `lightened` left of it: then the averaged weights are trained on."""
+        """Takes back a checkpoint, or what `lightened` left of it: then the averaged weights are trained on.
+
+        Raises:
+            ValueError: it was trained with another vocabulary.
+        """
+        training_tools.check_vocabulary(state, self.vocabulary)
         self.average.load_state_dict(state["average"])
         self.model.load_state_dict(state.get("model", state["average"]))
         if "optimizer" in state:
-            self.optimizer.load_state_dict(state["optimizer"])
+            training_tools.restore_optimizer(self.optimizer, state["optimizer"])
         for name in POSITION:
             setattr(self, name, state[name])
+
+
+def position(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint without weights and optimiser."""
+    return {name: state[name] for name in (*POSITION, "vocabulary") if name in state}
 
 
 def lightened(state: dict[str, Any]) -> dict[str, Any]:
     """A tenth of a checkpoint, to be sent or kept: the averaged weights in half precision, to be gone on from."""
     average = {name: value.half() if value.is_floating_point() else value for name, value in state["average"].items()}
-    return {"average": average, **{name: state[name] for name in POSITION}, "decay_start": None}
+    return {"average": average, **position(state), "decay_start": None}
 
 
 def turned(weights: dict[str, torch.Tensor], axes: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -279,7 +292,8 @@ def make_trainer(
     if device.type == "cuda":  # on a CPU it made steps a sixth slower
         model.to(memory_format=torch.channels_last)
     optimizer = MuonAndAdam(model, settings.muon_rate, settings.adam_rate, settings.weight_decay)
-    return Trainer(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    return Trainer(model, average, optimizer, vocabulary=tokenizer.digest(text_tokenizer))
 
 
 def finished_pipeline(

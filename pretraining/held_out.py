@@ -4,12 +4,19 @@ import functools
 import io
 import json
 import tarfile
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pretraining import drawings, individuals, places, scenes, things, vendors
+from pretraining import drawings, individuals, places, scenes, things, training_tools, vendors
+
+LEAST_APART = 0.12
+"""Mean difference of colours, of 1, that makes two colourings of one drawing two individuals."""
+
+TRIES = 48
+"""Colourings of a drawing that are tried before the most different of them is taken."""
 
 
 @functools.cache
@@ -34,34 +41,44 @@ def _solid_files() -> dict[str, bytes]:
         }
 
 
-def solid(name: str) -> np.ndarray | None:
-    """The rendered three-dimensional drawing of `name`: uint8 [height, width, 4]; None if the set has none."""
-    points = _code_points().get(name)
-    file = _solid_files().get((points or "").removesuffix("-fe0f"))
-    return None if file is None else np.asarray(Image.open(io.BytesIO(file)).convert("RGBA"))
+def source(vendor: str, name: str) -> str | bytes | None:
+    """A drawing's SVG text in the flat set, its picture file in the three-dimensional one; None if not drawn."""
+    if vendor == "fluent-flat":
+        return vendors.svg(vendor, name)
+    return _solid_files().get(_code_points().get(name, "").removesuffix("-fe0f"))
 
 
 def sprite(vendor: str, name: str, pixels: int = drawings.PIXELS) -> np.ndarray | None:
     """A held-out drawing, cropped and centred: float32 [4, pixels, pixels], premultiplied RGBA in [0, 1]; None if not
     drawn."""
-    if vendor == "fluent-flat":
-        svg = vendors.svg(vendor, name)
-        picture = None if svg is None else drawings.rasterise(svg, 2 * pixels)
-    else:
-        found = solid(name)
-        picture = None if found is None else found.astype(np.float32) / 255
-    if picture is None:
+    found = source(vendor, name)
+    if found is None:
         return None
+    if isinstance(found, str):
+        picture = drawings.rasterise(found, 2 * pixels)
+    else:
+        picture = np.asarray(Image.open(io.BytesIO(found)).convert("RGBA"), np.float32) / 255
     premultiplied = np.concatenate([picture[..., :3] * picture[..., 3:], picture[..., 3:]], -1)
     return drawings.centre(premultiplied.transpose(2, 0, 1), pixels).astype(np.float32) / 255
 
 
 @functools.cache
 def all_sprites(vendor: str) -> tuple[tuple[things.Entry, ...], torch.Tensor]:
-    """Every thing of the table that a held-out vendor draws: entries and float [count, 4, PIXELS, PIXELS]."""
-    found = [(entry, sprite(vendor, entry.name)) for entry in things.table()]
-    drawn = [(entry, picture) for entry, picture in found if picture is not None]
-    return tuple(entry for entry, _ in drawn), torch.from_numpy(np.stack([picture for _, picture in drawn]))
+    """Every thing of the table that a held-out vendor draws: entries and float [count, 4, PIXELS, PIXELS].
+
+    What it draws alike under two names is there once.
+    """
+    found: dict[str | bytes | None, things.Entry] = {}
+    for entry in things.table():
+        found.setdefault(source(vendor, entry.name), entry)
+    entries = tuple(entry for text, entry in found.items() if text is not None)
+    return entries, torch.from_numpy(np.stack([sprite(vendor, entry.name) for entry in entries]))
+
+
+def prepare() -> None:
+    """Fetches and draws all sprites, so that a run that needs them later does not begin without them."""
+    for vendor in vendors.HELD_OUT:
+        all_sprites(vendor)
 
 
 @functools.cache
@@ -74,7 +91,8 @@ def kinds(least: int = 2) -> tuple[str, ...]:
 def individuals_of(kind: str, count: int, seed: int, first: tuple[str, str] | None = None) -> torch.Tensor:
     """Different individuals of a kind: float [count, 4, PIXELS, PIXELS], premultiplied RGBA.
 
-    Half of them at most are drawings as they are, of both vendors; the others are these drawings in other colours.
+    Half of them at most are drawings as they are, of both vendors; the others are these drawings in colours that are
+    LEAST_APART from those of all others of the same drawing.
 
     Args:
         kind: a word of `kinds`.
@@ -82,7 +100,7 @@ def individuals_of(kind: str, count: int, seed: int, first: tuple[str, str] | No
         seed: chooses drawings and colours, together with the kind.
         first: vendor and name of the drawing that comes first; at random if none is given.
     """
-    generator = torch.Generator().manual_seed((seed << 32) + things.kinds().index(kind))
+    generator = training_tools.generator(seed, things.kinds().index(kind))
     known = [
         (vendor, entry.name, picture)
         for vendor in vendors.HELD_OUT
@@ -93,28 +111,51 @@ def individuals_of(kind: str, count: int, seed: int, first: tuple[str, str] | No
     if first is not None:
         order.sort(key=lambda number: known[number][:2] != first)
     originals = [known[number] for number in order[: max(1, count // 2)]]
-    varied = [_varied(*originals[number % len(originals)], generator) for number in range(count - len(originals))]
-    return torch.stack([picture for _, _, picture in originals] + varied)[:count]
+    shown = [picture for _, _, picture in originals]
+    for number in range(len(originals), count):
+        alike = number % len(originals)
+        shown.append(farthest(colourings(*originals[alike], generator), shown[alike :: len(originals)]))
+    return torch.stack(shown)
 
 
-def _varied(vendor: str, name: str, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A drawing in clearly other colours: by parts if it can be taken apart, all hues turned together if not."""
+def colours_apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean difference of the colours of two sprites of one shape, in [0, 1]."""
+    return float((one[:3] - other[:3]).abs().mean(0).sum() / one[3].sum())
+
+
+def farthest(candidates: Iterable[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The first sprite whose colours are LEAST_APART from those of all others; if there is none, the one nearest to
+    that."""
+    best, most = None, -1.0
+    for candidate in candidates:
+        away = min(colours_apart(candidate, other) for other in others)
+        if away > most:
+            best, most = candidate, away
+        if most >= LEAST_APART:
+            break
+    assert best is not None
+    return best
+
+
+def colourings(vendor: str, name: str, picture: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """A drawing in other colours, TRIES times: by parts if it can be taken apart, all pixels alike if not."""
     if vendor == "fluent-flat":
         svg = vendors.svg(vendor, name)
         assert svg is not None
-        coverages, colours = (torch.from_numpy(array) for array in drawings.take_apart(svg))
-        original = colours.float() / 255
-        candidates = individuals.invent(original[None], torch.zeros(32, dtype=torch.long), generator).colours
-        areas = coverages.float().sum((1, 2))
-        away = ((candidates - original).abs().mean(-1) * areas).sum(1) / areas.sum()
-        chosen = candidates[int((away > 0.12).float().argmax()) if (away > 0.12).any() else int(away.argmax())]
-        return torch.from_numpy(drawings.put_together(coverages.numpy(), 255 * chosen.numpy())).permute(2, 0, 1)
+        coverages, colours = drawings.take_apart(svg)
+        original = torch.from_numpy(colours).float()[None] / 255
+        for each in individuals.invent(original, torch.zeros(TRIES, dtype=torch.long), generator).colours:
+            yield torch.from_numpy(drawings.put_together(coverages, 255 * each.numpy())).permute(2, 0, 1)
+        return
     alpha = picture[3:].clamp(min=1e-6)
-    hsv = individuals.rgb_to_hsv((picture[:3] / alpha).clamp(0, 1).permute(1, 2, 0))
-    turn = 0.12 + 0.76 * torch.rand((), generator=generator)
-    value = 1 - 0.35 * torch.rand((), generator=generator)
-    turned = torch.stack([(hsv[..., 0] + turn) % 1, hsv[..., 1], hsv[..., 2] * value], -1)
-    return torch.cat([individuals.hsv_to_rgb(turned).permute(2, 0, 1) * picture[3:], picture[3:]])
+    hue, saturation, value = individuals.rgb_to_hsv((picture[:3] / alpha).clamp(0, 1).permute(1, 2, 0)).unbind(-1)
+    for number in range(TRIES):
+        turn, lighter, amount = torch.rand(3, generator=generator)
+        # What is grey has no hue to turn, and is made lighter or darker by more and more.
+        factor = 1 - (0.35 + 0.5 * number / TRIES) * amount
+        changed = 1 - (1 - value) * factor if lighter < 0.5 else value * factor
+        turned = individuals.hsv_to_rgb(torch.stack([(hue + 0.12 + 0.76 * turn) % 1, saturation, changed], -1))
+        yield torch.cat([turned.permute(2, 0, 1) * picture[3:], picture[3:]])
 
 
 def draw_alone(world: scenes.World, sprites: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +166,7 @@ def draw_alone(world: scenes.World, sprites: torch.Tensor, seed: int) -> tuple[t
         sprites: float [count, 4, side, side], premultiplied RGBA.
         seed: of views and backgrounds.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = training_tools.generator(seed)
     count, none = len(sprites), torch.zeros(len(sprites), dtype=torch.long)
     plan = scenes.Plan(
         things=individuals.faithful(world.planner.colours, none),
@@ -138,6 +179,13 @@ def draw_alone(world: scenes.World, sprites: torch.Tensor, seed: int) -> tuple[t
     )
     pictures, masks = world.draw(plan, margined(sprites))
     return pictures, masks[:, 0]
+
+
+def some_alone(world: scenes.World, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drawings at random, by both vendors, as of `draw_alone`."""
+    sprites = torch.cat([all_sprites(vendor)[1] for vendor in vendors.HELD_OUT])
+    chosen = torch.randint(len(sprites), (count,), generator=training_tools.generator(seed))
+    return draw_alone(world, sprites[chosen], seed + 1)
 
 
 def scenes_of(world: scenes.World, sprites: torch.Tensor, count: int, seed: int) -> torch.Tensor:

@@ -136,6 +136,12 @@ def invent(colours: torch.Tensor, drawing: torch.Tensor, generator: torch.Genera
     )
 
 
+def replaced(people: Individuals, index: torch.Tensor, others: Individuals) -> Individuals:
+    """People of whom those at `index` are `others`."""
+    fields = [field.name for field in dataclasses.fields(Individuals)]
+    return Individuals(*(getattr(people, name).index_copy(0, index, getattr(others, name)) for name in fields))
+
+
 def faithful(colours: torch.Tensor, drawing: torch.Tensor) -> Individuals:
     """Drawings as their vendors drew them. Arguments as of `invent`."""
     count = len(drawing)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pretraining import held_out, individuals, places, scenes, things, vendors
+from pretraining import held_out, individuals, places, scenes, things, training_tools, vendors
 
 SIDE = 512
 """Side of a person's pictures, in pixels."""
@@ -30,6 +30,11 @@ class Thing:
         """A name for its concept."""
         return f"{self.drawing}-{self.vendor.removeprefix('fluent-')}"
 
+    @property
+    def core(self) -> bool:
+        """Whether its kind is one of those that the world shows most of all."""
+        return any(entry.core for entry in things.table() if entry.kind == self.kind)
+
 
 def choose(count: int, seed: int) -> tuple[Thing, ...]:
     """Things at random, of different kinds, half of them by each held-out vendor in turn.
@@ -44,6 +49,12 @@ def choose(count: int, seed: int) -> tuple[Thing, ...]:
         if names:
             chosen.append(Thing(str(kind), vendor, str(random.choice(names))))
     return tuple(chosen)
+
+
+def judge_beside(model: pathlib.Path, name: str) -> str:
+    """The folder of a judge, `clip` or `instance`, as export_model puts it beside a model; "" if there is none."""
+    folder = model.absolute().parent / name
+    return str(folder) if (folder / "config.json").exists() else ""
 
 
 @functools.cache
@@ -65,13 +76,13 @@ def photographs(
         count: how many.
         seed: of where it stands and in which places.
         beside: things that stand beside it in the first pictures, one in each.
-        where: the places of the pictures, words of `places.PLACES`; at random if none are given.
+        where: the places of the pictures, words of `places.NAMED`; at random if none are given.
 
     Returns:
-        (uint8 [count, SIDE, SIDE, 3]; masks, uint8 [count, SIDE, SIDE], 255 where the thing is; the place of each, or
-        "").
+        (uint8 [count, SIDE, SIDE, 3]; masks, uint8 [count, SIDE, SIDE], 255 where the thing is; the place of each, a
+        word of `places.NAMED`, or "").
     """
-    world, generator = large_world(), torch.Generator().manual_seed(seed)
+    world, generator = large_world(), training_tools.generator(seed)
     pictures, masks, shown = [], [], []
     for number in range(count):
         company = list(beside[number : number + 1])
@@ -81,8 +92,7 @@ def photographs(
         slots = torch.arange(len(total))
         backgrounds = places.invent(1, generator)
         if where:
-            name = torch.tensor([places.PLACES.index(where[number % len(where)])])
-            backgrounds = dataclasses.replace(backgrounds, name=name)
+            backgrounds = places.named(backgrounds, [where[number % len(where)]])
         plan = scenes.Plan(
             things=individuals.faithful(world.planner.colours, torch.zeros_like(slots)),
             views=world.planner.views(total, slots, generator),
@@ -96,8 +106,30 @@ def photographs(
         pictures.append(((picture[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
         masks.append((covered[0, mine] * 255).round().to(torch.uint8).numpy())
         background = int(backgrounds.name)
-        shown.append(places.PLACES[background] if 0 <= background < len(places.PLACES) else "")
+        shown.append(places.NAMED[background] if background >= 0 else "")
     return np.stack(pictures), np.stack(masks), shown
+
+
+def individuals_like(thing: Thing, several: int, count: int, seed: int) -> np.ndarray:
+    """Pictures of several individuals of a kind that differ in the individual alone, not in places, poses and sizes.
+
+    Args:
+        thing: comes first.
+        several: how many individuals.
+        count: pictures of each.
+        seed: of the pictures; by that of the thing's own pictures, they are like these.
+
+    Returns:
+        uint8 [several, count, SIDE, SIDE, 3].
+    """
+    sprites = held_out.individuals_of(thing.kind, several, seed, (thing.vendor, thing.drawing))
+    return np.stack([photographs(sprite, count, seed)[0] for sprite in sprites])
+
+
+def cut_out(pictures: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Pictures uint8 [count, side, side, 3] with white where masks, uint8 [count, side, side], are 0."""
+    shares = masks[..., None] / 255
+    return np.round(pictures * shares + 255 * (1 - shares)).astype(np.uint8)
 
 
 def write_pictures(folder: pathlib.Path, pictures: np.ndarray, masks: np.ndarray) -> None:

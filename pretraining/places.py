@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -490,6 +490,15 @@ def invent(count: int, generator: torch.Generator) -> Backgrounds:
             -1,
         ),
     )
+
+
+def named(backgrounds: Backgrounds, names: Sequence[str]) -> Backgrounds:
+    """Backgrounds that show what their names say, words of NAMED, and are as they were in all else."""
+    name = torch.tensor([NAMED.index(each) for each in names])
+    own = torch.tensor(list(COLOURS.values()))[(name - len(PLACES)).clamp(min=0)] / 255
+    first = torch.where((name >= len(PLACES))[:, None], own, backgrounds.colours[:, 0])
+    colours = torch.stack([first, backgrounds.colours[:, 1]], 1)
+    return dataclasses.replace(backgrounds, name=name, colours=colours)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from pretraining import individuals as individuals_
-from pretraining import places, things
+from pretraining import places, things, training_tools
 from pretraining.individuals import Individuals
 
 PIXELS = 64
@@ -86,6 +86,12 @@ class Planner:
 
     Args:
         atlas: the drawings, taken apart.
+
+    Attributes:
+        colours: float [drawings, parts, 3], sRGB in [0, 1].
+        areas: float [drawings, parts], the share of a drawing that each part makes up.
+        weights: float [drawings], how often each is shown.
+        kind: int [drawings], index in `things.kinds()`.
     """
 
     def __init__(self, atlas: things.Atlas) -> None:
@@ -104,10 +110,12 @@ class Planner:
         self.worn = torch.tensor([number for number, name in enumerate(names) if name in WORN])
         self.on_eyes = torch.tensor([name in ON_EYES for name in names])
         self.top = torch.from_numpy(np.stack([_top(coverages) for coverages in atlas.coverages]))
+        areas = torch.from_numpy(np.stack([part.sum((1, 2), dtype=np.float32) for part in atlas.coverages]))
+        self.areas = areas / areas.sum(1, keepdim=True).clamp(min=1)
 
     def plan(self, seed: int, step: int, size: int) -> Plan:
         """Scenes number `step * size` and on of the endless sequence `seed`."""
-        generator = torch.Generator().manual_seed((seed << 32) + step)
+        generator = training_tools.generator(seed, step)
         count = torch.multinomial(torch.tensor([0.03, 0.70, 0.21, 0.06]), size, replacement=True, generator=generator)
         present = torch.arange(SLOTS) < count[:, None]
         scene, slot = torch.nonzero(present, as_tuple=True)

@@ -135,7 +135,7 @@ class Stream:
         device = pictures.device
         with training_tools.autocast(device):
             latents = self.autoencoder.encode(pictures).latent_dist.mean
-        generator = torch.Generator().manual_seed((self.seed + 7 << 32) + step)
+        generator = training_tools.generator(self.seed + 7, step)
         (told,) = torch.nonzero(codable >= 0, as_tuple=True)
         thing = codable[told].to(device)
         shown = codes.code_pictures(painted[thing], plan.things[codable[told]].to(device), generator)
@@ -157,7 +157,7 @@ class Stream:
             step = number - pieces + 1
             if step < first_step:
                 continue
-            random = torch.Generator().manual_seed((self.seed + 9 << 32) + step)
+            random = training_tools.generator(self.seed + 9, step)
             chosen = torch.randperm(self.capacity, generator=random)[: self.batch_size]
             wording = torch.randint(self.uses, (self.batch_size,), generator=random)
             here = chosen.to(ring.latents.device)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import multiprocessing
 import pathlib
 
@@ -80,13 +81,23 @@ class Atlas:
 
 
 def drawings_of(vendor_names: tuple[str, ...]) -> tuple[Drawing, ...]:
-    """Every drawing that the table names and these vendors have, each of a vendor's drawings once."""
-    found: dict[tuple[str, str], Drawing] = {}
+    """Every drawing that the table names and these vendors have; what a vendor draws alike under two names, once."""
+    found: dict[tuple[str, str | None], Drawing] = {}
     for entry in table():
         for vendor in vendor_names:
             for name in vendors.names(vendor, entry.name):
-                found.setdefault((vendor, name), Drawing(entry, vendor, name))
+                found.setdefault((vendor, vendors.svg(vendor, name)), Drawing(entry, vendor, name))
     return tuple(found.values())
+
+
+def digest(sources: tuple[Drawing, ...]) -> str:
+    """Names all that an atlas is made from: the table, the vendors' archives, which drawings, and how they are taken
+    apart."""
+    archives = [vendors.fetch(vendor) for vendor in dict.fromkeys(source.vendor for source in sources)]
+    told = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (TABLE, *archives)]
+    told += [f"{source.vendor} {source.name}" for source in sources]
+    told += map(str, (drawings.PARTS, drawings.PIXELS, drawings.RASTER_PIXELS))
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
 
 
 def _take_apart(drawing: Drawing) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +109,7 @@ def _take_apart(drawing: Drawing) -> tuple[np.ndarray, np.ndarray]:
 def atlas(vendor_names: tuple[str, ...] = vendors.WORLD) -> Atlas:
     """The atlas of these vendors: taken apart once (a minute or two on two cores), then read from the cache."""
     sources = drawings_of(vendor_names)
-    folder = vendors.cache() / f"atlas_{'_'.join(vendor_names)}_{len(sources)}"
+    folder = vendors.cache() / f"atlas_{'_'.join(vendor_names)}_{digest(sources)}"
     if not folder.exists():
         # Not forked: whoever scores a model has JAX and its threads in the process.
         with multiprocessing.get_context("spawn").Pool() as pool:

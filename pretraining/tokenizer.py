@@ -4,6 +4,7 @@ Every word of the vocabulary becomes a single token; any other text falls apart 
 """
 
 import collections
+import hashlib
 import itertools
 import json
 import pathlib
@@ -84,6 +85,11 @@ def save_tokenizer(folder: pathlib.Path | str) -> CLIPTokenizer:
 def load_tokenizer(folder: pathlib.Path | str) -> CLIPTokenizer:
     """The CLIPTokenizer saved in `folder`."""
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def digest(tokenizer: CLIPTokenizer) -> str:
+    """Names a vocabulary: every token with its id."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:12]
 
 
 def encode(tokenizer: CLIPTokenizer, texts: list[str]) -> list[list[int]]:

@@ -28,14 +28,6 @@ SAVE_EVERY = 200
 WHITENING_SCENES = 4_096
 
 
-@torch.no_grad()
-def held_out_scenes(world: World, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drawings of held-out vendors alone in a scene, anywhere: (pictures [count, 3, P, P], masks [count, P, P])."""
-    sprites = torch.cat([held_out.all_sprites(vendor)[1] for vendor in vendors.HELD_OUT])
-    chosen = torch.randint(len(sprites), (count,), generator=torch.Generator().manual_seed(seed))
-    return held_out.draw_alone(world, sprites[chosen], seed + 1)
-
-
 def run(folder: pathlib.Path, settings: autoencoders.Settings, samples: int) -> None:
     """Trains, logging and saving on the way; whitens and writes the model at the end."""
     device = training_tools.device()
@@ -49,16 +41,16 @@ def run(folder: pathlib.Path, settings: autoencoders.Settings, samples: int) -> 
     if state := training_tools.load_checkpoint(path):
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        training_tools.restore_optimizer(optimizer, state["optimizer"])
         step = state["step"]
-    tests = {"world": world.scenes(9_001, 0, 256)[0], "held_out": held_out_scenes(world, 256, 9_002)[0]}
+    tests = {"world": world.scenes(9_001, 0, 256)[0], "held_out": held_out.some_alone(world, 256, 9_002)[0]}
     losses, watch = [], training_tools.Stopwatch()
     cores = None if THREADS.value or device.type == "cuda" else training_tools.FreeCores()
     while step < total:
         if cores is not None and step % 20 == 0:
             cores.adapt()
         pictures = world.scenes(SEED, step, settings.batch_size)[0]
-        generator = torch.Generator().manual_seed((SEED + 1 << 32) + step)
+        generator = training_tools.generator(SEED + 1, step)
         factor = autoencoders.rate_factor(step, total, settings)
         losses.append(autoencoders.train_step(model, optimizer, factor, pictures, settings, generator))
         step += 1
@@ -94,6 +86,7 @@ def main(_: list[str]) -> None:
     if THREADS.value:
         torch.set_num_threads(THREADS.value)
     settings = autoencoders.dataclasses.replace(autoencoders.LAYOUTS[LAYOUT.value], batch_size=BATCH_SIZE.value)
+    held_out.prepare()
     folder = vendors.cache() / (RUN.value or f"autoencoder_{LAYOUT.value}")
     folder.mkdir(parents=True, exist_ok=True)
     run(folder, settings, SAMPLES.value)

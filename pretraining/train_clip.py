@@ -43,6 +43,7 @@ def main(_: list[str]) -> None:
     if THREADS.value:
         torch.set_num_threads(THREADS.value)
     device = training_tools.device()
+    held_out.prepare()
     folder = vendors.cache() / "clip_training"
     folder.mkdir(parents=True, exist_ok=True)
     text_tokenizer = tokenizer.save_tokenizer(vendors.cache() / "clip")
@@ -51,10 +52,11 @@ def main(_: list[str]) -> None:
     torch.manual_seed(SEED)
     model = clip.build_clip(text_tokenizer).to(device)
     optimizer = MuonAndAdam(model, MUON_RATE, ADAM_RATE, weight_decay=0.05)
-    total, step = SAMPLES.value // BATCH_SIZE.value, 0
+    total, step, vocabulary = SAMPLES.value // BATCH_SIZE.value, 0, tokenizer.digest(text_tokenizer)
     if state := training_tools.load_checkpoint(folder / "checkpoint.pt"):
+        training_tools.check_vocabulary(state, vocabulary)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        training_tools.restore_optimizer(optimizer, state["optimizer"])
         step = state["step"]
     word_tokens = torch.tensor(tokenizer.encode(text_tokenizer, clip.kind_phrases()), device=device)
     losses: list[torch.Tensor] = []
@@ -69,7 +71,7 @@ def main(_: list[str]) -> None:
         tokens = captions.to_texts(
             written, ids, text_tokenizer.bos_token_id, text_tokenizer.eos_token_id, tokenizer.MODEL_MAX_LENGTH
         ).tokens
-        generator = torch.Generator().manual_seed((SEED + 1 << 32) + step)
+        generator = training_tools.generator(SEED + 1, step)
         pictures = instance.soften(world.draw(plan)[0], generator)
         targets = clip.kind_targets(plan, world.planner.kind).to(device)
         factor = min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / total))
@@ -77,7 +79,7 @@ def main(_: list[str]) -> None:
         step += 1
         if step % SAVE_EVERY == 0 or step == total:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            training_tools.save_checkpoint(folder / "checkpoint.pt", state)
+            training_tools.save_checkpoint(folder / "checkpoint.pt", {**state, "vocabulary": vocabulary})
             metrics = {
                 "samples": step * BATCH_SIZE.value,
                 "loss": torch.stack(losses).mean().item(),

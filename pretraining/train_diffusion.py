@@ -151,7 +151,7 @@ def run(folder: pathlib.Path, settings: training.Settings) -> None:
     schedule = model.build_scheduler().alphas_cumprod
 
     def noised(scenes: tuple, seed: int, number: int) -> training.Batch:
-        generator = torch.Generator().manual_seed((seed << 32) + number)
+        generator = training_tools.generator(seed, number)
         return training.make_batch(*scenes, schedule, text_tokenizer.eos_token_id, generator, settings)
 
     def opened(seed: int, batch_size: int, uses: int, capacity: int, workers: int = 0) -> stream.Stream:
@@ -184,7 +184,8 @@ def run(folder: pathlib.Path, settings: training.Settings) -> None:
         decay = min(settings.average_decay, (averaged + 1) / (averaged + 10))
         training_tools.average_weights(trainer.average, trainer.model, decay)
         late = MINUTES.value > 0 and time.monotonic() - began > 60 * MINUTES.value
-        if trainer.step % SAVE_EVERY.value == 0 or late:
+        saves = trainer.step % SAVE_EVERY.value == 0 or late
+        if saves:
             with torch.no_grad():
                 errors = [training.weighted_error(trainer.average, each).item() for each in validation]
             metrics = {
@@ -196,8 +197,9 @@ def run(folder: pathlib.Path, settings: training.Settings) -> None:
             }
             training_tools.append_metrics(folder / "metrics.jsonl", metrics)
             trainer.save(path)
-            if trainer.step % LOOK_EVERY.value == 0:
-                look(trainer, autoencoder, text_tokenizer, folder, settings.guidance_scale)
+        if trainer.step % LOOK_EVERY.value == 0:
+            look(trainer, autoencoder, text_tokenizer, folder, settings.guidance_scale)
+        if saves:
             losses, watch = [], training_tools.Stopwatch()
         if late:
             return

@@ -1,13 +1,14 @@
 """Train the instance encoder: `python -m pretraining.train_instance`. Resumes when it is given again.
 
-Writes `instance/` under the cache in transformers' layout (half precision), and measures its ceiling on rendered
-pictures of held-out
-vendors: among eight individuals of one kind, is a picture's own the nearest?
+Writes `instance/` under the cache in transformers' layout (half precision), and measures on rendered pictures of
+held-out vendors: among eight individuals of one kind, is a picture's own the nearest? A watch over the training: the
+ceiling of results is what `benchmarks/personal.py` measures beside them.
 """
 
 import json
 import math
 
+import numpy as np
 import torch
 from absl import app, flags
 
@@ -23,12 +24,14 @@ MUON_RATE, ADAM_RATE = 2e-3, 1e-3
 WARM_UP_STEPS = 100
 SAVE_EVERY = 100
 KINDS_TESTED = 48
+"""Spread evenly over those that `benchmarks/personal.py` chooses from."""
 
 
-def ceiling(model: torch.nn.Module, world: World, seed: int) -> float:
+def share_found(model: torch.nn.Module, world: World, seed: int) -> float:
     """Share of rendered pictures whose own individual is the nearest of eight of its kind, of held-out vendors."""
-    found = []
-    for number, kind in enumerate(held_out.kinds(8)[:KINDS_TESTED]):
+    found, known = [], held_out.kinds()
+    for number in np.linspace(0, len(known) - 1, min(KINDS_TESTED, len(known))).round().astype(int).tolist():
+        kind = known[number]
         sprites = held_out.individuals_of(kind, 8, seed)
         references = held_out.scenes_of(world, sprites, 5, seed * 1_000 + 2 * number)
         questions = held_out.scenes_of(world, sprites, 4, seed * 1_000 + 2 * number + 1)
@@ -43,6 +46,7 @@ def main(_: list[str]) -> None:
     if THREADS.value:
         torch.set_num_threads(THREADS.value)
     device = training_tools.device()
+    held_out.prepare()
     folder = vendors.cache() / "instance_training"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
@@ -53,7 +57,7 @@ def main(_: list[str]) -> None:
     total, step = SAMPLES.value // batch_size, 0
     if state := training_tools.load_checkpoint(folder / "checkpoint.pt"):
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        training_tools.restore_optimizer(optimizer, state["optimizer"])
         step = state["step"]
     losses: list[torch.Tensor] = []
     watch = training_tools.Stopwatch()
@@ -61,7 +65,7 @@ def main(_: list[str]) -> None:
     while step < total:
         if cores is not None and step % 10 == 0:
             cores.adapt()
-        generator = torch.Generator().manual_seed((SEED + 1 << 32) + step)
+        generator = training_tools.generator(SEED + 1, step)
         pictures = world.draw(instance.family_plan(world.planner, SEED, step))[0]
         factor = min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / total))
         losses.append(instance.train_step(model, optimizer, factor, instance.soften(pictures, generator)))
@@ -75,7 +79,7 @@ def main(_: list[str]) -> None:
                 "samples_per_second": watch.rate(len(losses) * batch_size),
             }
             if step % (10 * SAVE_EVERY) == 0 or step == total:
-                metrics["ceiling"] = ceiling(model, world, 9_100)
+                metrics["found"] = share_found(model, world, 9_100)
             training_tools.append_metrics(folder / "metrics.jsonl", metrics)
             losses, watch = [], training_tools.Stopwatch()
     model.cpu().half().save_pretrained(vendors.cache() / "instance")

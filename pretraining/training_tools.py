@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from perfusion_jax.emoji_world.muon import bfloat16_is_quick
+from perfusion_jax.emoji_world.muon import MuonAndAdam, bfloat16_is_quick
 
 
 def device() -> torch.device:
@@ -21,6 +21,14 @@ def device() -> torch.device:
 def autocast(device: torch.device) -> torch.autocast:
     """Within it, networks compute in bfloat16 where that is quick, else in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_quick(device))
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A generator on the CPU for each list of whole numbers from 0 on, such as a seed and a step.
+
+    PyTorch's generator on the CPU reads the lower 32 bits of its seed alone, so the numbers are mixed into as many.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def normal(shape: torch.Size | tuple[int, ...], generator: torch.Generator, where: torch.device) -> torch.Tensor:
@@ -46,6 +54,33 @@ def load_checkpoint(path: pathlib.Path) -> dict[str, Any] | None:
     """The state last saved at `path`, on the CPU, or None."""
     path = pathlib.Path(path)
     return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+
+
+def restore_optimizer(optimizer: MuonAndAdam, state: list[dict[str, Any]]) -> None:
+    """Takes back an optimiser's state, its moments laid out in memory as the parameters are.
+
+    A card's parameters have channels last and a CPU's have not, and the fused AdamW reads parameters and moments in the
+    order in which they lie.
+    """
+    optimizer.load_state_dict(state)
+    for part in optimizer.optimizers:
+        for parameter, moments in part.state.items():
+            for name, value in moments.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(value)
+
+
+def check_vocabulary(state: dict[str, Any], vocabulary: str) -> None:
+    """Refuses a checkpoint whose token ids mean other words. Those of before there was a digest in them pass.
+
+    Raises:
+        ValueError: its vocabulary is another than `vocabulary` (`tokenizer.digest`).
+    """
+    if state.get("vocabulary", vocabulary) != vocabulary:
+        raise ValueError(
+            f"the checkpoint was trained with the vocabulary {state['vocabulary']}, and this one is {vocabulary}: "
+            "the words of things.txt, places or captions have changed since; train anew with another --run or cache"
+        )
 
 
 def append_metrics(path: pathlib.Path, metrics: dict[str, Any]) -> None:

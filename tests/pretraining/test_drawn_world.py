@@ -12,7 +12,17 @@ pytest.importorskip("resvg_py", reason="pretraining needs the extra: pip install
 
 from pretraining_drawings import atlas  # noqa: E402
 
-from pretraining import captions, drawings, individuals, places, scenes  # noqa: E402
+from pretraining import (  # noqa: E402
+    asked,
+    captions,
+    diffusion,
+    drawings,
+    individuals,
+    places,
+    scenes,
+    train_diffusion,
+    training_tools,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +60,18 @@ def test_scenes_are_a_function_of_seed_and_step(world):
     assert pictures.abs().max() <= 1
     assert masks.min() >= 0
     assert masks.sum(1).max() <= 1 + 1e-5
+
+
+def test_another_seed_gives_other_scenes_of_the_same_size(world):
+    validation, training = (
+        world.planner.plan(seed, 0, 64) for seed in (train_diffusion.VALIDATION_SEED, diffusion.SEED)
+    )
+    assert not torch.equal(validation.views.centre[:64], training.views.centre[:64])
+    # PyTorch's own generator knows the lower half of a seed alone.
+    first = [torch.rand(4, generator=training_tools.generator(seed, 7)).tolist() for seed in (1, 2, 2**33 + 1)]
+    assert len({tuple(numbers) for numbers in first}) == 3
+    again = torch.rand(4, generator=training_tools.generator(1, 7)).tolist()
+    assert again == first[0]
 
 
 def test_masks_are_where_the_picture_is_not_the_background(world):
@@ -178,6 +200,29 @@ def test_captions_name_every_thing_and_the_place(world):
         assert caption.coded in (-1, *shown)
         assert (captions.CODE in str(caption).split()) == (caption.coded >= 0 and not caption.code_added)
     assert said > 0.7 * (plan.backgrounds.name >= 0).sum()
+
+
+def test_some_things_are_called_objects_where_that_is_asked(world):
+    plan = world.planner.plan(2, 0, 256)
+
+    def nouns(share):
+        writer, random = captions.Writer(atlas(), coded_share=0, nameless_share=share), np.random.default_rng(0)
+        written = writer.write(plan, writer.codable(plan, random), random)
+        return [word.text for caption in written for word in caption.words if word.noun]
+
+    assert not set(captions.ANYTHING) & set(nouns(0))
+    called = nouns(0.25)
+    assert sum(noun in captions.ANYTHING for noun in called) / len(called) == pytest.approx(0.25, abs=0.06)
+
+
+def test_the_world_draws_what_is_asked_for(world):
+    wanted = [asked.Request(("dog",), "space"), asked.Request(("hat", "dog"), "beach")]
+    pictures = asked.rendered(world, wanted, 3)
+    assert pictures.shape == (2, 64, 64, 3)
+    np.testing.assert_array_equal(pictures, asked.rendered(world, wanted, 3))
+    space = np.mean([places.draw_place("space", number) for number in range(8)])
+    assert pictures[0].mean() < 2 * space + 40
+    assert pictures[1].mean() > pictures[0].mean()
 
 
 def test_a_code_stands_before_its_noun_or_on_it():

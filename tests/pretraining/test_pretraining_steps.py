@@ -1,6 +1,7 @@
 """Training's parts: the autoencoder, the optimiser, what a step of the diffusion model sees, checkpoints, the folder
 that is written."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -331,6 +332,66 @@ def test_a_trainer_comes_back_from_its_checkpoint(tmp_path, text_tokenizer):
     anew = make()
     train_diffusion.open_trainer(tmp_path, anew, decay_samples=640)
     assert (anew.step, anew.decay_start) == (2, 2)
+
+
+def test_moments_are_laid_out_as_the_parameters_of_another_device_are():
+    """A card's convolutions have channels last; fused AdamW reads memory as it lies."""
+
+    def trained(layout):
+        torch.manual_seed(0)
+        net = torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(3, 4, 3), "inner": torch.nn.Conv2d(4, 4, 3)})
+        net = net.to(memory_format=layout)
+        return net, MuonAndAdam(net, 1e-2, 1e-2)
+
+    def step(net, optimizer, number):
+        inputs = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        net["inner"](net["conv_in"](inputs)).square().mean().backward()
+        optimizer.step(1.0)
+
+    net, optimizer = trained(torch.contiguous_format)
+    step(net, optimizer, 0)
+    other, moved = trained(torch.channels_last)
+    other.load_state_dict(net.state_dict())
+    training_tools.restore_optimizer(moved, copy.deepcopy(optimizer.state_dict()))
+    for part in moved.optimizers:
+        for parameter, moments in part.state.items():
+            for value in moments.values():
+                assert value.ndim == 0 or value.stride() == parameter.stride()
+    step(net, optimizer, 1)
+    step(other, moved, 1)
+    for one, same in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, same, rtol=0, atol=1e-3)
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(trainer, tmp_path):
+    trainer.save(tmp_path / "constant.pt")
+    state = training_tools.load_checkpoint(tmp_path / "constant.pt")
+    light = diffusion.lightened(state)
+    assert light["vocabulary"] == state["vocabulary"] == trainer.vocabulary != ""
+    trainer.restore({name: value for name, value in light.items() if name != "vocabulary"})  # as older ones are
+    with pytest.raises(ValueError, match="vocabulary"):
+        trainer.restore({**light, "vocabulary": "another"})
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 2])
+def test_latents_are_rescaled_whenever_the_command_was_killed(tmp_path, killed_after):
+    from pretraining import rescale_latents
+
+    autoencoder_folder, checkpoint = tmp_path / "model", tmp_path / "constant.pt"
+    for folder in ("model", "scaled"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "is").write_text(folder)
+    checkpoint.write_text("white")
+    (tmp_path / "scaled.pt").write_text("scaled")
+    if killed_after > 0:
+        autoencoder_folder.rename(tmp_path / "white")
+    if killed_after > 1:
+        (tmp_path / "scaled").rename(autoencoder_folder)
+    rescale_latents.take_over(autoencoder_folder, checkpoint)
+    assert (autoencoder_folder / "is").read_text() == "scaled"
+    assert (tmp_path / "white" / "is").read_text() == "model"
+    assert checkpoint.read_text() == "scaled"
+    assert not (tmp_path / "scaled.pt").exists()
 
 
 def test_the_folder_is_a_stable_diffusion_model(tmp_path, text_tokenizer):
