@@ -91,18 +91,6 @@ def read_table(source: str, overridable: Collection[str]) -> list[Row]:
     return [row._replace(problem=problem) for row, problem in zip(rows, problems, strict=True)]
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """Reads `I/N`, the I-th (from 0) of N jobs: it takes every N-th concept from the I-th on.
-
-    Raises:
-        InputError: it is not of that form.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise InputError(f"--shard is {text!r}; it must be I/N, with I from 0 to N - 1")
-    return int(match[1]), int(match[2])
-
-
 def _lines(path: epath.Path, overridable: Collection[str]) -> list[Row]:
     with storage_errors(path, "read"):
         data = path.read_bytes()

@@ -9,7 +9,7 @@ from odd_names import ODD_NAMES
 from configs import fleet
 from perfusion_jax import InputError
 from perfusion_jax.config import OVERRIDES, check, member_config
-from perfusion_jax.data.table import parse_shard, read_table
+from perfusion_jax.data.table import read_table
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import UnavailableError
 
@@ -229,13 +229,6 @@ def test_impossible_overrides_are_named(tmp_path, column, value, message):
     row = rows_of(tmp_path, "a.csv", f"{HEAD},{column}\nrex,dog,r,{value}\n")[0]
     with pytest.raises(InputError, match=message):
         member_config(fleet.get_config(), row)
-
-
-def test_shards_share_the_table():
-    assert parse_shard("3/16") == (3, 16)
-    for wrong in ("16/16", "3", "-1/4", "a/b", "0/0"):
-        with pytest.raises(InputError, match="--shard is"):
-            parse_shard(wrong)
 
 
 @pytest.mark.parametrize("base", ["emoji", "sd15", "some/folder"])

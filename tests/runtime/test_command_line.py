@@ -7,7 +7,8 @@ import sys
 import pytest
 from fleet_runs import ROOT
 
-from perfusion_jax.runtime.command_line import BAD_INPUT
+from perfusion_jax import InputError
+from perfusion_jax.runtime.command_line import BAD_INPUT, parse_shard
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,13 @@ def test_a_mistake_in_a_config_file_is_told_with_its_line(tmp_path, text, messag
     assert ended.returncode == BAD_INPUT
     assert "Traceback" not in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'rex.py'}:{message}")
+
+
+def test_shards_share_the_table():
+    assert parse_shard("3/16") == (3, 16)
+    for wrong in ("16/16", "3", "-1/4", "a/b", "0/0"):
+        with pytest.raises(InputError, match="--shard is"):
+            parse_shard(wrong)
 
 
 def test_memory_that_does_not_suffice_is_told_in_a_line():
