@@ -28,7 +28,7 @@ from perfusion_jax.base_model import BaseModel
 from perfusion_jax.formats.tensor_file import read_header, tensor_bytes
 from perfusion_jax.method.baselines import BASELINES, Learnt
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import storage_errors, to_path, write_bytes
+from perfusion_jax.runtime.files import entries, storage_errors, to_path, write_bytes
 from perfusion_jax.runtime.names import PLACEHOLDER
 
 _OURS = "perfusion_jax concept "
@@ -173,10 +173,9 @@ def read_file(file: str | Path) -> bytes:
         except FileNotFoundError as error:
             raise InputError(f"{file}: no such concept file") from error
         except IsADirectoryError as error:
-            inside = [*path.glob("*.safetensors"), *(path / "concepts").glob("*.safetensors")]
-            hint = (
-                f"give one of its files: {', '.join(map(str, sorted(inside)[:5]))}" if inside else "no concepts in it"
-            )
+            files = [*(entries(path) or ()), *(entries(path / "concepts") or ())]
+            inside = [file for file in files if file.suffix == ".safetensors"]
+            hint = f"give one of its files: {', '.join(map(str, inside[:5]))}" if inside else "no concepts in it"
             raise InputError(f"{file}: a folder, and not a concept file; {hint}") from error
 
 
