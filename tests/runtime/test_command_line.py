@@ -20,6 +20,7 @@ from perfusion_jax.runtime.command_line import BAD_INPUT, parse_shard
         (["--config=configs/dog.py", "--config.step=3"], "--config: no such key: 'step'. Did you mean \"steps\""),
         (["--config=configs/dog.py", "--config.templates=("], "config.templates is ('(',); it must be at least 1"),
         (["--config=configs/dog.py", "dog"], "'dog' is not a flag; see --help"),
+        (["--config=configs/dog.py", "--workdir=https://host/x"], "https://host/x: https:// is no storage known here"),
     ],
 )
 def test_mistakes_in_a_command_are_told_in_a_line(tmp_path, arguments, message):
