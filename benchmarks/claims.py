@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import measures
 import numpy as np
 from absl import app, flags, logging
 from claims_report import LEAST, Made, Tuned, write_evidence
@@ -34,7 +35,6 @@ from perfusion_jax.data.pictures import Picture, fit
 from perfusion_jax.data.sources import read_pictures
 from perfusion_jax.data.table import Row, read_table
 from perfusion_jax.drawing.generation import drawing, generate
-from perfusion_jax.evaluation import measures
 from perfusion_jax.evaluation.report import check_plots
 from perfusion_jax.evaluation.scores import PROMPTS, Drawing, Setting, over_devices, read_scores, score_all
 from perfusion_jax.evaluation.subjects import Subject

@@ -14,6 +14,7 @@ What follows its name and a colon is `base`: `--config my_dog.py:sd15`.
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from perfusion_jax.data.table import Row
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.names import CONCEPT_EXPORTS, PLACEHOLDER, SHORT_NAMES
+from perfusion_jax.runtime.names import CONCEPT_EXPORTS, NAME_RULE, PLACEHOLDER, SHORT_NAMES
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _prompts(least: int) -> Rule:
 _ANY_NUMBER = _number(float("-inf"))
 _SWITCH = Rule(bool, lambda value: True, "True or False")
 _TEXT = Rule(str, lambda value: True, "text")
-_NAME = Rule(str, lambda value: PLACEHOLDER.fullmatch(f"<{value}>") is not None, "letters, digits, '-' and '_'")
+_NAME = Rule(str, lambda value: PLACEHOLDER.fullmatch(f"<{value}>") is not None, NAME_RULE)
 _MESH = Rule(
     tuple,
     lambda value: (
@@ -374,8 +375,10 @@ def check(config: ConfigDict) -> None:
     unknown = sorted(set(config) - set(KEYS))
     missing = sorted(set(KEYS) - set(config))
     if unknown or missing:
-        problems = [f"{name} is not a key" for name in unknown] + [f"{name} is missing" for name in missing]
-        raise InputError(f"config: {'; '.join(problems)}; see perfusion_jax/config.py")
+        near = {name: get_close_matches(name, KEYS, 1) for name in unknown}
+        problems = [f"{name} is not a key" + "".join(f", as {key} is" for key in near[name]) for name in unknown]
+        problems += [f"{name} is missing" for name in missing]
+        raise InputError(f"config: {'; '.join(problems)}; docs/training.md names every key")
     for name, key in KEYS.items():
         value, kind = config[name], key.rule.kind
         right_type = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
@@ -393,10 +396,15 @@ def check(config: ConfigDict) -> None:
     if config.covariance and config.captions:
         raise InputError("config.covariance and config.captions are both given: C is read, or measured; leave one out")
     defaults = make_config(config.base)
-    idle = [*_IDLE[config.method], *(() if config.prior_pictures else ("prior_weight",))]
-    for name in idle:
+    idle = dict.fromkeys(_IDLE[config.method], f"in config.method={config.method!r}")
+    if not config.prior_pictures:
+        idle["prior_weight"] = "without config.prior_pictures"
+    if is_fleet(config):
+        idle |= dict.fromkeys(PER_CONCEPT, "where config.concepts names a table, which says it of each concept")
+    else:
+        idle["members"] = "without config.concepts, in a run of one concept"
+    for name, why in idle.items():
         if config[name] != defaults[name]:
-            why = "without config.prior_pictures" if name == "prior_weight" else f"in config.method={config.method!r}"
             raise InputError(f"config.{name} plays no part {why}: leave it out")
     if config.method in METHODS:
         if not config.train_embedding and config.method == "textual_inversion":
@@ -422,7 +430,7 @@ def member_config(fleet: ConfigDict, row: Row) -> ConfigDict:
         InputError: the row gives an impossible value; file, line and key are named.
     """
     own = {name: getattr(row, name) for name in PER_CONCEPT} | row.overrides
-    config = ConfigDict({**dict(fleet.items()), "concepts": "", **own})
+    config = ConfigDict({**dict(fleet.items()), "concepts": "", "members": KEYS["members"].default, **own})
     try:
         check(config)
     except InputError as error:

@@ -30,7 +30,6 @@ def main() -> None:
     from tqdm import tqdm
 
     from perfusion_jax.base_model import load_base_model, network_dtype
-    from perfusion_jax.data.table import parse_shard
     from perfusion_jax.drawing.recipe import read_prompts
     from perfusion_jax.evaluation.report import check_plots, write_report
     from perfusion_jax.evaluation.scores import PROMPTS, Drawing, over_devices, read_scores, score_all, settings_of
@@ -47,7 +46,7 @@ def main() -> None:
         if prompt.count("{}") != 1:
             raise InputError(f"{given.prompts}: {prompt!r} needs one {{}}, where the concept's name goes")
     settings = settings_of(given.sweep, subjects)
-    index, count = parse_shard(given.shard) if given.shard else (0, 1)
+    index, count = command_line.parse_shard(given.shard) if given.shard else (0, 1)
     if count == 1 and (given.sweep or len(settings) > 1):
         check_plots()
     named = base_of(subjects, given)

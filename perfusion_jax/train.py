@@ -9,6 +9,7 @@ The same command goes on where an interrupted one was. `--config configs/dog.py:
 """
 
 import os
+import re
 import shlex
 import sys
 from contextlib import ExitStack
@@ -20,10 +21,23 @@ from ml_collections import ConfigDict, config_flags
 
 from perfusion_jax import config as default_config
 from perfusion_jax.config import MEMORY_ADVICE, is_fleet, settle
-from perfusion_jax.data.table import parse_shard
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import to_path
+
+
+def parse_profile(text: str | None) -> tuple[int, int] | None:
+    """Reads `START:STOP`: the steps of this run, from 0, that are traced; None where none are.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise InputError(f"--profile is {text!r}; it must be START:STOP, two numbers of steps, such as 10:15")
+    return int(match[1]), int(match[2])
 
 
 def tell_result(config: ConfigDict, result: epath.Path) -> None:
@@ -57,7 +71,7 @@ def main() -> None:
     # Imported when the flags are right: JAX and diffusers take seconds.
     import jax
 
-    from perfusion_jax.learning.diagnostics import Diagnostics, parse_profile
+    from perfusion_jax.learning.diagnostics import Diagnostics
     from perfusion_jax.learning.runs import Session, train_fleet, train_one
     from perfusion_jax.learning.workdir import COMPILED
     from perfusion_jax.pod import distributed
@@ -80,7 +94,7 @@ def main() -> None:
             # A bucket is slow in what a limit of size needs, and in keeping what compiles in no time.
             jax.config.update("jax_compilation_cache_max_size", -1)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-        train_fleet(config, workdir, parse_shard(given.shard) if given.shard else (0, 1), session)
+        train_fleet(config, workdir, command_line.parse_shard(given.shard) if given.shard else (0, 1), session)
 
 
 def run() -> None:

@@ -57,8 +57,8 @@ def test_impossible_values_are_named(key, value):
 
 def test_unknown_missing_and_mistyped_keys_are_named():
     config = get()
-    config.learning_rate = 0.1
-    with pytest.raises(InputError, match="learning_rate is not a key"):
+    config.stepz = 3
+    with pytest.raises(InputError, match=r"stepz is not a key, as steps is; docs/training\.md names every key"):
         check(config)
     config = get()
     del config.steps
@@ -136,6 +136,7 @@ def test_a_base_that_a_flag_names_brings_what_it_wants(before, after):
         ("perfusion", {"class_noun": True}, "config.class_noun plays no part"),
         ("lora", {"lock_keys": False}, "config.lock_keys plays no part in config.method='lora'"),
         ("dreambooth", {"exports": ("lora",)}, "config.exports plays no part"),
+        ("perfusion", {"members": 4}, "config.members plays no part without config.concepts"),
         ("textual_inversion", {"train_embedding": False}, "has nothing else to train"),
         ("ti", {}, "config.method is 'ti'; it must be one of 'perfusion'"),
         ("dreambooth", {"rank": 4}, "config.rank plays no part"),

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -320,6 +321,13 @@ def test_concept_files_that_cannot_be_used(recipe, small_base, rex, tmp_path, mo
             recipes.draw(recipe._replace(concepts=recipes.read_concepts([str(tmp_path / name)])), small_base)
     with pytest.raises(InputError, match="nowhere: no such concept file"):
         recipes.read_concepts([str(tmp_path / "nowhere")])
+    (tmp_path / "[run]" / "concepts").mkdir(parents=True)
+    shutil.copy(rex, tmp_path / "[run]" / "concepts")
+    for given in (f"{tmp_path}/[run]", f"tom={tmp_path}/[run]", f"{tmp_path}/[run]/concepts"):
+        with pytest.raises(
+            InputError, match=r"a folder, and not a concept file; give one of its files: .*rex.safetensors"
+        ):
+            recipes.read_concepts([given])
 
 
 def test_a_picture_is_not_believed_blindly(recipe, rex, tmp_path, capsys):

@@ -189,6 +189,18 @@ def test_a_run_of_one_concept_uses_all_devices_of_its_host(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["[dog] *", "#%20{a}:b", "~dog", "-äöü"])
+def test_a_workdir_may_have_any_name(config, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    config.update(steps=2, validate_every=1, checkpoint_every=1)
+    file = train_one(config, epath.Path(name))
+    assert file.exists()
+    config.steps = 3  # goes on from its checkpoint
+    assert train_one(config, epath.Path(name)) == file
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.slow
 def test_a_longer_run_goes_on(finished, config, tmp_path):
     workdir, _ = finished
     subprocess.run(["cp", "-r", workdir, tmp_path / "run"], check=True)

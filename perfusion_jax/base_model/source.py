@@ -63,7 +63,8 @@ def find_folder(source: str, revision: str | None, variant: str | None = None, w
     folder = shipped.MODEL if source == "emoji" else Path(at_home(source))
     if not folder.is_dir():
         if not is_hub_id(source):
-            raise InputError(f"{source}: no such folder, and not a hub id (owner/name)")
+            short = ", ".join(("emoji", *SHORT_NAMES))
+            raise InputError(f"{source}: no such folder, and not a hub id (owner/name) or one of {short}")
         folder = _download(source, revision, variant) if weights else _fetch(source, revision)
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder}: no model_index.json: not a model in the diffusers layout")

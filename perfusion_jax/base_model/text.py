@@ -26,7 +26,7 @@ from perfusion_jax.base_model.flax_classes import (
 )
 from perfusion_jax.method.surgery import Params
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.names import PLACEHOLDER
+from perfusion_jax.runtime.names import NAME_RULE, PLACEHOLDER
 
 _END_OF_WORD = "</w>"
 _ONE_FILE = "tokenizer.json"
@@ -201,7 +201,7 @@ class PromptTokenizer:
     def _check_placeholders(self, placeholders: Sequence[str]) -> None:
         for placeholder in placeholders:
             if not PLACEHOLDER.fullmatch(placeholder):
-                raise InputError(f"{placeholder!r} is not a placeholder: use <name> with letters, digits, '-' and '_'")
+                raise InputError(f"{placeholder!r} is not a placeholder, <name>: a name must be {NAME_RULE}")
             known = self._tokenizer.get_vocab()
             if placeholder in known or f"{placeholder}</w>" in known:
                 raise InputError(

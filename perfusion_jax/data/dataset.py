@@ -24,7 +24,7 @@ from perfusion_jax.data.pictures import Picture
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import is_local, is_storage_error, storage_errors, subfolders, to_path
-from perfusion_jax.runtime.names import DATASET
+from perfusion_jax.runtime.names import DATASET, NAME_RULE
 
 INFO = "dataset_info.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -102,7 +102,7 @@ def write_dataset(folders: epath.Path, out: epath.Path) -> epath.Path:
         raise InputError(f"{folders}: no folders of concepts in it")
     for name in concepts:
         if not _NAME.fullmatch(name):
-            raise InputError(f"{folders / name}: name it with letters, digits, '-' and '_' alone")
+            raise InputError(f"{folders / name}: its name must be {NAME_RULE}")
     with tempfile.TemporaryDirectory() as temporary:
         # ArrayRecord writes local files alone.
         builder = Concepts(folders=concepts, data_dir=str(out) if is_local(out) else temporary)

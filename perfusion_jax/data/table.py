@@ -27,7 +27,7 @@ from etils import epath
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError, UnavailableError
 from perfusion_jax.runtime.files import read_text, storage_errors, subfolders, to_path
-from perfusion_jax.runtime.names import PLACEHOLDER
+from perfusion_jax.runtime.names import NAME_RULE, PLACEHOLDER
 
 NEEDED = ("name", "super_category", "pictures")
 FOLDERS = ("masks", "captions")
@@ -91,18 +91,6 @@ def read_table(source: str, overridable: Collection[str]) -> list[Row]:
     return [row._replace(problem=problem) for row, problem in zip(rows, problems, strict=True)]
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """Reads `I/N`, the I-th (from 0) of N jobs: it takes every N-th concept from the I-th on.
-
-    Raises:
-        InputError: it is not of that form.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise InputError(f"--shard is {text!r}; it must be I/N, with I from 0 to N - 1")
-    return int(match[1]), int(match[2])
-
-
 def _lines(path: epath.Path, overridable: Collection[str]) -> list[Row]:
     with storage_errors(path, "read"):
         data = path.read_bytes()
@@ -153,8 +141,12 @@ def _facts(file: epath.Path) -> dict[str, Any]:
 
 def _csv_lines(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text), strict=True)
-    missing = [column for column in NEEDED if column not in (reader.fieldnames or ())]
+    columns = reader.fieldnames or ()
+    missing = [column for column in NEEDED if column not in columns]
     if missing:
+        for sign, name in ((";", "';'"), ("\t", "tabs")):  # as spreadsheets write where a comma is in numbers
+            if len(columns) == 1 and sign in columns[0]:
+                raise InputError(f"{path}:1: its columns are separated by {name}: save it with commas between them")
         raise InputError(f"{path}:1: no column {missing[0]!r}; a table needs {', '.join(NEEDED)}")
     for cells in reader:
         where = f"{path}:{reader.line_num}"
@@ -212,7 +204,7 @@ def _name_problems(rows: list[Row]) -> Iterator[str]:
         # Some file systems take Rex and rex for one.
         earlier = seen.setdefault(row.name.casefold(), row)
         if not PLACEHOLDER.fullmatch(f"<{row.name}>"):
-            yield f"{row.where}: name is {row.name!r}; it must be letters, digits, '-' and '_'"
+            yield f"{row.where}: name is {row.name!r}; it must be {NAME_RULE}"
         elif earlier is not row:
             yield f"{row.where}: name is {row.name!r}, as in {earlier.where}; rename one"
         else:

@@ -22,7 +22,7 @@ from perfusion_jax.drawing.generation import Drawn, drawing, skipped_steps
 from perfusion_jax.drawing.grids import grid
 from perfusion_jax.drawing.prompts import escaped, without_syntax
 from perfusion_jax.drawing.samplers import check_named, make_plan, settle, spaced
-from perfusion_jax.formats.concept_file import PERFUSION, TrainedConcept, load_concept, read_card
+from perfusion_jax.formats.concept_file import PERFUSION, TrainedConcept, load_concept, read_card, read_file
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
 from perfusion_jax.formats.tree_folder import load_tree
 from perfusion_jax.runtime.errors import InputError, UnavailableError
@@ -147,12 +147,7 @@ def _names_a_file(word: str) -> bool:
 
 
 def _sha256(file: str) -> str:
-    path = to_path(file)
-    with storage_errors(path, "read"):
-        try:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        except FileNotFoundError as error:
-            raise InputError(f"{file}: no such concept file") from error
+    return hashlib.sha256(read_file(file)).hexdigest()
 
 
 def _plain(prompt: str) -> str:

@@ -28,10 +28,11 @@ from perfusion_jax.base_model import BaseModel
 from perfusion_jax.formats.tensor_file import read_header, tensor_bytes
 from perfusion_jax.method.baselines import BASELINES, Learnt
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import storage_errors, to_path, write_bytes
+from perfusion_jax.runtime.files import entries, storage_errors, to_path, write_bytes
 from perfusion_jax.runtime.names import PLACEHOLDER
 
-FORMAT = "perfusion_jax concept 1"
+_OURS = "perfusion_jax concept "
+FORMAT = f"{_OURS}1"
 FORMER = "renamed_from"  # metadata of a file that was given another name
 PERFUSION = "perfusion"
 """What cards call the method itself; others are keys of `method.baselines.BASELINES`."""
@@ -130,9 +131,7 @@ def digests(file: str | Path) -> list[str]:
     Raises:
         InputError, UnavailableError: it cannot be read.
     """
-    path = to_path(file)
-    with storage_errors(path, "read"):
-        data = path.read_bytes()
+    data = read_file(file)
     try:
         former = json.loads(read_header(data).get("__metadata__", {}).get(FORMER, "[]"))
     except ValueError:
@@ -160,12 +159,28 @@ def load_concept(file: str | Path, base: BaseModel) -> TrainedConcept:
     return TrainedConcept(_concept(to_path(file), card.method, tensors, base), card)
 
 
-def _read(file: epath.Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
-    with storage_errors(file, "read"):
+def read_file(file: str | Path) -> bytes:
+    """Reads a concept file as it is.
+
+    Raises:
+        InputError: no such file, or a folder, in which case the concepts in it are named.
+        UnavailableError: storage fails.
+    """
+    path = to_path(file)
+    with storage_errors(path, "read"):
         try:
-            data = file.read_bytes()
+            return path.read_bytes()
         except FileNotFoundError as error:
             raise InputError(f"{file}: no such concept file") from error
+        except IsADirectoryError as error:
+            files = [*(entries(path) or ()), *(entries(path / "concepts") or ())]
+            inside = [file for file in files if file.suffix == ".safetensors"]
+            hint = f"give one of its files: {', '.join(map(str, inside[:5]))}" if inside else "no concepts in it"
+            raise InputError(f"{file}: a folder, and not a concept file; {hint}") from error
+
+
+def _read(file: epath.Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
+    data = read_file(file)
     try:
         tensors = load(data)
         metadata = read_header(data).get("__metadata__", {})  # `load` has checked it
@@ -175,6 +190,11 @@ def _read(file: epath.Path) -> tuple[ConceptCard, dict[str, np.ndarray]]:
         _refuse_lora(file, read_header(data))
         raise InputError(f"{file}: its numbers are {error.args[0]}; a concept's are float32") from error
     _refuse_lora(file, tensors)
+    if metadata.get("format", "").startswith(_OURS) and metadata["format"] != FORMAT:
+        raise InputError(
+            f"{file}: of a newer version of perfusion_jax: its format is {metadata['format']!r}, and this one reads "
+            f"{FORMAT!r}: install the newer one"
+        )
     if metadata.get("format") != FORMAT:
         raise InputError(
             f"{file}: not a concept of perfusion_jax: its format is {metadata.get('format')!r}, not {FORMAT!r}"

@@ -176,7 +176,8 @@ def export(
             raise InputError(f"{card.name}: learnt by {card.method}, to compare with: only Perfusion's are exported")
         if not base.has_fingerprint(card.fingerprint):
             raise InputError(
-                f"{card.name}: trained on the base model {card.base_model}, which {base.name} is not: load that one"
+                f"{card.name}: trained on the base model {card.base_model}, which {base.name} is not: give --base "
+                f"{card.base_model}, or a copy of it"
             )
     strengths = list(strengths) or [1.0] * len(concepts)
     if len(strengths) != len(concepts):

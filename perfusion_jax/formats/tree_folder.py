@@ -101,7 +101,10 @@ def load_tree(folder: str | Path, base: BaseModel) -> tuple[BaseModel, list[Trai
     record = _read_record(path)
     cards = [card_from(path / RECORD, card) for card in record["concepts"]]
     if not all(base.has_fingerprint(card.fingerprint) for card in cards):
-        raise InputError(f"{folder}: a tree of {record['base_model']}, which {base.name} is not: load that one")
+        raise InputError(
+            f"{folder}: a tree of {record['base_model']}, which {base.name} is not: give --base "
+            f"{record['base_model']}, or a copy of it"
+        )
     # Where it was written says nothing of where it is read.
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with storage_errors(path, "read"), ocp.StandardCheckpointer() as checkpointer:

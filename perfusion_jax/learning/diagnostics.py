@@ -1,7 +1,6 @@
 """What helps to find out why a run is slow or diverges: `--profile` and `--debug_nans`."""
 
 import dataclasses
-import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from perfusion_jax.base_model import Architecture
 from perfusion_jax.data.examples import Examples
 from perfusion_jax.learning.step import Learning, Settings, loss_and_gradient
 from perfusion_jax.method.surgery import Params
-from perfusion_jax.runtime.errors import InputError, out_of_memory
+from perfusion_jax.runtime.errors import out_of_memory
 
 
 class Diagnostics(NamedTuple):
@@ -30,20 +29,6 @@ class Diagnostics(NamedTuple):
 
     profile: tuple[int, int] | None = None
     debug_nans: bool = False
-
-
-def parse_profile(text: str | None) -> tuple[int, int] | None:
-    """Reads `START:STOP`: the steps of this run, from 0, that are traced; None where none are.
-
-    Raises:
-        InputError: it is not of that form.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise InputError(f"--profile is {text!r}; it must be START:STOP, two numbers of steps, such as 10:15")
-    return int(match[1]), int(match[2])
 
 
 class Profiler:

@@ -67,6 +67,18 @@ def hide_pytorch() -> None:
         sys.meta_path[sys.meta_path.index(PathFinder)] = _WithoutPyTorch
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """Reads `I/N`, the I-th (from 0) of N jobs: it takes every N-th concept from the I-th on.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise InputError(f"--shard is {text!r}; it must be I/N, with I from 0 to N - 1")
+    return int(match[1]), int(match[2])
+
+
 def share_compiled_programs() -> None:
     """Has JAX keep what it compiles in the user's cache folder, so that the next command need not compile it again.
 

@@ -6,6 +6,9 @@ from typing import NamedTuple
 PLACEHOLDER = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]*>")
 """The token that stands for a concept in a prompt, `<name>`."""
 
+NAME_RULE = "letters, digits, '-' and '_', and begin with a letter or a digit"
+"""What a name must be, in words."""
+
 DATASET = "tfds:"
 """What the address of a dataset of pictures begins with, `tfds:FOLDER#NAME`."""
 

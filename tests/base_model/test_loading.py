@@ -390,6 +390,8 @@ def test_missing_folder(source, message):
 
 
 def test_folder_of_something_else(tmp_path):
+    with pytest.raises(InputError, match=r"sd14: no such folder, and not .* or one of emoji, sd15, sd21, sdxl"):
+        load_base_model("sd14")
     with pytest.raises(InputError, match=r"no model_index\.json"):
         load_base_model(tmp_path)
 

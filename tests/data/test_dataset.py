@@ -115,5 +115,5 @@ def test_bad_input_is_named(folders, tmp_path):
     with pytest.raises(InputError, match="not a dataset"):
         read_split(f"tfds:{tmp_path}#rex")
     (folders / "a b").mkdir()
-    with pytest.raises(InputError, match="a b: name it with letters"):
+    with pytest.raises(InputError, match="a b: its name must be letters"):
         write_dataset(folders, epath.Path(tmp_path / "out"))

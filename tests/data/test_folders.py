@@ -3,10 +3,12 @@
 import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from odd_names import ODD_NAMES
 from PIL import ExifTags, Image
 
 from perfusion_jax import InputError
@@ -325,6 +327,18 @@ def test_a_folder_is_learnt_from_or_refused_by_one_clear_line(tmp_path, caplog, 
     assert len(told) == len(expected.warnings)
     for words, message in zip(expected.warnings, told, strict=True):
         assert words in message
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_folders_and_pictures_may_have_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save(Path(name) / f"{name}.png")
+    mask(Path(name) / "masks" / f"{name}.png")
+    write(Path(name) / "metadata.jsonl", json.dumps({"file_name": f"{name}.png", "text": "a dog"}))
+    (read,) = read_folder(name)
+    assert (read.name, read.caption) == (f"{name}.png", "a dog")
+    assert read.mask[:, :18].min() > 0.9
+    assert read.mask[:, 22:].max() < 0.1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -9,7 +9,7 @@ from odd_names import ODD_NAMES
 from configs import fleet
 from perfusion_jax import InputError
 from perfusion_jax.config import OVERRIDES, check, member_config
-from perfusion_jax.data.table import parse_shard, read_table
+from perfusion_jax.data.table import read_table
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import UnavailableError
 
@@ -97,6 +97,17 @@ HEAD = "name,super_category,pictures"
         ("a.csv", f"{HEAD}\nrex,dog,r\nrex,cat,c\n", r"a\.csv:3: name is 'rex', as in .*a\.csv:2; rename one"),
         ("a.csv", f"{HEAD}\nrex,dog,r\nRex,cat,c\n", r"a\.csv:3: name is 'Rex', as in .*a\.csv:2"),
         ("a.csv", f"{HEAD}\n../x,dog,r\n", r"a\.csv:2: name is '\.\./x'; it must be letters"),
+        (
+            "a.csv",
+            f"{HEAD}\n_dog,dog,r\n",
+            r"a\.csv:2: name is '_dog'; it must be .*, and begin with a letter or a digit",
+        ),
+        (
+            "a.csv",
+            f"{HEAD.replace(',', ';')}\nrex;dog;r\n",
+            r"a\.csv:1: its columns are separated by ';': save it with",
+        ),
+        ("a.csv", f"{HEAD.replace(',', chr(9))}\n", r"a\.csv:1: its columns are separated by tabs"),
         ("a.csv", f"{HEAD}\nmy dog,dog,r\n", r"a\.csv:2: name is 'my dog'; it must be letters"),
         ("a.csv", f"{HEAD}\n,dog,r\n", r"a\.csv:2: name is missing"),
         ("a.csv", f"{HEAD}\nrex,dog\n", r"a\.csv:2: pictures is missing"),
@@ -220,13 +231,6 @@ def test_impossible_overrides_are_named(tmp_path, column, value, message):
         member_config(fleet.get_config(), row)
 
 
-def test_shards_share_the_table():
-    assert parse_shard("3/16") == (3, 16)
-    for wrong in ("16/16", "3", "-1/4", "a/b", "0/0"):
-        with pytest.raises(InputError, match="--shard is"):
-            parse_shard(wrong)
-
-
 @pytest.mark.parametrize("base", ["emoji", "sd15", "some/folder"])
 def test_the_fleet_config_that_ships_is_possible(base):
     config = fleet.get_config(base)
@@ -244,3 +248,15 @@ def test_impossible_fleets_are_named(key, value):
     config[key] = value
     with pytest.raises(InputError, match=rf"config\.{key} is"):
         check(config)
+
+
+@pytest.mark.parametrize("key", ["name", "super_category", "pictures"])
+def test_what_the_table_says_of_each_concept_is_not_given_for_all(key):
+    config = fleet.get_config()
+    config[key] = "dog"
+    with pytest.raises(InputError, match=rf"config\.{key} plays no part where config\.concepts names a table"):
+        check(config)
+    config = fleet.get_config()
+    config.members = 3  # of the fleet, and of none of its concepts alone
+    for row in read_table(config.concepts, OVERRIDES):
+        assert not member_config(config, row).members

@@ -213,6 +213,11 @@ def test_truncated_missing_and_foreign_files_are_refused(file, sd1_base, tmp_pat
     save_file({"embedding": np.ones(3)}, file)
     with pytest.raises(InputError, match="not a concept of perfusion_jax"):
         load_concept(file, sd1_base)
+    save_file({"embedding": np.ones(3)}, file, {"format": FORMAT.replace("1", "2")})
+    with pytest.raises(
+        InputError, match="of a newer version of perfusion_jax: its format is 'perfusion_jax concept 2'"
+    ):
+        load_concept(file, sd1_base)
     file.write_bytes(len(header).to_bytes(8, "little") + header.replace(b"embedding", b"rex_lora_") + b"12")
     with pytest.raises(InputError, match="a LoRA, and not a concept"):
         load_concept(file, sd1_base)

@@ -259,7 +259,7 @@ def test_a_model_that_float16_cannot_hold_is_refused(sd1_base, tmp_path, kind):
 
 
 def test_a_concept_of_another_base_is_refused(sd1_base, small_base, tmp_path):
-    with pytest.raises(InputError, match=r"rex: trained on the base model .*, which .* is not: load that one"):
+    with pytest.raises(InputError, match=r"rex: trained on the base model .*, which .* is not: give --base"):
         export(sd1_base, [learnt(small_base)], "lora", tmp_path)
 
 

@@ -116,7 +116,7 @@ def test_trees_that_cannot_be_read_are_one_line(small_base, sd1_base, both, tmp_
     with pytest.raises(InputError, match=r"no perfusion_jax\.json in it: not an exported tree"):
         load_tree(tmp_path, small_base)
     export(small_base, both, "orbax", tmp_path)
-    with pytest.raises(InputError, match=r"a tree of .* is not: load that one"):
+    with pytest.raises(InputError, match=r"a tree of .* is not: give --base"):
         load_tree(tmp_path, sd1_base)
     record = json.loads((tmp_path / "perfusion_jax.json").read_text())
     (tmp_path / "perfusion_jax.json").write_text(json.dumps({**record, "format": "other"}))

@@ -11,8 +11,9 @@ from perfusion_jax import InputError
 from perfusion_jax.config import make_config
 from perfusion_jax.learning import diagnostics
 from perfusion_jax.learning import step as training
-from perfusion_jax.learning.diagnostics import Profiler, first_nan, parse_profile
+from perfusion_jax.learning.diagnostics import Profiler, first_nan
 from perfusion_jax.learning.step import Settings
+from perfusion_jax.train import parse_profile
 
 
 def test_the_steps_asked_for_are_traced(monkeypatch):

@@ -7,7 +7,8 @@ import sys
 import pytest
 from fleet_runs import ROOT
 
-from perfusion_jax.runtime.command_line import BAD_INPUT
+from perfusion_jax import InputError
+from perfusion_jax.runtime.command_line import BAD_INPUT, parse_shard
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,7 @@ from perfusion_jax.runtime.command_line import BAD_INPUT
         (["--config=configs/dog.py", "--config.step=3"], "--config: no such key: 'step'. Did you mean \"steps\""),
         (["--config=configs/dog.py", "--config.templates=("], "config.templates is ('(',); it must be at least 1"),
         (["--config=configs/dog.py", "dog"], "'dog' is not a flag; see --help"),
+        (["--config=configs/dog.py", "--workdir=https://host/x"], "https://host/x: https:// is no storage known here"),
     ],
 )
 def test_mistakes_in_a_command_are_told_in_a_line(tmp_path, arguments, message):
@@ -50,6 +52,13 @@ def test_a_mistake_in_a_config_file_is_told_with_its_line(tmp_path, text, messag
     assert ended.returncode == BAD_INPUT
     assert "Traceback" not in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'rex.py'}:{message}")
+
+
+def test_shards_share_the_table():
+    assert parse_shard("3/16") == (3, 16)
+    for wrong in ("16/16", "3", "-1/4", "a/b", "0/0"):
+        with pytest.raises(InputError, match="--shard is"):
+            parse_shard(wrong)
 
 
 def test_memory_that_does_not_suffice_is_told_in_a_line():

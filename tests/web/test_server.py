@@ -165,7 +165,7 @@ def test_no_path_of_the_page_is_opened(client, studio, tmp_path):
         **{"base": studio.easel.source, "prompts": ["x"], "seeds": [0], "columns": 1, "init_image": None},
         **{"sweep": None, "versions": {}, "format": "perfusion_jax picture 1", "tree": None},
         "concepts": [{"name": "rex", "file": str(tmp_path / "secret.png"), "sha256": "0"}],
-        "options": dict.fromkeys(OPTIONS),
+        "options": {**dict.fromkeys(OPTIONS), "batch_size": 1},
     }
     write_picture(tmp_path / "hostile.png", jnp.zeros((8, 8, 3), jnp.uint8).__array__(), record)
     sent = client.post("/api/recipe", files=[("files", ("hostile.png", (tmp_path / "hostile.png").read_bytes()))])

@@ -1,11 +1,16 @@
 """Measures of pictures and attention, against values worked out by hand."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
 from exported import learnt
+from fleet_runs import ROOT
 
-from perfusion_jax.evaluation import measures
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import measures
 
 
 def unit(vectors):
