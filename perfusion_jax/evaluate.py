@@ -10,12 +10,55 @@ command goes on where an interrupted one was.
 """
 
 import json
+from collections.abc import Callable
 
 from absl import flags
+from etils import epath
 
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import check_writable, read_text, to_path, write_bytes
+
+
+def read_templates(file: str) -> list[str]:
+    """Reads prompts with {} for the concept, one on a line.
+
+    Raises:
+        InputError: there are none, or one has no {}, or several.
+        UnavailableError: storage fails.
+    """
+    from perfusion_jax.drawing.recipe import read_prompts
+
+    prompts = read_prompts(None, file)
+    for prompt in prompts:
+        if prompt.count("{}") != 1:
+            raise InputError(f"{file}: {prompt!r} needs one {{}}, where the concept's name goes")
+    return prompts
+
+
+def claim(out: epath.Path, facts: str) -> Callable[[], None]:
+    """Sees that a folder is free for an evaluation, or holds this one.
+
+    Args:
+        out: the folder.
+        facts: what the evaluation is of, JSON.
+
+    Returns:
+        What writes them there, when there is a first score: a mistake before that leaves the folder free.
+
+    Raises:
+        InputError: it holds another evaluation, or a report of something else; or cannot be written.
+        UnavailableError: storage fails.
+    """
+    check_writable(out)
+    record = out / "evaluation.json"
+    before = read_text(record)
+    if before not in ("", facts):
+        raise InputError(f"{out}: holds another evaluation: give another --out, or delete it")
+    for name in ("report.json", "report.html"):
+        if not before and read_text(out / name):
+            raise InputError(f"{out / name}: is there already, and is of no evaluation: give another --out, or move it")
+    return lambda: write_bytes(record, facts.encode())
 
 
 def main() -> None:
@@ -30,7 +73,6 @@ def main() -> None:
     from tqdm import tqdm
 
     from perfusion_jax.base_model import load_base_model, network_dtype
-    from perfusion_jax.drawing.recipe import read_prompts
     from perfusion_jax.evaluation.report import check_plots, write_report
     from perfusion_jax.evaluation.scores import PROMPTS, Drawing, over_devices, read_scores, score_all, settings_of
     from perfusion_jax.evaluation.subjects import base_of, check_names, of_files, of_workdirs
@@ -41,10 +83,7 @@ def main() -> None:
     if not subjects:
         raise InputError("nothing to evaluate: give --workdir of a run or a fleet, or --concept and --pictures")
     check_names(subjects)
-    prompts = read_prompts(None, given.prompts) if given.prompts else list(PROMPTS)
-    for prompt in prompts:
-        if prompt.count("{}") != 1:
-            raise InputError(f"{given.prompts}: {prompt!r} needs one {{}}, where the concept's name goes")
+    prompts = read_templates(given.prompts) if given.prompts else list(PROMPTS)
     settings = settings_of(given.sweep, subjects)
     index, count = command_line.parse_shard(given.shard) if given.shard else (0, 1)
     if count == 1 and (given.sweep or len(settings) > 1):
@@ -63,14 +102,7 @@ def main() -> None:
         "steps": given.steps or "the sampler's own",
     }
     out = to_path(given.out)
-    check_writable(out)
-    record, text = out / "evaluation.json", json.dumps(facts, indent=2)
-    before = read_text(record)
-    if before not in ("", text):
-        raise InputError(f"{out}: holds another evaluation: give another --out, or delete it")
-    for name in ("report.json", "report.html"):
-        if not before and read_text(out / name):
-            raise InputError(f"{out / name}: is there already, and is of no evaluation: give another --out, or move it")
+    begin = claim(out, json.dumps(facts, indent=2))
     base = load_base_model(dtype=network_dtype(), **named._asdict())
     plan = Drawing(
         prompts,
@@ -78,9 +110,7 @@ def main() -> None:
         {"steps": given.steps, "batch_size": given.batch_size},
     )
     mine = subjects[index::count]
-    work = score_all(
-        *over_devices(base, evaluator), mine, settings, plan, out, lambda: write_bytes(record, text.encode())
-    )
+    work = score_all(*over_devices(base, evaluator), mine, settings, plan, out, begin)
     for _ in tqdm(work, "evaluating", sum(len(settings[subject.label]) for subject in mine), unit="sheet"):
         pass
     if count == 1:
