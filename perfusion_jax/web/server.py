@@ -102,8 +102,8 @@ def make_app(studio: Studio, password: str | None, local: bool, token: str | Non
 
         def read(request: Request) -> tuple[bytes, bool]:
             file = function(request)
-            at = request.query_params.get("at")
-            return file.read_bytes(), at is not None and at == written(file)
+            stays = request.query_params.get("at") == written(file) != ""
+            return file.read_bytes(), stays
 
         async def route(request: Request) -> Response:
             try:

@@ -325,9 +325,9 @@ def test_the_command_of_a_job_learns_the_same(tmp_path, queue, changes, monkeypa
     words = command_of(queue.add(given), tmp_path)
     assert words[:5] == ["python", "-m", "perfusion_jax.train", "--workdir", str(tmp_path / "rex")]
     assert len(words) < 20  # of the default nothing is said
+    monkeypatch.setattr("sys.argv", ["train", *words[5:]])  # which ml_collections reads
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", make_config(), flag_values=values)
-    monkeypatch.setattr("sys.argv", ["train", *words[5:]])  # which ml_collections reads
     values(["train", *words[5:]])
     read = settle(values.config, config_flags.get_override_values(values["config"]))
     assert to_json(read) == to_json(given)
