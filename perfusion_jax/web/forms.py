@@ -68,14 +68,14 @@ class Form:
         if not isfinite(value):
             raise InputError(f"{name}: it must be a number")
         if not least <= value <= most:
-            raise InputError(f"{name} is {value:g}; it must be from {least:g} to {most:g}")
+            raise InputError(f"{name} is {value:.15g}; it must be from {least:.15g} to {most:.15g}")
         return value
 
     def whole(self, name: str, least: int, most: int) -> int | None:
         """A whole number within bounds; None if it was left out."""
         value = self.number(name, least, most)
         if value is not None and value != int(value):
-            raise InputError(f"{name} is {value:g}; it must be a whole number")
+            raise InputError(f"{name} is {value:.15g}; it must be a whole number")
         return None if value is None else int(value)
 
     def one_of(self, name: str, choices: Sequence[str]) -> str:

@@ -209,7 +209,9 @@ def test_no_path_of_the_page_is_opened(client, studio, tmp_path):
 
 
 def test_draws_picture_by_picture_and_gets_the_recipe_back(client, studio):
-    first, *pictures = drawn(client, prompt="a photo of a <rex>", count=2, seed=5, concepts={"rex": {"bias": 0.123456789}})
+    first, *pictures = drawn(
+        client, prompt="a photo of a <rex>", count=2, seed=5, concepts={"rex": {"bias": 0.123456789}}
+    )
     assert first["command"][:3] == ["python", "-m", "perfusion_jax.sample"]
     assert "0.123456789" in first["command"]
     assert not first["sweep"]
