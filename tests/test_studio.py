@@ -127,6 +127,7 @@ def learnt(browser, server, runs):
     page.click("#look-button")
     page.wait_for_selector("#previews figure:nth-child(3) img")
     page.click("#previews figure:nth-child(1) button")
+    page.wait_for_selector("#mask-canvas")
     box = page.locator("#mask-canvas").bounding_box()
     page.check("#erase")
     page.mouse.move(box["x"] + 2, box["y"] + 20)
@@ -188,6 +189,7 @@ def test_a_slider_changes_the_picture_and_compiles_nothing(page, learnt, runs):
     page.click("#prompt")
     page.keyboard.type("a photo of a <r")
     page.wait_for_selector("#completions li:has-text('<rex>, a dog')")
+    assert page.get_attribute("#prompt", "aria-expanded") == "true"
     page.keyboard.press("Enter")
     assert page.input_value("#prompt") == "a photo of a <rex>"
     (first,) = draw(page, "a photo of a <rex>")
@@ -248,6 +250,9 @@ def test_a_strip_sweeps_one_control(page, learnt):
     page.wait_for_selector("#drawn .strip figure:nth-child(3) img")
     labels = page.locator("#drawn figcaption span").all_inner_texts()
     assert labels == ["seed 0, strength 0", "seed 0, strength 0.5", "seed 0, strength 1"]
+    page.locator("#sweep-last").press_sequentially("e")
+    page.click("#sweep-button")
+    page.wait_for_selector("#draw-message .error:text-is('To: it must be a number')")
 
 
 def test_a_picture_gives_its_recipe_back(page, learnt, runs):
@@ -324,6 +329,37 @@ def test_a_run_that_is_finished_shows_its_pictures_and_is_drawn_by_a_click(page,
     assert page.is_visible("#slider-bias-rex")
 
 
+def test_the_row_of_a_run_stays_while_its_numbers_change(page, learnt):
+    job = {
+        **{"run": "tom", "things": ["tom, a dog"], "state": "learning", "stopping": False, "error": "", "warnings": []},
+        **{"command": ["python"], "grid": "", "learnt": [], "progress": None},
+    }
+    seen = {"entries": [], "jobs": [job], "interrupted": [], "drawings": [], "loading": False, "problem": ""}
+    page.route("**/api/state", lambda route: route.fulfill(json={**seen, "sampler": "", "base": "emoji"}))
+    tab(page, "learn")
+    page.wait_for_selector(".job p:text-is('Loading the model.')")
+    page.evaluate("() => { document.querySelector('.job').dataset.mark = '1'; }")
+    page.evaluate("() => getSelection().selectAllChildren(document.querySelector('.job span'))")
+    seen["jobs"] = [{**job, "progress": {"position": 1500, "total": 4000, "rate": 1234.5, "words": "loss 0.1"}}]
+    page.wait_for_selector(
+        ".job[data-mark='1'] p:text-is('Step 1,500 of 4,000, 1,235 steps a second, 2 s left: loss 0.1')"
+    )
+    assert page.evaluate("() => getSelection().toString()") == "tom, a dog"
+    seen["jobs"] = [{**job, "stopping": True}]
+    page.wait_for_selector(".job[data-mark='1'] p:has-text('Stopping')")
+
+
+def test_an_empty_library_opens_where_things_are_learnt(page, server, learnt):
+    seen = {"entries": [], "jobs": [], "interrupted": [], "drawings": [], "loading": False, "problem": "no such model"}
+    page.route("**/api/state", lambda route: route.fulfill(json={**seen, "sampler": "", "base": "emoji"}))
+    page.goto("about:blank")
+    page.goto(server.address)
+    page.wait_for_selector("#learn:not([hidden]) .empty:has-text('Drop pictures of a thing')")
+    with page.expect_request("**/api/act") as asked:
+        page.click("#connection button:text-is('Try again')")
+    assert asked.value.post_data_json == {"act": "load"}
+
+
 def test_a_run_that_was_begun_is_deleted_when_asked_twice(page, learnt, runs):
     (runs / "begun").mkdir()
     config = json.loads((runs / "rex" / "config.json").read_text())
@@ -379,6 +415,10 @@ def hostile_files(folder):
 
 
 def test_hostile_files_and_names_are_refused_in_words(page, learnt, tmp_path, runs):
+    (tmp_path / "notes.txt").write_text("mine")
+    tab(page, "learn")
+    page.set_input_files("#files", str(tmp_path / "notes.txt"))
+    page.wait_for_selector("#learn-message .error:has-text('notes.txt is not a picture')")
     for file, words in hostile_files(tmp_path).items():
         fill_in(page, "tom", "dog", [str(file)], 4)
         page.click("#start-button")
@@ -437,7 +477,8 @@ def test_nothing_is_wider_than_a_narrow_or_enlarged_window(browser, server, lear
     tab(page, "draw")
     page.locator("#slider-strength-rex").evaluate("slider => slider.scrollIntoView({ block: 'center' })")
     slider, picture = (
-        page.locator(at).bounding_box() for at in ("#slider-strength-rex", "#drawn figure:first-child img")
+        page.locator(at).bounding_box()
+        for at in ("#slider-strength-rex", "#drawn figure:first-child .frame > img:first-child")
     )
     for box in (slider, picture):
         assert 0 <= box["y"] + 20 < view["height"]

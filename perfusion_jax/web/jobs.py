@@ -231,6 +231,7 @@ class Jobs:
         """
         self.check_interrupted(run)
         delete_run(self.runs / run, photographs)
+        self.forget_deleted(run)
 
     def check_interrupted(self, run: str) -> None:
         """Sees that a run is one of those that `interrupted` names.

@@ -167,7 +167,7 @@ class Studio:
             "things": [f"{name}, a {kind}" if kind else name for name, kind in zip(job.names, job.kinds, strict=True)],
             "state": job.state,
             "stopping": learning and self.jobs.is_stopping,
-            "error": job.error,
+            "error": for_page(job.error),
             "warnings": [for_page(warning) for warning in warnings],
             "command": queue.command_of(job, self.runs),
             "progress": progress._asdict() if progress else None,
@@ -518,7 +518,7 @@ class Studio:
         entry = find_entry(self.runs, key)
         whole = any(file.name == CONFIG for file in doomed_with(entry).files)
         delete(entry, photographs)
-        if whole:
+        if whole or not entry.workdir.exists():
             self.jobs.forget_deleted(entry.workdir.name)
 
     def export(self, key: str, kind: str) -> dict[str, Any]:

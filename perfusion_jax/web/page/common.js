@@ -96,6 +96,13 @@ export async function refresh() {
   }
 }
 
+/** Waits until the model is there, or cannot be loaded, or the signal ends it. */
+export const settled = (signal) => new Promise((resolve) => {
+  if (!state.loading) resolve();
+  signal.addEventListener("abort", resolve);
+  listen(() => { if (!state.loading) resolve(); });
+});
+
 /** A command line to copy. */
 export function command(words, label) {
   const line = words.map((word) => (/^[\w@%+=:,./<>-]+$/.test(word) && !/[<>]/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`)).join(" ");

@@ -1,5 +1,5 @@
 // The tab that draws: the prompt with its completion, sliders of the concepts that it names, pictures as they come.
-import { command, find, listen, make, number, pictures, post, refresh, say, send, state, stream } from "./common.js";
+import { command, find, listen, make, number, pictures, post, refresh, say, send, settled, state, stream } from "./common.js";
 
 const SLIDERS = {
   bias: [0, 1, 0.01, "Bias β: how alike a word must be for the concept to act"],
@@ -70,6 +70,7 @@ async function draw(sweep = () => null) {
   say(message, state.loading ? "Drawing, as soon as the model is loaded." : "Drawing. The first time, the model is compiled.");
   let problem = "", warnings = [], begun = false;
   try {
+    if (state.loading) await settled(own.signal); // until then it is not known which concepts and which sampler it takes
     for (let again = false; ; again = true) {
       const sent = { ...form(), init_image: await sentStart(), sweep: sweep() };
       if (own !== running) return; // another drawing has begun
@@ -204,10 +205,10 @@ prompt.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-let settled = false;
+let hasSampler = false;
 listen(() => {
-  if (!settled && !state.loading) {
-    settled = true;
+  if (!hasSampler && !state.loading) {
+    hasSampler = true;
     find("#sampler").value = state.sampler;
   }
   prompt.placeholder = `a photo of a ${drawable()[0]?.phrase ?? "dog"} on the beach`;
