@@ -404,16 +404,16 @@ class Studio:
                 "warnings": self._warnings(form, recipe),
             }
             for picture in self.easel.draw(recipe, wanted):
-                new = False
                 words = [word._asdict() for word in picture.words]
                 height, width = picture.pixels.shape[:2]
                 yield {
                     **{"file": picture.file.name, "at": written(picture.file), "label": picture.label},
                     **{"width": width, "height": height, "words": words},
                 }
-        finally:
-            if new and start:
+        except InputError:
+            if new and start:  # of what is refused
                 start.unlink(missing_ok=True)
+            raise
 
     def _warnings(self, form: Form, recipe: Recipe) -> list[str]:
         left_out = without_syntax(form.text("prompt"))[1] + without_syntax(form.text("negative_prompt"))[1]
@@ -451,8 +451,8 @@ class Studio:
             return form
         except InputError:
             raise
-        # JSON of another form.
-        except (*(ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # JSON of another form.
             raise InputError("what the picture says of how it was drawn cannot be read") from error
 
     def _form_of(self, recipe: Recipe) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import threading
 import time
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -201,7 +202,7 @@ def test_no_path_of_the_page_is_opened(client, studio, tmp_path):
         "concepts": [{"name": "rex", "file": str(tmp_path / "secret.png"), "sha256": "0"}],
         "options": dict.fromkeys(OPTIONS),
     }
-    write_picture(tmp_path / "hostile.png", jnp.zeros((8, 8, 3), jnp.uint8).__array__(), record)
+    write_picture(tmp_path / "hostile.png", np.zeros((8, 8, 3), np.uint8), record)
     sent = client.post("/api/recipe", files=[("files", ("hostile.png", (tmp_path / "hostile.png").read_bytes()))])
     assert sent.status_code == 400
     assert "is not in the library" in sent.json()["error"]
@@ -331,7 +332,7 @@ def test_pictures_are_looked_at_and_learnt_with_the_masks_that_were_painted(clie
     mask.paste(255, (0, 0, 384, 192))
     stream = io.BytesIO()
     mask.save(stream, "PNG")
-    black = server._png(jnp.zeros((384, 384), jnp.uint8).__array__())
+    black = server._png(np.zeros((384, 384), np.uint8))
     painted = {"0": black, "1": black}
     refused = client.post("/api/learn", json={**form, "painted": painted}).json()
     assert "picture 1: nothing of it would be learnt" in refused["error"]
@@ -371,6 +372,8 @@ def test_an_error_names_a_picture_as_the_person_does(client):
     _, sent = drop(client, ("my dog.png", picture((8, 8))))
     form = {"draft": sent["draft"], "kind": "dog", "masks": "none", "keys": KEYS}
     assert client.post("/api/look", json=form).json()["error"].startswith("my dog.png: 8 x 8 pixels")
+    large = {**form, "keys": f"{KEYS}\nsize=4096"}
+    assert client.post("/api/look", json=large).json()["error"] == "size is 4096; on the page it must be at most 2048"
     assert "drop them again" in client.post("/api/look", json={**form, "draft": "nothing"}).json()["error"]
 
 
@@ -487,6 +490,10 @@ def test_a_picture_to_start_from_goes_where_nothing_was_drawn(client, studio):
     assert "error" in drawn(client, **form, steps=2000)[-1]
     assert "error" in drawn(client, **{**form, "prompt": "dog " * 90})[-1]
     assert not list((studio.runs / ".studio" / "starts").glob("*"))
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    half = base64.b64decode(server._png(noise).partition(",")[2])[:2000]
+    _, sent = drop(client, ("my start.png", half))
+    assert drawn(client, prompt="a dog", init_image=sent["draft"])[-1]["error"].startswith("my start.png: ")
 
 
 def test_drawing_stops_where_nobody_waits_for_it(client, studio):
