@@ -46,6 +46,7 @@ def browsing(runs: Path, log: Path) -> Iterator[Page]:
             page.set_default_timeout(600_000)
             page.goto(found[0])
             page.wait_for_selector(".card", state="attached")
+            page.wait_for_selector("#loading", state="hidden")
             yield page
         finally:
             browser.close()

@@ -68,6 +68,7 @@ def main() -> None:
                 page.set_default_timeout(300_000)
                 page.goto(found[0])
                 page.wait_for_selector(".card", state="attached")
+                page.wait_for_selector("#loading", state="hidden")
                 draw(page, scheme == "light")
                 if scheme == "light":
                     learn(page)

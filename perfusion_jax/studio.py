@@ -2,14 +2,17 @@
 
     python -m perfusion_jax.studio [--runs runs/] [--base emoji]
 
-It listens on this machine alone, at http://127.0.0.1:7860. With `--host` others reach it too; it then wants a password,
-in PERFUSION_STUDIO_PASSWORD, and the user is called `studio`. Runs are the commands' own: what is begun on the page
+It listens on this machine alone, and prints an address, http://127.0.0.1:7860/?token=..., without whose token nobody on
+it is let in. With `--host` others reach it too; it then wants a password, in PERFUSION_STUDIO_PASSWORD, and the user is
+called `studio`. Runs are the commands' own: what is begun on the page
 goes on by `perfusion_jax.train`, and the other way round. Ctrl-C saves what is being learnt; it goes on the next time.
 """
 
 import os
+import secrets
 import socket
 import tempfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from etils import epath
 
 from perfusion_jax.runtime import command_line
 from perfusion_jax.runtime.errors import InputError
-from perfusion_jax.runtime.files import at_home, check_writable, is_local, locked
+from perfusion_jax.runtime.files import at_home, check_writable, is_local, locked, storage_errors
 from perfusion_jax.runtime.names import STUDIO
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -35,6 +38,27 @@ def check_password(host: str) -> str | None:
     if host not in LOCAL and not password:
         raise InputError(f"--host={host}: others can reach the page: give a password, in the variable {PASSWORD}")
     return password or None
+
+
+def token_of(hidden: Path) -> str:
+    """The token of the studio's address, the same whenever it starts, so that an open page goes on.
+
+    Args:
+        hidden: the studio's own folder; this machine's other accounts cannot read the file in it.
+
+    Raises:
+        InputError, UnavailableError: it cannot be kept.
+    """
+    file = hidden / "token"
+    with storage_errors(file, "written"):
+        with suppress(FileExistsError):
+            handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with os.fdopen(handle, "w") as stream:
+                stream.write(secrets.token_urlsafe(24))
+        token = file.read_text().strip()
+    if not token:
+        raise InputError(f"{file}: empty; delete it")
+    return token
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -72,11 +96,13 @@ def main() -> None:
         with listen(given.host, given.port) as listening:
             base = {"source": given.base, "revision": given.revision, "variant": given.variant}
             studio = Studio.open(runs, base)
-            app = make_app(studio, password, local=given.host in LOCAL)
+            token = None if password else token_of(hidden)
+            app = make_app(studio, password, given.host in LOCAL, token)
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
             address, port = listening.getsockname()[:2]
+            ending = f"/?token={token}" if token else ""
             print(
-                f"the studio: http://{f'[{address}]' if ':' in address else address}:{port}  (Ctrl-C ends it)",
+                f"the studio: http://{f'[{address}]' if ':' in address else address}:{port}{ending}  (Ctrl-C ends it)",
                 flush=True,
             )
             try:

@@ -28,8 +28,12 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium (Debi
 
 
 def own_cache(runs):
-    """The environment of commands whose compiled programs no other test adds to."""
-    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(runs.parent / "compiled")}
+    """The environment of commands that keep all that they compile where no other test adds to it."""
+    own = {
+        "JAX_COMPILATION_CACHE_DIR": str(runs.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return {**os.environ, **own}
 
 
 class Server:
@@ -40,9 +44,9 @@ class Server:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=own_cache(runs))
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        found = re.search(r"(http://127\.0\.0\.1:\d+)/\?token=\S+", line)
         assert found, line
-        self.address = found[0]
+        self.entrance, self.address = found[0], found[1]
 
     def end(self, sign=signal.SIGTERM):
         self.process.send_signal(sign)
@@ -89,8 +93,9 @@ def page(browser, server):
 def open_page(context, server):
     page = context.new_page()
     page.set_default_timeout(120_000)
-    page.goto(server.address)
+    page.goto(server.entrance)
     page.wait_for_selector("#cards > *", state="attached")  # the page's modules have run
+    page.wait_for_selector("#loading", state="hidden")
     return page
 
 
@@ -122,6 +127,7 @@ def learnt(browser, server, runs):
     page.click("#look-button")
     page.wait_for_selector("#previews figure:nth-child(3) img")
     page.click("#previews figure:nth-child(1) button")
+    page.wait_for_selector("#mask-canvas")
     box = page.locator("#mask-canvas").bounding_box()
     page.check("#erase")
     page.mouse.move(box["x"] + 2, box["y"] + 20)
@@ -183,19 +189,22 @@ def test_a_slider_changes_the_picture_and_compiles_nothing(page, learnt, runs):
     page.click("#prompt")
     page.keyboard.type("a photo of a <r")
     page.wait_for_selector("#completions li:has-text('<rex>, a dog')")
+    assert page.get_attribute("#prompt", "aria-expanded") == "true"
     page.keyboard.press("Enter")
     assert page.input_value("#prompt") == "a photo of a <rex>"
     (first,) = draw(page, "a photo of a <rex>")
     compiled = sorted((runs.parent / "compiled").glob("*-cache"))
     assert compiled
-    slider = page.locator("#slider-strength-rex")
-    slider.focus()
-    page.keyboard.press("Home")  # as if it were moved by the keyboard: strength 0
-    (second,) = wait_for_drawing(page, [first])
-    assert np.abs(pixels(runs, first) - pixels(runs, second)).mean() > 1
-    assert sorted((runs.parent / "compiled").glob("*-cache")) == compiled
-    with Image.open(runs / "drawings" / second) as picture:
-        assert json.loads(picture.text["perfusion_jax"])["options"]["strength"] == [0.0]
+    before = first
+    # As if they were moved by the keyboard, each to its least.
+    for control, least in (("bias", 0.0), ("temperature", 0.02), ("strength", 0.0)):
+        page.locator(f"#slider-{control}-rex").focus()
+        page.keyboard.press("Home")
+        (before,) = wait_for_drawing(page, [before])
+        assert sorted((runs.parent / "compiled").glob("*-cache")) == compiled
+        with Image.open(runs / "drawings" / before) as picture:
+            assert json.loads(picture.text["perfusion_jax"])["options"][control] == [least]
+    assert np.abs(pixels(runs, first) - pixels(runs, before)).mean() > 1
 
 
 def test_the_command_on_the_page_draws_the_same_picture(page, learnt, runs, tmp_path):
@@ -241,6 +250,9 @@ def test_a_strip_sweeps_one_control(page, learnt):
     page.wait_for_selector("#drawn .strip figure:nth-child(3) img")
     labels = page.locator("#drawn figcaption span").all_inner_texts()
     assert labels == ["seed 0, strength 0", "seed 0, strength 0.5", "seed 0, strength 1"]
+    page.locator("#sweep-last").press_sequentially("e")
+    page.click("#sweep-button")
+    page.wait_for_selector("#draw-message .error:text-is('To: it must be a number')")
 
 
 def test_a_picture_gives_its_recipe_back(page, learnt, runs):
@@ -262,6 +274,14 @@ def test_a_concept_is_exported_renamed_and_deleted_when_asked_twice(page, learnt
     with page.expect_download() as download:
         page.click("#exported a:has-text('max_lora.safetensors')")
     assert Path(download.value.path()).read_bytes() == (runs / "exports/max/lora/max_lora.safetensors").read_bytes()
+    assert "perfusion_jax.export" in page.text_content("#export-command pre")
+    page.fill("#compare-count", "1")
+    page.click("#compare-button")
+    page.wait_for_selector("#of-right figure img")
+    page.wait_for_selector("#compare-stop[disabled]")
+    lines = page.locator("#compare-commands pre").all_text_contents()
+    assert len(lines) == 2
+    assert all("--sampler dpm++" in line for line in lines)
     page.fill("#new-name", "moritz")
     page.click("#rename-button")
     page.wait_for_selector('.card:has-text("<moritz>")')
@@ -275,6 +295,96 @@ def test_a_concept_is_exported_renamed_and_deleted_when_asked_twice(page, learnt
     page.wait_for_selector('.card:has-text("<moritz>")', state="detached")
     assert not (runs / "max").exists()
     assert learnt.exists()
+
+
+def test_a_painted_mask_stays_until_it_is_let_go_of(page, learnt):
+    fill_in(page, "tom", "dog", dog_pictures()[:2], 4)
+    page.click("#look-button")
+    page.click("#previews figure:nth-child(1) button")
+    page.locator("#mask-canvas").press(" ")
+    page.click("#mask-keep")
+    mended = page.locator("#previews figcaption:has-text(', mended')")
+    page.click("#look-button:has-text('Look at')")
+    page.wait_for_selector("#look-button[aria-disabled]", state="detached")
+    assert mended.count() == 1
+    page.set_input_files("#files", dog_pictures()[2:])
+    page.click("#look-button:has-text('Look at')")
+    page.wait_for_selector("#previews figure:nth-child(3)")
+    assert mended.count() == 1
+    page.uncheck("#thing-crop")
+    page.click("#ask-no")
+    assert page.is_checked("#thing-crop")
+    assert mended.count() == 1
+    page.click("#dropped li:nth-child(1) button")
+    page.click("#ask-yes")
+    page.wait_for_selector("#dropped li:nth-child(3)", state="detached")
+    assert mended.count() == 0
+
+
+def test_a_run_that_is_finished_shows_its_pictures_and_is_drawn_by_a_click(page, learnt):
+    tab(page, "learn")
+    page.wait_for_function("() => document.querySelector('.job[data-run=rex] .grid-picture').naturalWidth > 0")
+    page.click('.job[data-run="rex"] button:has-text("Draw it")')
+    assert page.input_value("#prompt") == "a photo of a <rex>"
+    assert page.is_visible("#slider-bias-rex")
+
+
+def test_the_row_of_a_run_stays_while_its_numbers_change(page, learnt):
+    job = {
+        **{"run": "tom", "things": ["tom, a dog"], "state": "learning", "stopping": False, "error": "", "warnings": []},
+        **{"command": ["python"], "grid": "", "learnt": [], "progress": None},
+    }
+    seen = {"entries": [], "jobs": [job], "interrupted": [], "drawings": [], "loading": False, "problem": ""}
+    page.route("**/api/state", lambda route: route.fulfill(json={**seen, "sampler": "", "base": "emoji"}))
+    tab(page, "learn")
+    page.wait_for_selector(".job p:text-is('Loading the model.')")
+    page.evaluate("() => { document.querySelector('.job').dataset.mark = '1'; }")
+    page.evaluate("() => getSelection().selectAllChildren(document.querySelector('.job span'))")
+    seen["jobs"] = [{**job, "progress": {"position": 1500, "total": 4000, "rate": 1234.5, "words": "loss 0.1"}}]
+    page.wait_for_selector(
+        ".job[data-mark='1'] p:text-is('Step 1,500 of 4,000, 1,235 steps a second, 2 s left: loss 0.1')"
+    )
+    assert page.evaluate("() => getSelection().toString()") == "tom, a dog"
+    seen["jobs"] = [{**job, "stopping": True}]
+    page.wait_for_selector(".job[data-mark='1'] p:has-text('Stopping')")
+
+
+def test_an_empty_library_opens_where_things_are_learnt(page, server, learnt):
+    seen = {"entries": [], "jobs": [], "interrupted": [], "drawings": [], "loading": False, "problem": "no such model"}
+    page.route("**/api/state", lambda route: route.fulfill(json={**seen, "sampler": "", "base": "emoji"}))
+    page.goto("about:blank")
+    page.goto(server.address)
+    page.wait_for_selector("#learn:not([hidden]) .empty:has-text('Drop pictures of a thing')")
+    with page.expect_request("**/api/act") as asked:
+        page.click("#connection button:text-is('Try again')")
+    assert asked.value.post_data_json == {"act": "load"}
+
+
+def test_a_run_that_was_begun_is_deleted_when_asked_twice(page, learnt, runs):
+    (runs / "begun").mkdir()
+    config = json.loads((runs / "rex" / "config.json").read_text())
+    (runs / "begun" / "config.json").write_text(json.dumps({**config, "name": "begun"}))
+    (runs / "begun" / "metrics.jsonl").write_text('{"step": 2}\n')
+    tab(page, "learn")
+    page.click('.job[data-run="begun"] button:has-text("Delete")')
+    page.wait_for_selector("#ask-list li:has-text('begun/metrics.jsonl')")
+    page.click("#ask-yes")
+    page.wait_for_selector("#ask-words:has-text('Really?')")
+    page.click("#ask-yes")
+    page.wait_for_selector('.job[data-run="begun"]', state="detached")
+    assert not (runs / "begun").exists()
+
+
+def test_drawing_starts_from_a_picture_until_that_is_taken_away(page, learnt, runs):
+    page.set_input_files("#init", dog_pictures()[0])
+    (first,) = draw(page, "a photo of a dog", seed="3")
+    for draft in (runs / ".studio" / "drafts").iterdir():
+        shutil.rmtree(draft)  # as where the studio was started again
+    (again,) = draw(page, "a photo of a dog", seed="3")
+    assert np.array_equal(pixels(runs, first), pixels(runs, again))
+    page.click("#init-remove")
+    (without,) = draw(page, "a photo of a dog", seed="3")
+    assert np.abs(pixels(runs, first) - pixels(runs, without)).mean() > 1
 
 
 def test_two_tabs_see_the_same_and_draw_beside_each_other(browser, server, page, learnt):
@@ -305,15 +415,25 @@ def hostile_files(folder):
 
 
 def test_hostile_files_and_names_are_refused_in_words(page, learnt, tmp_path, runs):
+    (tmp_path / "notes.txt").write_text("mine")
+    tab(page, "learn")
+    page.set_input_files("#files", str(tmp_path / "notes.txt"))
+    page.wait_for_selector("#learn-message .error:has-text('notes.txt is not a picture')")
     for file, words in hostile_files(tmp_path).items():
         fill_in(page, "tom", "dog", [str(file)], 4)
         page.click("#start-button")
         page.wait_for_selector(f"#learn-message .error:has-text('{words}')")
         page.click("#dropped button")
-    for name in ("../x", "<img src=x onerror=alert(1)>", "pictures", "a/b"):
+    names = {
+        "../x": "such as x",
+        "<img src=x onerror=alert(1)>": "such as img",
+        "pictures": "'pictures' is one",
+        "a/b": "a-b",
+    }
+    for name, words in names.items():
         fill_in(page, name, "dog", dog_pictures(), 4)
         page.click("#start-button")
-        page.wait_for_selector("#learn-message .error")
+        page.wait_for_selector(f'#learn-message .error:has-text("{words}")')
         for _ in dog_pictures():
             page.locator("#dropped button").first.click()
     fill_in(page, "tom", "<b>dog</b>", dog_pictures(), 4)
@@ -322,7 +442,7 @@ def test_hostile_files_and_names_are_refused_in_words(page, learnt, tmp_path, ru
     tab(page, "draw")
     page.fill("#prompt", "a <script>alert(1)</script> <nobody>")
     page.click("#draw-button")
-    page.wait_for_selector("#draw-message .error")
+    page.wait_for_selector("#draw-message .error:has-text('is not in the library')")
     assert page.title() == "Perfusion studio"
     assert sorted(folder.name for folder in (runs / "pictures").iterdir()) == ["rex"]
 
@@ -343,9 +463,26 @@ def test_the_page_is_used_by_the_keyboard_alone(page, learnt):
 def test_nothing_is_wider_than_a_narrow_or_enlarged_window(browser, server, learnt, view):
     context = browser.new_context(viewport=view, color_scheme="dark")
     page = open_page(context, server)
+    draw(page, "a photo of a <rex>", count="2")
+    tab(page, "library")
+    page.click('.card:has-text("<rex>")')
+    tab(page, "learn")
+    page.set_input_files("#files", dog_pictures())
+    page.wait_for_selector('.job[data-run="rex"] .grid-picture')
     for name in ("draw", "learn", "library"):
         tab(page, name)
+        page.evaluate("() => document.querySelectorAll('details').forEach((each) => { each.open = true; })")
         assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    # A picture is seen while the slider under it is moved.
+    tab(page, "draw")
+    page.locator("#slider-strength-rex").evaluate("slider => slider.scrollIntoView({ block: 'center' })")
+    slider, picture = (
+        page.locator(at).bounding_box()
+        for at in ("#slider-strength-rex", "#drawn figure:first-child .frame > img:first-child")
+    )
+    for box in (slider, picture):
+        assert 0 <= box["y"] + 20 < view["height"]
+    assert picture["y"] + picture["height"] / 2 < slider["y"]
     context.close()
 
 

@@ -96,12 +96,24 @@ def parse_sweep(given: str | None) -> tuple[str, list[float]] | None:
     name, _, values = given.partition("=")
     try:
         first, last, count = values.split(":")
-        span = np.linspace(float(first), float(last), int(count)).round(6).tolist()
+        numbers = float(first), float(last), int(count)
     except ValueError as error:
         raise InputError(f"--sweep={given}: write CONTROL=FIRST:LAST:COUNT, such as bias=0.4:0.8:5") from error
-    if name not in (*CONTROLS, "guidance") or not span:
-        raise InputError(f"--sweep={given}: sweeps one of {', '.join(CONTROLS)}, guidance over at least one value")
-    return name, span
+    try:
+        return sweep_over(name, *numbers)
+    except InputError as error:
+        raise InputError(f"--sweep={given}: {error}") from error
+
+
+def sweep_over(name: str, first: float, last: float, count: int) -> tuple[str, list[float]]:
+    """A control, and `count` values of it from the first to the last.
+
+    Raises:
+        InputError: it is none that is swept, or there is no value.
+    """
+    if name not in (*CONTROLS, "guidance") or count < 1:
+        raise InputError(f"{name}: sweeps one of {', '.join(CONTROLS)}, guidance over at least one value")
+    return name, np.linspace(first, last, count).round(6).tolist()
 
 
 def read_prompts(prompt: str | None, file: str | None) -> list[str]:
@@ -246,15 +258,21 @@ def command_of(recipe: Recipe, out: str) -> list[str]:
         given.pop("init_strength", None)
     if recipe.sweep:
         name, values = recipe.sweep
-        given["sweep"] = f"{name}={values[0]:g}:{values[-1]:g}:{len(values)}"
+        given["sweep"] = f"{name}={_exact(values[0])}:{_exact(values[-1])}:{len(values)}"
     words = ["python", "-m", "perfusion_jax.sample"]
     for entry in recipe.concepts:
         words += ["--concept", f"{entry['name']}={entry['file']}"]
     for name, value in given.items():
         if value is not None:
-            text = ",".join(f"{number:g}" for number in value) if isinstance(value, list) else f"{value}"
+            text = ",".join(map(_exact, value)) if isinstance(value, list) else f"{value}"
             words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
     return [*words, "--out", out]
+
+
+def _exact(number: float) -> str:
+    """A number as short as it can be written so that the same one is read."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))
 
 
 def read_recipe(file: str | os.PathLike[str]) -> Recipe:
@@ -353,29 +371,40 @@ def recipe_of_picture(file: str | os.PathLike[str], base_given: bool, base: str)
 
 def warn_of_unnamed(recipe: Recipe) -> None:
     """Says on stderr which concepts have no effect, for no prompt names them."""
+    for words in unnamed(recipe):
+        print(f"warning: {words}", file=sys.stderr)
+
+
+def unnamed(recipe: Recipe) -> list[str]:
+    """Warnings of concepts that have no effect, for no prompt names them."""
+    found = []
     for entry in recipe.concepts:
         if not any(f"<{entry['name']}>" in prompt for prompt in recipe.prompts):
             method = read_card(entry["file"]).method
             adds = method not in (PERFUSION, "textual_inversion")
             effect = f"has its effect all the same, for {method} changes the model" if adds else "has no effect"
-            print(
-                f"warning: no prompt names <{entry['name']}>: the concept {entry['name']} {effect}",
-                file=sys.stderr,
-            )
+            found.append(f"no prompt names <{entry['name']}>: the concept {entry['name']} {effect}")
+    return found
 
 
 def warn_of_few_steps(recipe: Recipe, base: BaseModel) -> None:
     """Says on stderr that drawing in so few steps does not begin where noise is."""
+    for words in few_steps(recipe, base):
+        print(f"warning: {words}", file=sys.stderr)
+
+
+def few_steps(recipe: Recipe, base: BaseModel) -> list[str]:
+    """A warning where drawing in so few steps does not begin where noise is."""
     options = recipe.options
     schedule = spaced(base.model.schedule, options["spacing"])
     sampler, steps = settle(schedule, options["sampler"], options["steps"])
     first, total = float(make_plan(schedule, sampler, steps).timesteps[0]), schedule.num_train_timesteps
-    if first < 0.9 * (total - 1) and not recipe.init_image:
-        print(
-            f"warning: {steps} steps begin at timestep {first:.0f} of {total}, where a model does not expect pure "
-            "noise: models of few steps want --spacing trailing, others more steps",
-            file=sys.stderr,
-        )
+    if recipe.init_image or first >= 0.9 * (total - 1):
+        return []
+    return [
+        f"{steps} steps begin at timestep {first:.0f} of {total}, where a model does not expect pure noise: models of "
+        "few steps want --spacing trailing, others more steps"
+    ]
 
 
 def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[Drawn]]:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +16,15 @@ from perfusion_jax.drawing.samplers import check_named, settle
 from perfusion_jax.formats.concept_file import digests
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.runtime.errors import InputError
+from perfusion_jax.web.faults import message_of
 from perfusion_jax.web.library import Entry
 
 DRAWINGS = "drawings"
 """Folder of all pictures that were drawn, among the runs."""
+
+
+class _Unwanted(Exception):  # noqa: N818 - nothing went wrong
+    """Nobody waits for what is being drawn any more."""
 
 
 class Word(NamedTuple):
@@ -68,6 +73,7 @@ class Easel:
         self._busy = threading.Lock()
         self._writing = threading.Lock()
         self._loading = threading.Lock()
+        self._loader: threading.Thread | None = None
         self.failure = ""  # why the base model cannot be loaded
 
     @property
@@ -80,8 +86,8 @@ class Easel:
         with self._loading:
             try:
                 base, self.failure = self._base, ""
-            except InputError as error:
-                self.failure = str(error)
+            except Exception as error:
+                self.failure = f"the base model cannot be loaded: {message_of(error)}"
                 raise
             return base
 
@@ -94,18 +100,38 @@ class Easel:
         """What the page draws with unless it is told: DPM-Solver++ in place of DDIM, of whose steps it needs less than
         half; else the model's own, which is empty.
         """
-        return "dpm++" if self._loads() and settle(self.base.model.schedule, None, None)[0] == "ddim" else ""
+        return "dpm++" if self.is_loaded and settle(self.base.model.schedule, None, None)[0] == "ddim" else ""
 
-    def _loads(self) -> bool:
-        """Whether the base model is there; one that could not be loaded is tried again by what needs it alone."""
-        if not self.failure:
-            with suppress(InputError):  # of which `failure` tells
-                return bool(self.base)
-        return False
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the base model is there; this waits for nothing."""
+        return "_base" in self.__dict__
 
-    def can_draw(self, entry: Entry) -> bool:
-        """Whether a concept was learnt on this base model; no where that could not be loaded."""
-        return self._loads() and self.base.has_fingerprint(entry.card.fingerprint)
+    def load(self, again: bool = False) -> None:
+        """Has a thread load the base model, if none does and it is not there.
+
+        Args:
+            again: also where that has failed before.
+        """
+        at_work = self._loader is not None and self._loader.is_alive()
+        if self.is_loaded or at_work or (self.failure and not again):
+            return
+        self.failure = ""
+
+        def work() -> None:
+            with suppress(Exception):  # of which `failure` tells
+                _ = self.base
+
+        self._loader = threading.Thread(target=work, name="loading", daemon=True)
+        self._loader.start()
+
+    def obstacle(self, entry: Entry) -> str:
+        """Why a concept cannot be drawn now; empty where it can."""
+        if not self.is_loaded:
+            return "the base model could not be loaded" if self.failure else "the base model is being loaded"
+        if self.base.has_fingerprint(entry.card.fingerprint):
+            return ""
+        return f"learnt on {entry.card.base_model}; this studio draws on {self.source['source']}"
 
     def recipe(
         self,
@@ -137,7 +163,7 @@ class Easel:
 
         Args:
             recipe: what to draw.
-            wanted: whether it still is; asked before each picture.
+            wanted: whether it still is; asked before each step, and while others draw.
 
         Raises:
             InputError: it cannot be drawn, or written.
@@ -149,9 +175,14 @@ class Easel:
             options["init_image"] = init_pixels(recipe, base)
         name, values = recipe.sweep or ("", [0.0])
         settings = [({**options, name: value}, f"{name} {value:g}") if name else (options, "") for value in values]
+
+        def ask() -> None:
+            if not wanted():
+                raise _Unwanted
+
         # All of them first, for what cannot be drawn is refused here.
         drawings = [
-            (drawing(base, recipe.prompts, recipe.seeds, concepts, attention=True, **each), each, label)
+            (drawing(base, recipe.prompts, recipe.seeds, concepts, attention=True, on_step=ask, **each), each, label)
             for each, label in settings
         ]
         placeholders = [card.placeholder for _, card in concepts]
@@ -159,8 +190,12 @@ class Easel:
         for batches, each, label in drawings:
             number = 0
             while True:
-                with self._busy:  # others may draw in between
-                    drawn = next(batches, None) if wanted() else None
+                try:
+                    with self._turn(ask):  # others may draw in between
+                        ask()
+                        drawn = next(batches, None)
+                except _Unwanted:
+                    return
                 if drawn is None:
                     break
                 for picture, words in zip(drawn.pixels, _looks(drawn, pieces), strict=True):
@@ -176,6 +211,16 @@ class Easel:
                     yield Picture(file, picture, words, ", ".join(filter(None, (f"seed {seed}", label))))
                     number += 1
 
+    @contextmanager
+    def _turn(self, ask: Callable[[], None]) -> Iterator[None]:
+        """Waits until no other drawing is made; `ask` raises where nobody wants this one any more."""
+        while not self._busy.acquire(timeout=0.05):
+            ask()
+        try:
+            yield
+        finally:
+            self._busy.release()
+
     def _write(self, pixels: np.ndarray, record: Recipe) -> Path:
         folder = self.runs / DRAWINGS
         with self._writing:
@@ -186,7 +231,8 @@ class Easel:
 
     def drawn_before(self, most: int) -> list[Path]:
         """The latest drawings, the newest first."""
-        return sorted((self.runs / DRAWINGS).glob("[0-9]*.png"), reverse=True)[:most]
+        files = [file for file in (self.runs / DRAWINGS).glob("*.png") if file.stem.isdecimal()]
+        return sorted(files, key=lambda file: int(file.stem), reverse=True)[:most]
 
 
 def _looks(drawn: Drawn, pieces: Sequence[tuple[int, str]]) -> list[list[Word]]:

@@ -5,7 +5,7 @@ import base64
 import binascii
 import io
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class Form:
     def text(self, name: str, longest: int = 2000) -> str:
         """A text without blanks around it; empty if it was left out."""
         value = self._values.get(name) or ""
-        if not isinstance(value, str) or len(value) > longest:
+        if not isinstance(value, str) or len(value) > longest or not _is_unicode(value):
             raise InputError(f"{name}: it must be text of at most {longest} letters")
         return value.strip()
 
@@ -59,17 +59,23 @@ class Form:
         value = self._values.get(name)
         if value is None or value == "":
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InputError(f"{name}: it must be a number")
+        try:
+            value = float(value)
+        except OverflowError:  # of a whole number
+            value = inf
+        if not isfinite(value):
             raise InputError(f"{name}: it must be a number")
         if not least <= value <= most:
-            raise InputError(f"{name} is {value:g}; it must be from {least:g} to {most:g}")
-        return float(value)
+            raise InputError(f"{name} is {value:.15g}; it must be from {least:.15g} to {most:.15g}")
+        return value
 
     def whole(self, name: str, least: int, most: int) -> int | None:
         """A whole number within bounds; None if it was left out."""
         value = self.number(name, least, most)
         if value is not None and value != int(value):
-            raise InputError(f"{name} is {value:g}; it must be a whole number")
+            raise InputError(f"{name} is {value:.15g}; it must be a whole number")
         return None if value is None else int(value)
 
     def one_of(self, name: str, choices: Sequence[str]) -> str:
@@ -101,10 +107,19 @@ class Form:
                 if image.size != (side, side):
                     raise InputError(f"{name}: it must have {side} x {side} pixels")
                 return np.asarray(image.convert(mode))
-        except (binascii.Error, OSError, SyntaxError, ValueError) as error:
+        except (binascii.Error, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{name}: not a PNG") from error
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON may have halves of letters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_keys(text: str) -> dict[str, Any]:
@@ -122,12 +137,15 @@ def parse_keys(text: str) -> dict[str, Any]:
             )
         try:
             found[key] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
+        except (MemoryError, RecursionError, SyntaxError, ValueError):  # of what is nested too deeply, the first two
             found[key] = value  # a word
         if key in _ENCODERS and found[key] != NONE:
             raise InputError(f"{line!r}: on the page it can only be {NONE!r}")
         if KEYS[key].rule.kind is float and type(found[key]) is int:
-            found[key] = float(found[key])
+            try:
+                found[key] = float(found[key])
+            except OverflowError as error:
+                raise InputError(f"{key}: the number is too large") from error
     return found
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,13 +25,13 @@ from perfusion_jax.learning.preparation import concept_key, prepare_data
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import storage_errors
 from perfusion_jax.runtime.names import STUDIO
-
-PICTURES = "pictures"
-"""Folder of the pictures that things are learnt from, among the runs."""
+from perfusion_jax.web.library import PICTURES
 
 MOST_PICTURES = 64
 MOST_BYTES = 64 * 2**20  # of a file
 MOST_PIXELS = 64_000_000  # more than any phone's camera takes by default
+MOST_PIXELS_TOGETHER = 512_000_000  # of a draft: all are decoded at once, to 3 bytes each, and 4 more where transparent
+MOST_KEPT = 4 * 2**30  # bytes of all drafts
 SHOWN_SIDE = 384  # pixels of a preview, on which masks are painted
 DAY = 24 * 3600.0  # seconds, for which a draft that nobody learns is kept
 
@@ -70,21 +71,50 @@ def new_draft(runs: Path, files: Sequence[str | Path], names: Sequence[str]) -> 
         raise InputError("no pictures: drop 3 to 10 of them here")
     if len(files) > MOST_PICTURES:
         raise InputError(f"{len(files)} pictures: a concept is learnt from 3 to 10, and at most {MOST_PICTURES}")
-    endings = [ending_of(Path(file), name) for file, name in zip(files, names, strict=True)]
+    heads = [head_of(Path(file), name) for file, name in zip(files, names, strict=True)]
+    pixels = sum(head.pixels for head in heads)
+    if pixels > MOST_PIXELS_TOGETHER:
+        raise InputError(
+            f"{len(files)} pictures of {pixels // 10**6} million pixels together; at most "
+            f"{MOST_PIXELS_TOGETHER // 10**6} million are taken: make them smaller, or leave some out"
+        )
+    endings = [head.ending for head in heads]
     drafts = runs / STUDIO / "drafts"
     with storage_errors(drafts, "written"):
         drafts.mkdir(parents=True, exist_ok=True)
-        for old in drafts.iterdir():
-            if time.time() - old.stat().st_mtime > DAY:
-                shutil.rmtree(old, ignore_errors=True)
+        _make_room(drafts, sum(Path(file).stat().st_size for file in files))
         draft = Path(tempfile.mkdtemp(dir=drafts))
         for number, (file, ending) in enumerate(zip(files, endings, strict=True), start=1):
             shutil.copyfile(file, draft / f"picture_{number:02d}{ending}")
     return draft
 
 
-def ending_of(file: Path, name: str) -> str:
-    """What the file's name has to end in, by its content; only its head is read.
+def _make_room(drafts: Path, needed: int) -> None:
+    """Deletes drafts that nobody has learnt for a day, and the oldest ones where they would be too much together.
+
+    A page whose draft is gone sends its pictures again.
+    """
+    left = MOST_KEPT - needed
+    for old in sorted(drafts.iterdir(), key=lambda draft: draft.stat().st_mtime, reverse=True):
+        left -= sum(file.stat().st_size for file in old.rglob("*") if file.is_file())
+        if left < 0 or time.time() - old.stat().st_mtime > DAY:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+class Head(NamedTuple):
+    """What the head of a picture's file says.
+
+    Attributes:
+        ending: that its name has to have.
+        pixels: how many.
+    """
+
+    ending: str
+    pixels: int
+
+
+def head_of(file: Path, name: str) -> Head:
+    """Reads the head of a file that was uploaded, by its content alone.
 
     Raises:
         InputError: it is no picture of a kind that is read here, or too large.
@@ -92,19 +122,19 @@ def ending_of(file: Path, name: str) -> str:
     if file.stat().st_size > MOST_BYTES:
         raise InputError(f"{name}: {file.stat().st_size / 2**20:.0f} MiB; at most {MOST_BYTES >> 20} are taken")
     try:
-        with Image.open(file) as image:
+        # No other decoder of PIL's sees what was uploaded. That of JPEG reads MPO.
+        with Image.open(file, formats=[kind for kind in _ENDINGS if kind != "MPO"]) as image:
             kind, size = image.format or "", image.size
     except Image.DecompressionBombError as error:
         raise InputError(f"{name}: it has too many pixels; at most {MOST_PIXELS // 10**6} million are taken") from error
     except (OSError, ValueError, SyntaxError) as error:  # PIL's, of whatever is no picture
-        raise InputError(f"{name}: not a picture") from error
-    if kind not in _ENDINGS:
-        raise InputError(f"{name}: {kind} files are not read; take {', '.join(sorted(set(_ENDINGS.values())))}")
+        kinds = ", ".join(sorted(set(_ENDINGS.values())))
+        raise InputError(f"{name}: not a picture of a kind that is read here ({kinds})") from error
     if size[0] * size[1] > MOST_PIXELS:
         raise InputError(
             f"{name}: {size[0]} x {size[1]} pixels; at most {MOST_PIXELS // 10**6} million are taken: make it smaller"
         )
-    return _ENDINGS[kind]
+    return Head(_ENDINGS[kind], size[0] * size[1])
 
 
 def preview(config: ConfigDict, base: BaseModel, draft: Path, names: Sequence[str]) -> list[Preview]:
@@ -151,14 +181,25 @@ def keep(draft: Path, folder: Path, masks: Mapping[str, np.ndarray], crop: bool)
     """
     with storage_errors(folder, "written"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if masks:
-            (draft / "masks").mkdir(exist_ok=True)
-            for file in sorted(draft.glob("picture_*")):
-                width, height = open_picture(epath.Path(file)).size
-                mask = on_whole(masks[file.stem], height, width, crop)
-                Image.fromarray((255 * mask).round().astype(np.uint8)).save(draft / "masks" / f"{file.stem}.png")
-        draft.rename(folder)
+        try:
+            if masks:
+                (draft / "masks").mkdir(exist_ok=True)
+                for file in sorted(draft.glob("picture_*")):
+                    width, height = open_picture(epath.Path(file)).size
+                    mask = on_whole(masks[file.stem], height, width, crop)
+                    Image.fromarray((255 * mask).round().astype(np.uint8)).save(draft / "masks" / f"{file.stem}.png")
+            draft.rename(folder)
+        except Exception:  # the draft must not be looked at with some of the masks
+            shutil.rmtree(draft / "masks", ignore_errors=True)
+            raise
         folder.chmod(0o755)  # a draft is its owner's alone
+
+
+def take_back(folder: Path, draft: Path) -> None:
+    """Makes kept pictures a draft again, if their concept cannot be learnt after all."""
+    with storage_errors(folder, "written"):
+        shutil.rmtree(folder / "masks", ignore_errors=True)
+        folder.rename(draft)
 
 
 def on_whole(mask: np.ndarray, height: int, width: int, crop: bool) -> np.ndarray:

@@ -5,9 +5,10 @@ goes on by the command, and the other way round.
 """
 
 import dataclasses
+import fcntl
 import json
+import re
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from logging import WARNING, LogRecord
 from logging import Handler as StandardHandler
@@ -18,19 +19,26 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from perfusion_jax.config import KEYS, METHODS, OVERRIDES, PER_CONCEPT, is_fleet, make_config, to_json
+from perfusion_jax.config import KEYS, OVERRIDES, PER_CONCEPT, is_fleet, make_config, settle, to_json
 from perfusion_jax.data.table import read_table
 from perfusion_jax.learning.progress import Bar, Progress
 from perfusion_jax.learning.report import Report
 from perfusion_jax.learning.runs import Session, train_fleet, train_one
 from perfusion_jax.learning.workdir import CONFIG, has_results
-from perfusion_jax.runtime.errors import InputError, Stopped, is_jax_runtime_error, out_of_memory
-from perfusion_jax.runtime.files import locked, read_text, storage_errors, write_bytes
+from perfusion_jax.runtime.errors import InputError, Stopped
+from perfusion_jax.runtime.files import read_text, storage_errors, write_bytes
 from perfusion_jax.runtime.names import STUDIO
-from perfusion_jax.web.library import TABLE
+from perfusion_jax.web.faults import message_of
+from perfusion_jax.web.library import TABLE, delete_run
 
 THREAD = "learning"
 WAITING, LEARNING, STOPPED, FAILED, DONE = "waiting", "learning", "stopped", "failed", "done"
+MOST_STARTS = 2  # of a run that ends with the whole program each time, as where memory does not suffice
+_OF_ANOTHER_VERSION = "it was put here by another version: take it out"
+_ENDS_ALL = (
+    f"the studio ended {MOST_STARTS} times while this was learnt, and it came no further: perhaps memory does not "
+    "suffice. Go on tries it again; with a smaller batch_size, under Settings, it needs less"
+)
 # Keys in which the members of a fleet may differ.
 _OWN = (*PER_CONCEPT, *OVERRIDES)
 
@@ -45,7 +53,10 @@ class Job:
         kinds: their super-categories.
         config: as JSON.
         state: WAITING, LEARNING, STOPPED, FAILED or DONE.
-        error: why it failed.
+        error: why it failed, or was stopped by the studio.
+        warnings: of the last time that it was learnt.
+        starts: how often it was begun from `mark` and ended with the whole program.
+        mark: how far it had come when it was begun.
     """
 
     run: str
@@ -54,6 +65,16 @@ class Job:
     config: dict[str, Any]
     state: str = WAITING
     error: str = ""
+    warnings: tuple[str, ...] = ()
+    starts: int = 0
+    mark: str = ""
+
+    @property
+    def is_of_this_version(self) -> bool:
+        """Whether its config has the keys of this version, without which it can be neither learnt nor told as a
+        command.
+        """
+        return isinstance(self.config, dict) and self.config.keys() == KEYS.keys()
 
     @property
     def settings(self) -> ConfigDict:
@@ -118,6 +139,11 @@ class Jobs:
         if self._thread.is_alive():
             self._thread.join()
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the run that is being learnt was told to stop."""
+        return self._stop.is_set()
+
     def snapshot(self) -> list[Job]:
         """All jobs, in the order in which they are learnt."""
         with self._changed:
@@ -161,8 +187,7 @@ class Jobs:
         Raises:
             InputError: it is none of them, or its config cannot be read.
         """
-        if run not in self.interrupted():
-            raise InputError(f"{run}: no run that can be gone on with")
+        self.check_interrupted(run)
         file = self.runs / run / CONFIG
         try:
             config = json.loads(read_text(epath.Path(file)))
@@ -187,12 +212,35 @@ class Jobs:
             if workdir.name in queued or workdir.name.startswith("."):
                 continue
             try:
-                if has_results(epath.Path(workdir)) and not _has_ended(workdir, json.loads(file.read_text())):
-                    with locked(epath.Path(workdir / "lock"), "wait"):
-                        found.append(workdir.name)
-            except (InputError, ValueError, KeyError, TypeError, AttributeError, OSError):
-                continue  # at work, damaged, or not a run of ours: the command tells more of it
+                begun = has_results(epath.Path(workdir)) and not _has_ended(workdir, json.loads(file.read_text()))
+                if begun and not is_at_work(workdir):
+                    found.append(workdir.name)
+            except (InputError, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+                continue  # damaged, or not a run of ours: the command tells more of it
         return found
+
+    def discard(self, run: str, photographs: bool = False) -> None:
+        """Deletes a run that has not come to its end, with all that it has learnt.
+
+        Args:
+            run: one of those that `interrupted` names.
+            photographs: whether its pictures go too, if the studio keeps them.
+
+        Raises:
+            InputError: it is none of them, or a job is at work in it.
+        """
+        self.check_interrupted(run)
+        delete_run(self.runs / run, photographs)
+        self.forget_deleted(run)
+
+    def check_interrupted(self, run: str) -> None:
+        """Sees that a run is one of those that `interrupted` names.
+
+        Raises:
+            InputError: it is not.
+        """
+        if run not in self.interrupted():
+            raise InputError(f"{run}: no run that can be gone on with")
 
     def stop(self, run: str) -> None:
         """Stops a run, which saves first; or takes one that waits out of the line."""
@@ -207,12 +255,14 @@ class Jobs:
         """Lets a run that was stopped, or has failed, wait for its turn again."""
         with self._changed:
             job = self._find(run)
+            if not job.is_of_this_version:
+                raise InputError(f"{run}: {_OF_ANOTHER_VERSION}")
             if job.state in (STOPPED, FAILED):
-                self._put(job, state=WAITING, error="")
+                self._put(job, state=WAITING, error="", warnings=(), starts=0)
                 self._changed.notify_all()
 
     def forget(self, run: str) -> None:
-        """Takes a run out of the queue; what it has learnt stays in its workdir.
+        """Takes a run out of the queue; what it has learnt stays in its workdir, which goes if that is nothing.
 
         Raises:
             InputError: it is being learnt.
@@ -222,14 +272,24 @@ class Jobs:
             job = finished[0] if finished else self._find(run)
             if job.state == LEARNING:
                 raise InputError(f"{run} is being learnt: stop it first")
+            if not finished and not has_results(epath.Path(self.runs / run)):
+                delete_run(self.runs / run)  # its name is free again
             self._jobs.remove(job)
             self._keep()
 
-    def forget_ended(self, run: str) -> None:
-        """Takes a run that has come to its end out of the queue, if it is there."""
+    def forget_deleted(self, run: str) -> None:
+        """Takes a run that was deleted out of the queue, however often it is there: nothing begins it anew."""
         with self._changed:
-            if any(job.run == run and job.state == DONE for job in self._jobs):
-                self.forget(run)
+            self._jobs = [job for job in self._jobs if job.run != run or job.state == LEARNING]
+            self._keep()
+
+    def rename(self, run: str, before: str, name: str) -> None:
+        """Has the jobs of a run know that a concept has another name, so that they go on with it."""
+        with self._changed:
+            for job in [each for each in self._jobs if each.run == run and each.is_of_this_version]:
+                names = tuple(name if each == before else each for each in job.names)
+                alone = not job.config["concepts"]  # a table has its own names, which the run's report knows
+                self._put(job, names=names, config={**job.config, "name": name} if alone else job.config)
 
     def _append(self, job: Job) -> None:
         """Puts a job at the end; the lock must be held."""
@@ -263,17 +323,22 @@ class Jobs:
         text = read_text(epath.Path(self._file))
         try:
             jobs = [
-                Job(**{**each, "names": tuple(each["names"]), "kinds": tuple(each["kinds"])})
+                Job(**{**each, **{name: tuple(each.get(name, ())) for name in ("names", "kinds", "warnings")}})
                 for each in json.loads(text or "[]")
             ]
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+        except (AttributeError, json.JSONDecodeError, TypeError, KeyError, RecursionError) as error:
             raise InputError(f"{self._file}: damaged ({error!r}); delete it: the runs themselves stay") from error
         found = []
         for job in jobs:
-            if not isinstance(job.config, dict) or job.config.keys() != KEYS.keys():
-                job = dataclasses.replace(job, state=FAILED, error="it was put here by another version: take it out")
+            if not job.is_of_this_version:
+                job = dataclasses.replace(job, state=FAILED, error=_OF_ANOTHER_VERSION)
             elif job.state == LEARNING:  # when the studio was killed
-                job = dataclasses.replace(job, state=WAITING)
+                if job.mark != _mark(self.runs / job.run):  # it has come further
+                    job = dataclasses.replace(job, starts=0)
+                ends_all = job.starts >= MOST_STARTS
+                job = dataclasses.replace(
+                    job, state=STOPPED if ends_all else WAITING, error=_ENDS_ALL if ends_all else ""
+                )
             found.append(job)
         return found
 
@@ -289,18 +354,20 @@ class Jobs:
                     return
                 self._stop.clear()
                 self.warnings = []
-                waiting = next(job for job in self._jobs if job.state == WAITING)
                 try:
-                    job = self._put(self._next(), state=LEARNING)
-                except InputError as error:  # a fleet that cannot be written
-                    self._put(waiting, state=FAILED, error=str(error))
+                    following = self._next()
+                    mark = _mark(self.runs / following.run)
+                    job = self._put(following, state=LEARNING, mark=mark, starts=following.starts + 1)
+                except Exception as error:  # such as a fleet that cannot be written; the next must be learnt
+                    waiting = next(job for job in self._jobs if job.state == WAITING)
+                    self._put(waiting, state=FAILED, error=message_of(error))
                     continue
             state, problem = self._learn(job)
             with self._changed:
                 self._bar = None
                 if state == STOPPED and self._closing:
                     state = LEARNING  # goes on when the studio starts again
-                self._put(job, state=state, error=problem)
+                self._put(job, state=state, error=problem, warnings=tuple(dict.fromkeys(self.warnings)), starts=0)
 
     def _next(self) -> Job:
         """The first that waits, as a fleet with all others that can be learnt with it; the lock must be held."""
@@ -327,26 +394,42 @@ class Jobs:
         session = Session(
             stop=self._stop.is_set, bar=lambda *arguments, **options: _Watched(watch, *arguments, **options)
         )
-        config, workdir = job.settings, epath.Path(self.runs / job.run)
+        workdir = epath.Path(self.runs / job.run)
         try:
+            config = job.settings
             if is_fleet(config):
                 train_fleet(config, workdir, session=session)
                 return _outcome(Report(workdir / "report.jsonl"))
             train_one(config, workdir, session)
         except Stopped:
             return STOPPED, ""
-        except InputError as error:
-            return FAILED, str(error)
         except Exception as error:  # the page must tell of it, and the next run be learnt
-            reason = out_of_memory(error) if is_jax_runtime_error(error) else ""
-            if reason:
-                return FAILED, f"the memory of a device does not suffice ({reason})"
-            logging.error("%s", "".join(traceback.format_exception(error)))
-            return (
-                FAILED,
-                f"a fault of the program (see the terminal): {type(error).__name__}: {error}",
-            )
+            return FAILED, message_of(error, "give a smaller batch_size, under Settings")
         return DONE, ""
+
+
+def _mark(workdir: Path) -> str:
+    """How far a run has come: another text as soon as it would go on from a later place."""
+    steps = [int(folder.name) for folder in (workdir / "checkpoints").glob("*") if folder.name.isdecimal()]
+    report = workdir / "report.jsonl"
+    return f"{max(steps, default=0)} {report.stat().st_size if report.exists() else 0}"
+
+
+def is_at_work(workdir: Path) -> bool:
+    """Whether a job holds a run's lock, looked up where nothing need be held: a command may start at this moment."""
+    file = workdir / "lock"
+    if not file.exists():
+        return False
+    try:
+        held = Path("/proc/locks").read_text()
+    except OSError:  # no Linux
+        with file.open() as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                return isinstance(error, BlockingIOError)
+        return False
+    return re.search(rf" FLOCK .*:{file.stat().st_ino} ", held) is not None
 
 
 def _outcome(report: Report) -> tuple[str, str]:
@@ -394,11 +477,12 @@ def make_fleet(workdir: Path, jobs: Sequence[Job]) -> Job:
 
 
 def command_of(job: Job, runs: Path) -> list[str]:
-    """The words of the command that learns a run, or goes on with it."""
-    default, of_method = json.loads(to_json(make_config())), METHODS.get(job.config["method"], {})
-    words = ["python", "-m", "perfusion_jax.train", "--workdir", str(runs / job.run)]
-    for key, value in job.config.items():
-        if key in KEYS and (value != default[key] or key in of_method):
-            given = tuple(value) if isinstance(value, list) else value
-            words.append(f"--config.{key}={given}")
-    return words
+    """The words of the command that learns a run, or goes on with it; none for one of another version."""
+    if not job.is_of_this_version:
+        return []
+    given = {key: value for key, value in job.settings.items() if value != make_config()[key]}
+    # The command gives what its base and its method would take otherwise.
+    taken = settle(ConfigDict({**make_config(), **given}), given)
+    given |= {key: value for key, value in job.settings.items() if value != taken[key]}
+    options = [f"--config.{key}={given[key]}" for key in job.config if key in given]
+    return ["python", "-m", "perfusion_jax.train", "--workdir", str(runs / job.run), *options]

@@ -6,14 +6,15 @@ were found. Of what a page sends, a new name alone becomes part of a path, when 
 
 import json
 import re
+import secrets
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -22,12 +23,24 @@ from perfusion_jax.learning.report import Report
 from perfusion_jax.learning.workdir import CONFIG, METRICS
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import locked, read_text, storage_errors, write_bytes
-from perfusion_jax.runtime.names import PLACEHOLDER
+from perfusion_jax.runtime.names import PLACEHOLDER, STUDIO
 
 TABLE = "concepts.jsonl"
 """The table of a fleet that the studio made, in its workdir."""
 
+PICTURES = "pictures"
+"""Folder of the pictures that things are learnt from, among the runs."""
+
+LONGEST = 60  # letters of a name, which becomes a file's and with its run's name a prompt's
+
 _REPORT = "report.jsonl"
+# All that a run writes into its workdir but concepts and exports, in the order in which it is deleted: without its
+# config it is no run that could be gone on with.
+_WRITTEN = (
+    *(CONFIG, "checkpoints", METRICS, _REPORT, "round.json", "prepare_one_by_one", "samples", "masks.png", TABLE),
+    *("tensorboard", "profile", "lock"),
+)
+_SHARD = "shard_*_of_*"
 _SCORES = ("score", "image_similarity", "text_similarity", "prompt_precision")
 
 
@@ -61,7 +74,7 @@ class Entry:
 
 def shards(workdir: Path) -> list[Path]:
     """The folders of the jobs of a fleet that was split."""
-    return sorted(workdir.glob("shard_*_of_*"))
+    return sorted(workdir.glob(_SHARD))
 
 
 @contextmanager
@@ -87,14 +100,13 @@ def find_entries(runs: Path) -> list[Entry]:
     found: list[tuple[Path, ConceptCard]] = []
     for file in files:
         try:
-            stat = file.stat()
-            found.append((file, _card(file, stat.st_mtime_ns, stat.st_size)))
+            found.append((file, _card(file)))
         except (InputError, OSError):  # half copied, or of another program: nothing to draw with
             continue
     names = Counter(card.name for _, card in found)
     entries: list[Entry] = []
     calls: set[str] = set()
-    logged: dict[Path, list[dict[str, Any]]] = {}  # of each run, read once
+    logged: dict[Path, dict[str | int, dict[str, Any]]] = {}  # of each run, read once
     for file, card in found:
         workdir = file.parents[1]
         call = card.name
@@ -105,15 +117,22 @@ def find_entries(runs: Path) -> list[Entry]:
         calls.add(call)
         key = f"{workdir.name}/{file.stem}"
         if workdir not in logged:
-            logged[workdir] = _logged(workdir)
+            logged[workdir] = _scored(workdir)
         entries.append(Entry(key, call, file, workdir, card, _grid(workdir, card), _scores(card, logged[workdir])))
     return entries
 
 
-@lru_cache(maxsize=1024)
-def _card(file: Path, written: int, length: int) -> ConceptCard:
+_cards: dict[Path, tuple[tuple[int, int], ConceptCard]] = {}  # with the state of the file that they were read in
+
+
+def _card(file: Path) -> ConceptCard:
     """Read once for each state of a file."""
-    return read_card(file)
+    stat = file.stat()
+    state = (stat.st_mtime_ns, stat.st_size)
+    known = _cards.get(file)
+    if known is None or known[0] != state:
+        known = _cards[file] = (state, read_card(file))
+    return known[1]
 
 
 def find_entry(runs: Path, key: str) -> Entry:
@@ -142,19 +161,30 @@ def _logged(workdir: Path) -> list[dict[str, Any]]:
     return [line for file in reports or [workdir / METRICS] for line in _lines(file)]
 
 
-def _scores(card: ConceptCard, logged: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _scored(workdir: Path) -> dict[str | int, dict[str, Any]]:
+    """The last scores that a run tells of each concept, by its name; or else of each step."""
+    found: dict[str | int, dict[str, Any]] = {}
+    for line in _logged(workdir):
+        own = line.get("name", line.get("step"))
+        if "score" in line and isinstance(own, (str, int)):
+            found[own] = line
+    return found
+
+
+def _scores(card: ConceptCard, scored: dict[str | int, dict[str, Any]]) -> dict[str, float]:
     """Of the step that was kept; empty where nothing was scored."""
-    found: dict[str, Any] = {}
-    for line in logged:
-        own = line["name"] == card.name if "name" in line else line.get("step") == card.step
-        found = line if own and "score" in line else found
+    found = scored.get(card.name) or scored.get(card.step) or {}
     return {name: found[name] for name in _SCORES if isinstance(found.get(name), float)}
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in read_text(epath.Path(file)).splitlines()]
-    except (InputError, json.JSONDecodeError):  # being written, or damaged: there is then nothing to show
+    except (
+        InputError,
+        json.JSONDecodeError,
+        RecursionError,
+    ):  # being written, or damaged: there is then nothing to show
         return []
     return [line for line in lines if isinstance(line, dict)]
 
@@ -163,11 +193,16 @@ def check_name(name: str) -> str:
     """A concept's name as a person typed it.
 
     Raises:
-        InputError: it cannot be one.
+        InputError: it cannot be one; one that can is proposed.
     """
     name = name.strip()
-    if not PLACEHOLDER.fullmatch(f"<{name}>"):
-        raise InputError(f"the name {name!r}: take letters, digits, '-' and '_', and begin with a letter or a digit")
+    if not PLACEHOLDER.fullmatch(f"<{name}>") or len(name) > LONGEST:
+        plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+        near = re.sub("[^A-Za-z0-9_]+", "-", plain).strip("-_")[:LONGEST]
+        raise InputError(
+            f"the name {name[:LONGEST]!r}: take letters from a to z, digits, '-' and '_', at most {LONGEST}, and begin "
+            f"with a letter or a digit{f', such as {near}' if near else ''}"
+        )
     return name
 
 
@@ -229,22 +264,105 @@ def _rename_in_config(file: Path, name: str) -> None:
     write_bytes(file, (json.dumps({**config, "name": name}, indent=2, sort_keys=True) + "\n").encode())
 
 
-def delete(entry: Entry) -> None:
-    """Deletes a concept: with its run if that is of this concept alone, else its file, pictures and exports.
+class Doomed(NamedTuple):
+    """What goes when something is deleted.
+
+    Attributes:
+        files: files and folders, in the order in which they go.
+        photographs: the folder of the pictures that it was learnt from, if the studio keeps them; they stay unless a
+            person says otherwise.
+    """
+
+    files: list[Path]
+    photographs: Path | None
+
+
+def doomed_with(entry: Entry) -> Doomed:
+    """What goes with a concept: its run if that is of this concept alone, else its file, pictures and exports."""
+    workdir, name = entry.workdir, entry.card.name
+    config = _config(workdir)
+    others = [file for file in entry.file.parent.glob("*.safetensors") if file != entry.file]
+    own = config.get("name") == name and not config.get("concepts")
+    files = [entry.file, workdir / "samples" / f"{name}.png", workdir / "samples" / name, workdir / "exports" / name]
+    if entry.alone and own and not others:
+        files = [workdir / CONFIG, *files, *(workdir / each for each in _WRITTEN[1:])]
+    elif not config:
+        files.append(workdir / "lock")  # of `held`
+    pictures = config.get("pictures") if own else None
+    for row in [] if own else _lines(workdir / TABLE):
+        if row.get("name") == name:
+            pictures = row.get("pictures")
+    return Doomed([file for file in files if file.exists()], _kept_for(workdir, pictures))
+
+
+def doomed_run(workdir: Path) -> Doomed:
+    """What goes with a run: all that it wrote, finished concepts with it."""
+    files = [workdir / TABLE, workdir / "lock"]  # of a fleet that has not begun
+    if (workdir / CONFIG).exists():
+        found = sorted((workdir / "concepts").glob("*.safetensors"))
+        written = [folder / name for name in _WRITTEN for folder in (workdir, *shards(workdir))]
+        files = [workdir / CONFIG, *found, *(workdir / "exports" / file.stem for file in found), *written]
+    return Doomed(
+        [file for file in dict.fromkeys(files) if file.exists()],
+        _kept_for(workdir, _config(workdir).get("pictures")),
+    )
+
+
+def _config(workdir: Path) -> dict[str, Any]:
+    """The config of a run; empty where there is none that can be read."""
+    try:
+        config = json.loads(read_text(epath.Path(workdir / CONFIG)) or "{}")
+    except (InputError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _kept_for(workdir: Path, pictures: Any) -> Path | None:
+    """The studio's folder of a run's pictures, if it keeps them and no other run is learnt from them."""
+    runs = workdir.parent
+    for folder in (runs / PICTURES).glob("*"):
+        if str(folder) == pictures and folder.is_dir():
+            others = [file.parent for file in runs.glob(f"*/{CONFIG}") if file.parent != workdir]
+            return None if any(_config(other).get("pictures") == pictures for other in others) else folder
+    return None
+
+
+def delete(entry: Entry, photographs: bool = False) -> None:
+    """Deletes a concept.
+
+    Args:
+        entry: which.
+        photographs: whether the pictures that it was learnt from go too, if the studio keeps them.
 
     Raises:
         InputError: a job is at work in the run, or it cannot be deleted.
         UnavailableError: storage fails.
     """
-    with held(entry.workdir), storage_errors(entry.workdir, "deleted"):
-        others = [file for file in entry.file.parent.glob("*.safetensors") if file != entry.file]
-        if entry.alone and not others:
-            shutil.rmtree(entry.workdir)
-            return
-        entry.file.unlink()
-        (entry.workdir / "samples" / f"{entry.card.name}.png").unlink(missing_ok=True)
-        for folder in ("samples", "exports"):
-            shutil.rmtree(entry.workdir / folder / entry.card.name, ignore_errors=True)
+    with held(entry.workdir):
+        doomed = doomed_with(entry)
+        _discard(entry.workdir, [*doomed.files, *([doomed.photographs] if photographs and doomed.photographs else [])])
+
+
+def delete_run(workdir: Path, photographs: bool = False) -> None:
+    """Deletes all that a run has written; arguments and errors as for `delete`."""
+    if not workdir.is_dir():
+        return
+    with held(workdir):
+        doomed = doomed_run(workdir)
+        _discard(workdir, [*doomed.files, *([doomed.photographs] if photographs and doomed.photographs else [])])
+
+
+def _discard(workdir: Path, files: Sequence[Path]) -> None:
+    """Moves files and folders out of sight, which is quick, and deletes them there: a kill leaves no half of a run."""
+    trash = workdir.parent / STUDIO / "trash" / secrets.token_hex(8)
+    with storage_errors(workdir, "deleted"):
+        trash.mkdir(parents=True)
+        for number, file in enumerate(files):
+            file.rename(trash / f"{number}")
+        for folder in (*(workdir / name for name in ("concepts", "samples", "exports")), *shards(workdir), workdir):
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
+    shutil.rmtree(trash, ignore_errors=True)  # what is left goes when the studio starts
 
 
 def named_in(prompt: str, entries: Sequence[Entry]) -> list[Entry]:

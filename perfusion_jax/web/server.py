@@ -1,4 +1,4 @@
-"""The studio over HTTP: a page, and JSON behind it, for one person on this machine or one who knows the password.
+"""The studio over HTTP: a page, and JSON behind it, for one person who knows its address or its password.
 
 Not Gradio: transformers 4, which has the Flax models, keeps it at 6.17, where a part that was hidden before it was
 first shown stays hidden; and words to hover, completion and masks want a page of their own anyway.
@@ -10,13 +10,13 @@ import json
 import secrets
 import shutil
 import tempfile
-import traceback
-from collections.abc import Awaitable, Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
+from anyio import CapacityLimiter, to_thread
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -26,15 +26,23 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import (
+    FileResponse,
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from perfusion_jax.runtime.errors import InputError, is_jax_runtime_error, out_of_memory
+from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.names import STUDIO
+from perfusion_jax.web.faults import message_of
 from perfusion_jax.web.forms import Form
-from perfusion_jax.web.intake import MOST_PICTURES
-from perfusion_jax.web.studio import Studio
+from perfusion_jax.web.intake import MOST_BYTES, MOST_PICTURES
+from perfusion_jax.web.studio import Studio, written
 
 PAGE = Path(__file__).parent / "page"
 USER = "studio"
@@ -42,6 +50,11 @@ USER = "studio"
 
 MOST_SENT = 16 * 2**20  # bytes of a request but for pictures that are dropped
 MOST_DROPPED = 512 * 2**20  # bytes of all pictures of one thing
+MOST_DRAWING = 16  # drawings that wait for their turn in threads of their own
+COOKIE = "perfusion_studio"
+_YEAR = 365 * 24 * 3600
+_AROUND = 2**20  # bytes of a form around its one file
+_STAYS = "private, max-age=86400"  # of a picture whose address changes with it
 LOCAL_HOSTS = ["127.0.0.1", "localhost", "[::1]"]
 _HEADERS = {
     # Nothing is fetched from elsewhere, and nothing that a person typed can run.
@@ -54,23 +67,20 @@ _HEADERS = {
 }
 
 
-def message_of(error: Exception) -> str:
-    """What the page says of an error; a fault of the program leaves its traceback on the terminal."""
-    if isinstance(error, InputError):
-        return str(error)
-    reason = out_of_memory(error) if is_jax_runtime_error(error) else ""
-    if reason:
-        return f"the memory of a device does not suffice ({reason}): take smaller pictures"
-    logging.error("%s", "".join(traceback.format_exception(error)))
-    return f"a fault of the program (see the terminal): {type(error).__name__}: {error}"
+class _Json(JSONResponse):
+    """JSON in ASCII: file names that are no Unicode must not keep the page from its state."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-def make_app(studio: Studio, password: str | None, local: bool) -> Starlette:
+def make_app(studio: Studio, password: str | None, local: bool, token: str | None = None) -> Starlette:
     """The studio as a web application.
 
     Args:
         studio: what is behind it.
         password: what USER has to give, or None.
+        token: without a password, what the address has to end in when a browser first comes; None: nothing is asked.
         local: whether it is reached from this machine alone; other names of it are then refused, under which pages
             from elsewhere could ask (DNS rebinding).
     """
@@ -81,24 +91,47 @@ def make_app(studio: Studio, password: str | None, local: bool) -> Starlette:
         async def route(request: Request) -> Response:
             try:
                 form = Form(await _json(request))
-                return JSONResponse(await run_in_threadpool(function, form))
+                return _Json(await run_in_threadpool(function, form))
             except Exception as error:
                 return _refused(message_of(error))
 
         return route
 
-    def file(function: Callable[[Request], Path]) -> Callable[[Request], Awaitable[Response]]:
+    def picture(function: Callable[[Request], Path]) -> Callable[[Request], Awaitable[Response]]:
+        """A route that sends a small PNG; where the address says when it was written, browsers may keep it."""
+
+        def read(request: Request) -> tuple[bytes, bool]:
+            file = function(request)
+            stays = request.query_params.get("at") == written(file) != ""
+            return file.read_bytes(), stays
+
         async def route(request: Request) -> Response:
             try:
-                return FileResponse(await run_in_threadpool(function, request))
+                data, stays = await run_in_threadpool(read, request)
             except InputError as error:
                 return _refused(str(error), 404)
+            except OSError:
+                return _refused("it is not there any more", 404)
+            return Response(data, headers={"Cache-Control": _STAYS} if stays else {}, media_type="image/png")
 
         return route
 
+    async def exported(request: Request) -> Response:
+        try:
+            file = await run_in_threadpool(studio.exported, **request.path_params)
+            return FileResponse(file, stat_result=file.stat())
+        except InputError as error:
+            return _refused(str(error), 404)
+        except OSError:
+            return _refused("it is not there any more", 404)
+
+    def grid(request: Request) -> Path:
+        run = request.query_params.get("run", "")
+        return studio.grid_of_run(run) if run else studio.grid_of(request.query_params.get("key", ""))
+
     async def state(request: Request) -> Response:
         try:
-            return JSONResponse(await run_in_threadpool(studio.state))
+            return _Json(await run_in_threadpool(studio.state))
         except Exception as error:
             return _refused(message_of(error))
 
@@ -108,8 +141,9 @@ def make_app(studio: Studio, password: str | None, local: bool) -> Starlette:
         uploads.mkdir(parents=True, exist_ok=True)
         try:
             with tempfile.TemporaryDirectory(dir=uploads) as folder:
-                files, names = await _receive(request, Path(folder))
-                return JSONResponse(await run_in_threadpool(studio.drop, files, names))
+                files, names = await _receive(request, Path(folder), MOST_PICTURES, MOST_DROPPED)
+                view = request.query_params.get("view", "")
+                return _Json(await run_in_threadpool(studio.drop, files, names, view))
         except Exception as error:
             return _refused(message_of(error))
 
@@ -119,12 +153,12 @@ def make_app(studio: Studio, password: str | None, local: bool) -> Starlette:
         try:
             if request.query_params.get("drawing"):
                 found = await run_in_threadpool(studio.drawing, request.query_params["drawing"])
-                return JSONResponse(await run_in_threadpool(studio.restore, found, found.name))
+                return _Json(await run_in_threadpool(studio.restore, found, found.name))
             with tempfile.TemporaryDirectory(dir=uploads) as folder:
-                files, names = await _receive(request, Path(folder))
+                files, names = await _receive(request, Path(folder), 1, MOST_BYTES + _AROUND)
                 if not files:
                     raise InputError("no picture was sent")
-                return JSONResponse(await run_in_threadpool(studio.restore, files[0], names[0]))
+                return _Json(await run_in_threadpool(studio.restore, files[0], names[0]))
         except Exception as error:
             return _refused(message_of(error))
 
@@ -134,19 +168,37 @@ def make_app(studio: Studio, password: str | None, local: bool) -> Starlette:
         except InputError as error:
             return _refused(str(error))
 
+        gone = threading.Event()
+
         def lines() -> Iterator[str]:
             try:
-                for each in studio.draw(form):
+                for each in studio.draw(form, lambda: not gone.is_set()):
                     yield json.dumps(each, default=_cover) + "\n"
             except Exception as error:
                 yield json.dumps({"error": message_of(error)}) + "\n"
 
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        async def sent() -> AsyncIterator[str]:
+            drawn = lines()
+            try:
+                while line := await to_thread.run_sync(
+                    next, drawn, "", abandon_on_cancel=True, limiter=_limiter(request)
+                ):
+                    yield line
+            finally:
+                gone.set()  # so that what is being drawn ends with its step
+
+        return StreamingResponse(sent(), media_type="application/x-ndjson")
 
     def look(form: Form) -> dict[str, Any]:
         warning, shown = studio.look(form)
         pictures = [{"name": each.name, "picture": _png(each.pixels), "mask": _png(_grey(each.mask))} for each in shown]
         return {"warning": warning, "previews": pictures}
+
+    def act(form: Form) -> None:
+        studio.act(form.text("act"), form.text("run"), form.flag("photographs", False))
+
+    def delete(form: Form) -> None:
+        studio.delete(form.text("key"), form.flag("photographs", False))
 
     async def page(request: Request) -> Response:
         return FileResponse(PAGE / "index.html")
@@ -158,40 +210,56 @@ def make_app(studio: Studio, password: str | None, local: bool) -> Starlette:
         Route("/api/look", answer(look), methods=["POST"]),
         Route("/api/learn", answer(studio.learn), methods=["POST"]),
         Route("/api/kind", answer(lambda form: {"warning": studio.warning(form.text("kind", 100))}), methods=["POST"]),
-        Route("/api/act", answer(lambda form: studio.act(form.text("act"), form.text("run"))), methods=["POST"]),
+        Route("/api/act", answer(act), methods=["POST"]),
         Route("/api/draw", draw, methods=["POST"]),
         Route("/api/recipe", restore, methods=["POST"]),
         Route("/api/rename", answer(lambda form: studio.rename(form.text("key"), form.text("name"))), methods=["POST"]),
-        Route("/api/delete", answer(lambda form: studio.delete(form.text("key"))), methods=["POST"]),
+        Route("/api/doomed", answer(lambda form: studio.doomed(form.text("key"), form.text("run"))), methods=["POST"]),
+        Route("/api/delete", answer(delete), methods=["POST"]),
         Route("/api/export", answer(lambda form: studio.export(form.text("key"), form.text("to"))), methods=["POST"]),
-        Route("/grid", file(lambda request: studio.grid_of(request.query_params.get("key", "")))),
-        Route("/drawings/{name}", file(lambda request: studio.drawing(request.path_params["name"]))),
-        Route("/exports/{call}/{kind}/{name}", file(lambda request: studio.exported(**request.path_params))),
+        Route("/grid", picture(grid)),
+        Route("/drawings/{name}", picture(lambda request: studio.drawing(request.path_params["name"]))),
+        Route("/exports/{call}/{kind}/{name}", exported),
         Mount("/page", StaticFiles(directory=PAGE)),
     ]
-    middleware = [Middleware(BaseHTTPMiddleware, dispatch=_guard(password))]
+    middleware = [Middleware(BaseHTTPMiddleware, dispatch=_guard(password, token))]
     if local:
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS))
     return Starlette(routes=routes, middleware=middleware)
 
 
-def _guard(password: str | None) -> Callable[..., Awaitable[Response]]:
-    """Asks for the password, refuses what pages of other sites send, and adds the headers of all answers."""
+def _guard(password: str | None, token: str | None) -> Callable[..., Awaitable[Response]]:
+    """Asks for the password or the token, refuses what pages of other sites send, and adds the headers of all answers.
+
+    Others have accounts on this machine, too: its address alone lets nobody in.
+    """
 
     async def guard(request: Request, forward: Callable[[Request], Awaitable[Response]]) -> Response:
         if password is not None and not _knows(request.headers.get("authorization", ""), password):
             headers = {"WWW-Authenticate": 'Basic realm="Perfusion studio", charset="UTF-8"'}
             return PlainTextResponse("the studio asks for its password", 401, {**_HEADERS, **headers})
+        if password is None and token is not None:
+            cookie = f"{COOKIE}_{request.url.port}"  # the ports of a machine share their cookies
+            if _is(request.query_params.get("token", ""), token):
+                response: Response = RedirectResponse("/", 303, _HEADERS)
+                response.set_cookie(cookie, token, max_age=_YEAR, httponly=True, samesite="strict")
+                return response
+            if not _is(request.cookies.get(cookie, ""), token):
+                words = "open the address that the studio printed when it started: it ends in ?token=…"
+                return PlainTextResponse(words, 403, _HEADERS)
         origin = request.headers.get("origin")
         if request.method != "GET" and origin is not None and origin.partition("://")[2] != request.headers.get("host"):
             return PlainTextResponse("this was sent by a page of another site", 403, _HEADERS)
         response = await forward(request)
-        response.headers.update(_HEADERS)
-        if "at" in request.query_params or request.url.path.startswith("/drawings/"):  # a picture that stays as it is
-            response.headers["Cache-Control"] = "private, max-age=86400"
+        for name, value in _HEADERS.items():
+            response.headers.setdefault(name, value)
         return response
 
     return guard
+
+
+def _is(given: str, token: str) -> bool:
+    return secrets.compare_digest(given.encode(errors="replace"), token.encode())
 
 
 def _knows(header: str, password: str) -> bool:
@@ -203,7 +271,7 @@ def _knows(header: str, password: str) -> bool:
 
 
 def _refused(words: str, status: int = 400) -> Response:
-    return JSONResponse({"error": words}, status)
+    return _Json({"error": words}, status)
 
 
 async def _json(request: Request) -> Any:
@@ -214,25 +282,38 @@ async def _json(request: Request) -> Any:
             raise InputError(f"more was sent than {MOST_SENT >> 20} MiB")
     try:
         return json.loads(data)
-    except ValueError as error:  # no UTF-8, or no JSON
+    except (RecursionError, ValueError) as error:  # nested too deeply, no UTF-8, or no JSON
         raise InputError("what was sent is not JSON") from error
 
 
-async def _receive(request: Request, folder: Path) -> tuple[list[Path], list[str]]:
+def _limiter(request: Request) -> CapacityLimiter:
+    """The threads of drawings: those that wait for their turn must not keep the rest of the page waiting."""
+    kept = request.app.state
+    if not hasattr(kept, "drawings"):
+        kept.drawings = CapacityLimiter(MOST_DRAWING)  # here, for it belongs to the loop that serves
+    return kept.drawings
+
+
+async def _receive(request: Request, folder: Path, most: int, most_bytes: int) -> tuple[list[Path], list[str]]:
     """Writes the files of a form to a folder, under numbers; returns them and what they were called.
+
+    Args:
+        request: with the form.
+        folder: where to.
+        most, most_bytes: files and bytes that are taken.
 
     Raises:
         InputError: they are too many, or more than is taken, or did not arrive whole.
     """
     length = request.headers.get("content-length", "")
-    if not length.isdecimal():
+    if not (length.isascii() and length.isdecimal() and len(length) < 20):
         raise InputError("how much is sent was not said")
-    if int(length) > MOST_DROPPED:
-        raise InputError(f"{int(length) / 2**20:.0f} MiB were sent; at most {MOST_DROPPED >> 20} are taken at once")
+    if int(length) > most_bytes:
+        raise InputError(f"{int(length) / 2**20:.0f} MiB were sent; at most {most_bytes >> 20} are taken at once")
     files: list[Path] = []
     names: list[str] = []
     try:
-        async with request.form(max_files=MOST_PICTURES, max_fields=0) as form:
+        async with request.form(max_files=most, max_fields=0) as form:
             for upload in form.getlist("files"):
                 if not isinstance(upload, UploadFile):
                     continue

@@ -4,32 +4,48 @@ Every one of them calls what the commands call. What is wrong with what a person
 """
 
 import hashlib
+import json
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
+from perfusion_jax.config import to_json
 from perfusion_jax.data.pictures import open_picture
 from perfusion_jax.drawing.controls import SLOTS
 from perfusion_jax.drawing.prompts import escaped, without_syntax
-from perfusion_jax.drawing.recipe import CONTROLS, Recipe, command_of, read_recipe
+from perfusion_jax.drawing.recipe import CONTROLS, Recipe, command_of, few_steps, read_recipe, sweep_over, unnamed
 from perfusion_jax.formats.concept_file import PERFUSION, load_concept
 from perfusion_jax.formats.exporting import KINDS, export
 from perfusion_jax.formats.picture_file import write_picture
+from perfusion_jax.learning.workdir import CONFIG
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.names import SAMPLERS, SPACINGS, STUDIO
 from perfusion_jax.web import jobs as queue
 from perfusion_jax.web.easel import DRAWINGS, Easel, entries_of
+from perfusion_jax.web.faults import for_page
 from perfusion_jax.web.forms import Form, thing_config
-from perfusion_jax.web.intake import PICTURES, SHOWN_SIDE, Preview, ending_of, folder_for, keep, new_draft, preview
-from perfusion_jax.web.jobs import LEARNING, Job, Jobs
-from perfusion_jax.web.library import Entry, check_name, delete, find_entries, find_entry, named_in, rename
+from perfusion_jax.web.intake import SHOWN_SIDE, Preview, folder_for, head_of, keep, new_draft, preview, take_back
+from perfusion_jax.web.jobs import DONE, LEARNING, Job, Jobs
+from perfusion_jax.web.library import (
+    PICTURES,
+    Entry,
+    check_name,
+    delete,
+    doomed_run,
+    doomed_with,
+    find_entries,
+    find_entry,
+    named_in,
+    rename,
+)
 
 EXPORTS = "exports"
 """Folder of what was exported, among the runs."""
@@ -40,19 +56,24 @@ RESERVED = (EXPORTS, DRAWINGS, PICTURES)
 MOST_DRAWN = 64  # pictures of one request
 SHOWN_BEFORE = 48  # earlier drawings
 MOST_VIEWS = 1000
+MOST_SIDE = 2048  # pixels of config.size, in which pictures are looked at
 
 
-@dataclass(frozen=True)
+@dataclass
 class Draft:
     """Pictures that a person has dropped, before they are learnt.
 
     Attributes:
         folder: where they lie.
         names: what the person called them.
+        view: the part of the page that dropped them; what it drops next takes their place.
+        looked: the config, as JSON, by which all of them were found to be learnable.
     """
 
     folder: Path
     names: tuple[str, ...]
+    view: str = ""
+    looked: str = ""
 
 
 @dataclass
@@ -72,6 +93,7 @@ class Studio:
     drafts: dict[str, Draft] = field(default_factory=dict)
     _newest: dict[str, object] = field(default_factory=dict)  # drawing of each view of the page
     _starting: threading.Lock = field(default_factory=threading.Lock)
+    _looking: threading.Lock = field(default_factory=threading.Lock)  # all pictures of a draft are in memory then
 
     @classmethod
     def open(cls, runs: Path, base: dict[str, str | None]) -> "Studio":
@@ -83,88 +105,115 @@ class Studio:
         """
         runs = runs.resolve()
         runs.mkdir(parents=True, exist_ok=True)
-        for left in (runs / STUDIO / "uploads").glob("*"):  # by a studio that was killed
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        for place in ("uploads", "drafts", "trash"):
+            for left in (runs / STUDIO / place).glob("*"):  # by a studio that was killed
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         studio = cls(runs, Easel(runs, base), Jobs(runs))
         studio.jobs.start()
         return studio
 
     def state(self) -> dict[str, Any]:
         """All that changes by itself: the library, the queue, and earlier drawings."""
-        running = next((job for job in self.jobs.snapshot() if job.state == LEARNING), None)
-        grid = _latest_grid(self.runs / running.run) if running else None
+        self.easel.load()
+        entries, jobs = find_entries(self.runs), self.jobs.snapshot()
         return {
             "base": self.easel.source["source"],
             "sampler": self.easel.quick_sampler,
+            "loading": not self.easel.is_loaded and not self.easel.failure,
             "problem": self.easel.failure,
-            "entries": [self._entry(entry) for entry in find_entries(self.runs)],
-            "jobs": [self._job(job) for job in self.jobs.snapshot()],
+            "entries": [self._entry(entry) for entry in entries],
+            "jobs": [self._job(job, entries) for job in jobs],
             "interrupted": self.jobs.interrupted(),
-            "grid": str(grid.stat().st_mtime_ns) if grid else "",
-            "drawings": [file.name for file in self.easel.drawn_before(SHOWN_BEFORE)],
+            "drawings": [{"name": file.name, "at": written(file)} for file in self.easel.drawn_before(SHOWN_BEFORE)],
         }
 
     def _entry(self, entry: Entry) -> dict[str, Any]:
         card = entry.card
+        obstacle = self.easel.obstacle(entry)
         return {
             "key": entry.key,
             "call": entry.call,
             "name": card.name,
             "kind": card.super_category,
             "phrase": card.phrase.replace(card.placeholder, f"<{entry.call}>"),
-            "drawable": self.easel.can_draw(entry),
+            "drawable": not obstacle,
+            "obstacle": obstacle,
             "gated": card.method == PERFUSION,
             "bias": card.bias,
             "temperature": card.temperature,
-            "grid": str(entry.grid.stat().st_mtime_ns) if entry.grid else "",
+            "grid": written(entry.grid) if entry.grid else "",
             "facts": {
                 "in prompts": f"<{entry.call}>",
                 "kind": card.super_category,
                 "learnt by": card.method,
-                "step": str(card.step),
+                "step": f"{card.step:,}",
                 **{name.replace("_", " "): f"{value:.3f}" for name, value in entry.scores.items()},
                 "bias": f"{card.bias:g}",
                 "temperature": f"{card.temperature:g}",
                 "base model": card.base_model,
                 "licence": card.licence or "not said",
                 "file": str(entry.file),
-                "size": f"{entry.file.stat().st_size / 1000:.0f} KB",
             },
         }
 
-    def _job(self, job: Job) -> dict[str, Any]:
-        progress = self.jobs.progress() if job.state == LEARNING else None
+    def _job(self, job: Job, entries: Sequence[Entry]) -> dict[str, Any]:
+        learning = job.state == LEARNING
+        progress = self.jobs.progress() if learning else None
+        warnings = dict.fromkeys(self.jobs.warnings) if learning else job.warnings
+        grid = _latest_grid(self.runs / job.run) if job.state in (LEARNING, DONE) else None
+        learnt = [entry for entry in entries if entry.workdir.name == job.run] if job.state == DONE else []
         return {
             "run": job.run,
             "things": [f"{name}, a {kind}" if kind else name for name, kind in zip(job.names, job.kinds, strict=True)],
             "state": job.state,
-            "error": job.error,
-            "warnings": list(dict.fromkeys(self.jobs.warnings)) if job.state == LEARNING else [],
+            "stopping": learning and self.jobs.is_stopping,
+            "error": for_page(job.error),
+            "warnings": [for_page(warning) for warning in warnings],
             "command": queue.command_of(job, self.runs),
             "progress": progress._asdict() if progress else None,
+            "grid": written(grid) if grid else "",
+            "learnt": [entry.key for entry in learnt],
         }
 
     def grid_of(self, key: str) -> Path:
-        """The pictures by which a concept of the library was scored; without a key, the latest of what is learnt.
+        """The pictures by which a concept of the library was scored.
 
         Raises:
             InputError: there are none.
         """
-        if key:
-            grid = find_entry(self.runs, key).grid
-        else:
-            learning = [job for job in self.jobs.snapshot() if job.state == LEARNING]
-            grid = _latest_grid(self.runs / learning[0].run) if learning else None
+        grid = find_entry(self.runs, key).grid
+        if grid is None:
+            raise InputError("there are no pictures of it yet")
+        return grid
+
+    def grid_of_run(self, run: str) -> Path:
+        """The latest pictures of a run of the queue.
+
+        Raises:
+            InputError: there are none.
+        """
+        known = [job.run for job in self.jobs.snapshot() if job.run == run]
+        grid = _latest_grid(self.runs / known[0]) if known else None
         if grid is None:
             raise InputError("there are no pictures of it yet")
         return grid
 
     # Learning.
 
-    def drop(self, files: Sequence[Path], names: Sequence[str]) -> dict[str, Any]:
-        """Takes pictures in; `files` as they were uploaded, `names` as the person calls them."""
+    def drop(self, files: Sequence[Path], names: Sequence[str], view: str = "") -> dict[str, Any]:
+        """Takes pictures in.
+
+        Args:
+            files: as they were uploaded.
+            names: as the person calls them.
+            view: the part of the page that sends them; what it sent before is let go of.
+        """
         folder = new_draft(self.runs, files, names)
-        self.drafts[folder.name] = Draft(folder, tuple(names))
+        for name, old in list(self.drafts.items()):
+            if (view and old.view == view[:100]) or not old.folder.is_dir():
+                self.drafts.pop(name, None)
+                shutil.rmtree(old.folder, ignore_errors=True)
+        self.drafts[folder.name] = Draft(folder, tuple(names), view[:100])
         return {"draft": folder.name}
 
     def warning(self, kind: str) -> str:
@@ -185,12 +234,21 @@ class Studio:
     def look(self, form: Form) -> tuple[str, list[Preview]]:
         """What training will see of a draft: a warning or nothing, and each picture with its mask."""
         draft = self._draft(form)
-        config = thing_config(self.easel.source, form, check_name(form.text("name") or "thing"), str(draft.folder))
-        try:
-            shown = preview(config, self.easel.base, draft.folder, draft.names)
-        except InputError as error:
-            raise InputError(_in_their_words(str(error), draft)) from error
+        config = self._config(form, form.text("name") or "thing", draft.folder)
+        with self._looking:
+            try:
+                shown = preview(config, self.easel.base, draft.folder, draft.names)
+            except InputError as error:
+                raise InputError(_in_their_words(str(error), draft)) from error
+        draft.looked = to_json(config)
         return self.warning(config.super_category), shown
+
+    def _config(self, form: Form, name: str, pictures: Path) -> ConfigDict:
+        """The config of a form, small enough to be looked at."""
+        config = thing_config(self.easel.source, form, check_name(name), str(pictures))
+        if config.size > MOST_SIDE:
+            raise InputError(f"size is {config.size}; on the page it must be at most {MOST_SIDE}")
+        return config
 
     def learn(self, form: Form) -> dict[str, Any]:
         """Puts a draft into the queue, by the name and kind of the form.
@@ -198,26 +256,29 @@ class Studio:
         `painted` in the form holds the masks of all its pictures, if one of them was painted. What cannot be learnt is
         refused now, and not when its turn comes.
         """
-        name = check_name(form.text("name"))
-        if name in RESERVED:
-            raise InputError(f"the name {name!r} is one of the studio's own folders: take another")
+        name = _new_name(form.text("name"))
         self.jobs.check_free(name)
         draft = self._draft(form)
         files = sorted(draft.folder.glob("picture_*"))
         painted = self._painted(form)
         if painted and len(painted) != len(files):
             raise InputError(f"{len(painted)} masks of {len(files)} pictures were sent")
-        self.look(form)
+        if draft.looked != to_json(self._config(form, name, draft.folder)):
+            self.look(form)
         with self._starting:
             self.jobs.check_free(name)
             folder = folder_for(self.runs, name)
-            config = thing_config(self.easel.source, form, name, str(folder))
+            config = self._config(form, name, folder)
             if painted:
                 config.masks = "files"
             masks = {file.stem: mask for file, mask in zip(files, painted, strict=True)} if painted else {}
             keep(draft.folder, folder, masks, config.crop)
-            del self.drafts[draft.folder.name]
-            self.jobs.add(config)
+            try:
+                self.jobs.add(config)
+            except Exception:
+                take_back(folder, draft.folder)
+                raise
+            self.drafts.pop(draft.folder.name, None)
         return {"warning": self.warning(config.super_category)}
 
     def _painted(self, form: Form) -> list[np.ndarray]:
@@ -231,13 +292,17 @@ class Studio:
             found.append(pixels.astype(np.float32) / 255)
         return found
 
-    def act(self, act: str, run: str) -> None:
-        """Stops a run, lets it go on, takes it out of the queue, or takes one that a command began into it."""
-        acts = {
+    def act(self, act: str, run: str, photographs: bool = False) -> None:
+        """Stops a run, lets it go on, takes it out of the queue; takes one that a command began into it, or deletes it;
+        or loads the base model again.
+        """
+        acts: dict[str, Callable[[str], object]] = {
             "stop": self.jobs.stop,
             "go_on": self.jobs.go_on,
             "forget": self.jobs.forget,
             "adopt": self.jobs.adopt,
+            "discard": lambda run: self.jobs.discard(run, photographs),
+            "load": lambda _: self.easel.load(again=True),
         }
         if act not in acts:
             raise InputError(f"{act}: no such act")
@@ -246,14 +311,28 @@ class Studio:
     # Drawing.
 
     def _drawable(self) -> list[Entry]:
-        return [entry for entry in find_entries(self.runs) if self.easel.can_draw(entry)]
+        _ = self.easel.base  # which says why it cannot be loaded
+        return [entry for entry in find_entries(self.runs) if not self.easel.obstacle(entry)]
 
-    def recipe(self, form: Form) -> Recipe:
-        """What a form asks to be drawn."""
+    def _named(self, prompt: str) -> list[Entry]:
+        """The concepts that a prompt names.
+
+        Raises:
+            InputError: one of them is not in the library, or cannot be drawn here.
+        """
+        drawable = self._drawable()
+        calls = {entry.call for entry in drawable}
+        for entry in find_entries(self.runs):
+            if entry.call not in calls and f"<{entry.call}>" in prompt:
+                raise InputError(f"<{entry.call}> was {self.easel.obstacle(entry)}: start a studio with that one")
+        return named_in(prompt, drawable)
+
+    def recipe(self, form: Form, start: Path | None = None) -> Recipe:
+        """What a form asks to be drawn, from `start` if that is a picture."""
         prompt = form.text("prompt")
         if not prompt:
             raise InputError("the prompt is empty: say what to draw, such as a photo of a <dog> on the beach")
-        entries = named_in(prompt, self._drawable())
+        entries = self._named(prompt)
         if len(entries) > SLOTS:
             raise InputError(f"{len(entries)} concepts: the studio draws {SLOTS} in one prompt")
         options: dict[str, Any] = {
@@ -269,45 +348,77 @@ class Studio:
             "init_strength": form.number("init_strength", 0.01, 1) or 0.8,
             **_controls(form.part("concepts"), entries),
         }
-        sweep = None
-        if swept := form.part("sweep").text("control"):
-            sweep = _sweep(form.part("sweep"), swept)
-        init = form.text("init_image")
-        start = self._start(init, options) if init else None
         count, seed = form.whole("count", 1, MOST_DRAWN) or 1, form.whole("seed", 0, 2**31) or 0
-        return self.easel.recipe(prompt, entries, count, seed, options, start, sweep)
+        sweep = _sweep(form.part("sweep"), entries)
+        if sweep and count * len(sweep[1]) > MOST_DRAWN:
+            raise InputError(f"a sweep of {len(sweep[1])} for {count} pictures: at most {MOST_DRAWN} are drawn at once")
+        return self.easel.recipe(prompt, entries, count, seed, options, str(start) if start else None, sweep)
 
-    def _start(self, given: str, options: dict[str, Any]) -> str:
-        """Keeps a picture to start from, cut to the size that is drawn; returns its file."""
+    def _start(self, form: Form) -> tuple[Path | None, bool]:
+        """Keeps the picture that a form starts from, cut to the size that is drawn; returns its file, and whether it is
+        new.
+        """
+        given = form.text("init_image")
+        if not given:
+            return None, False
         native = self.easel.base.model.picture_side
-        width, height = options["width"] or native, options["height"] or native
+        width, height = form.whole("width", 8, 4096) or native, form.whole("height", 8, 4096) or native
         draft = self.drafts.get(given)
         if draft is None or not draft.folder.is_dir():
             raise InputError("the picture to start from is not here any more: give it again")
         (file,) = sorted(draft.folder.glob("picture_*"))[:1]
-        picture = ImageOps.fit(open_picture(epath.Path(file)).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-        pixels = np.asarray(picture)
+        try:
+            picture = open_picture(epath.Path(file)).convert("RGB")
+        except InputError as error:
+            raise InputError(_in_their_words(str(error), draft)) from error
+        pixels = np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
         kept = self.runs / STUDIO / "starts" / f"{hashlib.sha256(pixels.tobytes()).hexdigest()[:16]}.png"
+        new = not kept.exists()
         write_picture(kept, pixels)
-        return str(kept)
+        return kept, new
 
-    def draw(self, form: Form) -> Iterator[dict[str, Any]]:
+    def draw(self, form: Form, connected: Callable[[], bool] = lambda: True) -> Iterator[dict[str, Any]]:
         """Draws what a form asks for: first the command that draws the same, then picture by picture.
 
         `view` names the part of the page that shows it: what it asks for later takes the place of what it asked before.
+
+        Args:
+            form: what is asked for.
+            connected: whether anybody still waits for it.
         """
-        recipe = self.recipe(form)
         view, own = form.text("view"), object()
         if len(self._newest) > MOST_VIEWS:
             self._newest.clear()
         self._newest[view] = own
+
+        def wanted() -> bool:
+            return connected() and (not view or self._newest.get(view) is own)
+
+        self.recipe(form)  # what cannot be drawn leaves no picture to start from
+        start, new = self._start(form)
+        try:
+            recipe = self.recipe(form, start)
+            yield {
+                "command": command_of(recipe, "picture.png"),
+                "sweep": bool(recipe.sweep),
+                "warnings": self._warnings(form, recipe),
+            }
+            for picture in self.easel.draw(recipe, wanted):
+                words = [word._asdict() for word in picture.words]
+                height, width = picture.pixels.shape[:2]
+                yield {
+                    **{"file": picture.file.name, "at": written(picture.file), "label": picture.label},
+                    **{"width": width, "height": height, "words": words},
+                }
+        except InputError:
+            if new and start:  # of what is refused
+                start.unlink(missing_ok=True)
+            raise
+
+    def _warnings(self, form: Form, recipe: Recipe) -> list[str]:
         left_out = without_syntax(form.text("prompt"))[1] + without_syntax(form.text("negative_prompt"))[1]
-        warning = f"{', '.join(left_out)}: of other programs, and does nothing here" if left_out else ""
-        yield {"command": command_of(recipe, "picture.png"), "sweep": bool(recipe.sweep), "warning": warning}
-        for picture in self.easel.draw(recipe, lambda: not view or self._newest.get(view) is own):
-            words = [word._asdict() for word in picture.words]
-            height, width = picture.pixels.shape[:2]
-            yield {"file": picture.file.name, "label": picture.label, "width": width, "height": height, "words": words}
+        found = [f"{', '.join(left_out)}: of other programs, and does nothing here"] if left_out else []
+        return [*found, *map(for_page, few_steps(recipe, self.easel.base) + unnamed(recipe))]
 
     def drawing(self, name: str) -> Path:
         """The file of an earlier drawing.
@@ -326,17 +437,22 @@ class Studio:
         Raises:
             InputError: the picture does not say how it was drawn, or it cannot be drawn here.
         """
-        if ending_of(file, name) != ".png":
-            raise InputError(f"{name}: not a PNG, as perfusion_jax writes them")
         try:
+            if head_of(file, name).ending != ".png" or _is_animated(file):
+                raise InputError(f"{name}: not a PNG, as perfusion_jax writes them")
             recipe = read_recipe(file)
+        except FileNotFoundError as error:
+            raise InputError(f"{name}: it is not there any more") from error
         except InputError as error:
             raise InputError(str(error).replace(str(file), name)) from error
         try:
-            return self._form_of(recipe)
+            form = self._form_of(recipe)
+            json.dumps(form, allow_nan=False)
+            return form
         except InputError:
             raise
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # JSON of another form
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # JSON of another form.
             raise InputError("what the picture says of how it was drawn cannot be read") from error
 
     def _form_of(self, recipe: Recipe) -> dict[str, Any]:
@@ -379,17 +495,31 @@ class Studio:
     def rename(self, key: str, name: str) -> str:
         """Gives a concept another name; returns its key now."""
         entry = find_entry(self.runs, key)
-        if check_name(name) in RESERVED:
-            raise InputError(f"the name {name!r} is one of the studio's own folders: take another")
+        name = _new_name(name)
         renamed = rename(entry, name)
-        self.jobs.forget_ended(entry.workdir.name)  # whose command has the old name
+        self.jobs.rename(entry.workdir.name, entry.card.name, name)
         return renamed
 
-    def delete(self, key: str) -> None:
-        """Deletes a concept."""
+    def doomed(self, key: str, run: str) -> dict[str, Any]:
+        """What goes if a concept, or a run that has not come to its end, is deleted: words for the person."""
+        if run:
+            self.jobs.check_interrupted(run)
+            files, photographs = doomed_run(self.runs / run)
+        else:
+            files, photographs = doomed_with(find_entry(self.runs, key))
+        pictures = len([each for each in photographs.iterdir() if each.is_file()]) if photographs else 0
+        return {
+            "files": [str(file.relative_to(self.runs)) for file in files],
+            "photographs": f"{pictures} in {photographs.relative_to(self.runs)}" if photographs else "",
+        }
+
+    def delete(self, key: str, photographs: bool = False) -> None:
+        """Deletes a concept, and if that is said, the pictures that it was learnt from."""
         entry = find_entry(self.runs, key)
-        delete(entry)
-        self.jobs.forget_ended(entry.workdir.name)
+        whole = any(file.name == CONFIG for file in doomed_with(entry).files)
+        delete(entry, photographs)
+        if whole or not entry.workdir.exists():
+            self.jobs.forget_deleted(entry.workdir.name)
 
     def export(self, key: str, kind: str) -> dict[str, Any]:
         """Writes a concept for other tools; returns the folder, and the files in it that can be fetched."""
@@ -398,9 +528,14 @@ class Studio:
             raise InputError(f"{kind}: no kind of export")
         base = self.easel.base
         folder = self.runs / EXPORTS / entry.call / kind
-        written = export(base, [load_concept(entry.file, base)], kind, folder)
-        files = [file.name for file in written if file.is_file()]
-        return {"folder": str(folder), "call": entry.call, "files": files}
+        found = export(base, [load_concept(entry.file, base)], kind, folder)
+        files = [file.name for file in found if file.is_file()]
+        command = ["python", "-m", "perfusion_jax.export", "--concept", str(entry.file), "--to", kind]
+        for flag, name in (("base", "source"), ("revision", "revision"), ("variant", "variant")):
+            if (value := self.easel.source[name]) and value != "emoji":
+                command += [f"--{flag}", value]
+        command += ["--out", str(folder)]
+        return {"folder": str(folder), "call": entry.call, "files": files, "command": command}
 
     def exported(self, call: str, kind: str, name: str) -> Path:
         """A file that was exported.
@@ -433,16 +568,47 @@ def _controls(forms: Form, entries: Sequence[Entry]) -> dict[str, list[float]]:
         for name, values in found.items():
             given = form.number(name, *bounds[name])
             values.append(default[name] if given is None else given)
+        if gated and found["start"][-1] > found["end"][-1]:
+            raise InputError(
+                f"<{entry.call}> acts from {found['start'][-1]:g} to {found['end'][-1]:g}: begin before it ends"
+            )
     return found
 
 
-def _sweep(form: Form, control: str) -> tuple[str, list[float]]:
-    if control not in (*CONTROLS, "guidance"):
-        raise InputError(f"{control}: sweeps one of {', '.join((*CONTROLS, 'guidance'))}")
+def _sweep(form: Form, entries: Sequence[Entry]) -> tuple[str, list[float]] | None:
+    """What a form sweeps, if it does."""
+    control = form.text("control")
+    if not control:
+        return None
     first, last, count = form.number("first", -100, 100), form.number("last", -100, 100), form.whole("count", 2, 16)
     if first is None or last is None or count is None:
         raise InputError("a sweep has 2 to 16 pictures, from one number to another")
-    return control, np.linspace(first, last, count).round(6).tolist()
+    sweep = sweep_over(control, first, last, count)
+    gated = any(entry.card.method == PERFUSION for entry in entries)
+    if control != "guidance" and not (gated or (entries and control == "strength")):
+        raise InputError(f"{control} changes nothing here: name a concept in the prompt that has it, such as <name>")
+    return sweep
+
+
+def _new_name(given: str) -> str:
+    """A name for a concept that no folder of the studio's has; some file systems take Pictures for pictures."""
+    name = check_name(given)
+    if name.casefold() in RESERVED:
+        raise InputError(f"the name {name!r} is one of the studio's own folders: take another")
+    return name
+
+
+def _is_animated(file: Path) -> bool:
+    with Image.open(file, formats=["PNG"]) as image:
+        return getattr(image, "is_animated", False)
+
+
+def written(file: Path) -> str:
+    """When a file was written, in nanoseconds; empty if it is not there any more."""
+    try:
+        return str(file.stat().st_mtime_ns)
+    except OSError:
+        return ""
 
 
 def _in_their_words(message: str, draft: Draft) -> str:
@@ -453,4 +619,4 @@ def _in_their_words(message: str, draft: Draft) -> str:
 
 
 def _latest_grid(workdir: Path) -> Path | None:
-    return max((workdir / "samples").rglob("*.png"), key=lambda file: file.stat().st_mtime_ns, default=None)
+    return max((workdir / "samples").rglob("*.png"), key=lambda file: int(written(file) or 0), default=None)

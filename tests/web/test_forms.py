@@ -2,6 +2,8 @@
 
 import base64
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -17,6 +19,14 @@ def png(side, mode="L", kind="PNG"):
     stream = io.BytesIO()
     Image.new(mode, (side, side), 200).save(stream, kind)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def bomb():
+    """A PNG that says that it has 400 million pixels."""
+    data = bytearray(base64.b64decode(png(8).partition(",")[2]))
+    data[16:24] = struct.pack(">II", 20_000, 20_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return base64.b64encode(data).decode()
 
 
 def test_values_that_are_left_out_are_the_default():
@@ -38,7 +48,7 @@ def test_values_that_are_left_out_are_the_default():
         (lambda form: form.text("long"), "long: it must be text of at most 2000"),
         (lambda form: form.number("word", 0, 1), "word: it must be a number"),
         (lambda form: form.number("yes", 0, 1), "yes: it must be a number"),
-        (lambda form: form.number("huge", 0, 1), "huge is 1e\\+09; it must be from 0 to 1"),
+        (lambda form: form.number("huge", 0, 1), "huge is 1000000000; it must be from 0 to 1"),
         (lambda form: form.number("infinite", 0, 1), "infinite: it must be a number"),
         (lambda form: form.whole("half", 0, 1), "half is 0.5; it must be a whole number"),
         (lambda form: form.flag("word", True), "word: it must be true or false"),
@@ -48,6 +58,9 @@ def test_values_that_are_left_out_are_the_default():
         (lambda form: form.picture("word", 8, "L"), "word: not a PNG"),
         (lambda form: form.picture("wide", 8, "L"), "wide: it must have 8 x 8 pixels"),
         (lambda form: form.picture("jpeg", 8, "L"), "jpeg: not a PNG"),
+        (lambda form: form.picture("bomb", 8, "L"), "bomb: not a PNG"),
+        (lambda form: form.number("whole", 0, 1), "whole: it must be a number"),
+        (lambda form: form.text("halved"), "halved: it must be text"),
     ],
 )
 def test_values_of_another_kind_are_refused_by_name(read, words):
@@ -59,6 +72,9 @@ def test_values_of_another_kind_are_refused_by_name(read, words):
         "huge": 1e9,
         "infinite": float("inf"),
         "half": 0.5,
+        "whole": 10**400,
+        "halved": "\ud800",
+        "bomb": bomb(),
     }
     with pytest.raises(InputError, match=words):
         read(Form(sent | {"wide": png(9), "jpeg": png(8, kind="JPEG")}))
@@ -93,6 +109,12 @@ def test_other_keys_and_paths_are_refused(line):
         parse_keys(line)
     with pytest.raises(InputError, match="can only be 'none'"):
         parse_keys("evaluator=/etc")
+
+
+def test_keys_that_are_too_large_or_too_deep_are_refused():
+    with pytest.raises(InputError, match="bias: the number is too large"):
+        parse_keys(f"bias=1{'0' * 400}")
+    assert parse_keys(f"templates={'-' * 1900}1")["templates"]  # which the check of the config refuses
 
 
 def test_the_config_of_a_thing_is_checked():

@@ -2,6 +2,7 @@
 
 import io
 import os
+import time
 import zipfile
 
 import numpy as np
@@ -14,7 +15,7 @@ from perfusion_jax.config import make_config
 from perfusion_jax.data.folders import read_folder
 from perfusion_jax.data.pictures import Picture, fit
 from perfusion_jax.web import intake
-from perfusion_jax.web.intake import folder_for, keep, new_draft, on_whole, preview
+from perfusion_jax.web.intake import folder_for, keep, new_draft, on_whole, preview, take_back
 
 
 def save(file, size=(40, 30), **options):
@@ -64,11 +65,15 @@ def test_pictures_that_are_too_large_are_refused_by_their_head_alone(tmp_path, m
     Image.new("1", (20_000, 10_000)).save(huge, "PNG")  # 200 megapixels in few bytes
     large = tmp_path / "large"
     Image.new("1", (10_000, 8_000)).save(large, "PNG")
+    fair = tmp_path / "fair"
+    Image.new("1", (10_000, 1_000)).save(fair, "PNG")
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(InputError, match=r"^x\.png: .*at most 64 million are taken"):
         new_draft(tmp_path / "runs", [huge], ["x.png"])
     with pytest.raises(InputError, match="10000 x 8000 pixels; at most 64 million"):
         new_draft(tmp_path / "runs", [large], ["x.png"])
+    with pytest.raises(InputError, match="60 pictures of 600 million pixels together; at most 512"):
+        new_draft(tmp_path / "runs", [fair] * 60, ["x"] * 60)
     monkeypatch.setattr(intake, "MOST_BYTES", 10)
     with pytest.raises(InputError, match="MiB; at most"):
         new_draft(tmp_path / "runs", [large], ["x.png"])
@@ -88,6 +93,33 @@ def test_drafts_that_nobody_learns_are_deleted_after_a_day(tmp_path):
     new_draft(tmp_path / "runs", [file], ["a"])
     assert not old.exists()
     assert new.exists()
+
+
+def test_the_oldest_drafts_make_room_for_new_ones(tmp_path, monkeypatch):
+    file = save(tmp_path / "a.png")
+    drafts = [new_draft(tmp_path / "runs", [file], ["a"]) for _ in range(3)]
+    for age, draft in enumerate(drafts):
+        os.utime(draft, (time.time() - 9 + age,) * 2)
+    monkeypatch.setattr(intake, "MOST_KEPT", 2 * file.stat().st_size)
+    new = new_draft(tmp_path / "runs", [file], ["a"])
+    assert [draft.exists() for draft in (*drafts, new)] == [False, False, True, True]
+
+
+def test_uploads_are_seen_by_no_other_decoder(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a", "ICO", sizes=[(16, 16)])
+    with pytest.raises(InputError, match=r"a\.ico: not a picture of a kind that is read here \(\.avif"):
+        new_draft(tmp_path / "runs", [tmp_path / "a"], ["a.ico"])
+
+
+def test_pictures_are_taken_back_without_the_masks_that_were_painted(tmp_path):
+    draft = new_draft(tmp_path / "runs", [save(tmp_path / "a.jpg")], ["a.jpg"])
+    folder = folder_for(tmp_path / "runs", "rex")
+    keep(draft, folder, {"picture_01": np.ones((384, 384), np.float32)}, crop=True)
+    take_back(folder, draft)
+    assert [file.name for file in draft.iterdir()] == ["picture_01.jpg"]
+    with pytest.raises(InputError, match="cannot be written"):
+        keep(draft, folder, {"other": np.ones((384, 384), np.float32)}, crop=True)
+    assert [file.name for file in draft.iterdir()] == ["picture_01.jpg"]
 
 
 @pytest.mark.parametrize("crop", [True, False])

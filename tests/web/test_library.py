@@ -1,6 +1,7 @@
 """The library of the studio: what is found among the runs, renamed and deleted."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import pytest
@@ -11,7 +12,15 @@ from perfusion_jax import InputError, load_concept
 from perfusion_jax.formats.concept_file import ConceptCard, digests, save_concept
 from perfusion_jax.learning.report import Report
 from perfusion_jax.runtime.files import locked
-from perfusion_jax.web.library import check_name, delete, find_entries, find_entry, named_in, rename
+from perfusion_jax.web.library import (
+    check_name,
+    delete,
+    doomed_with,
+    find_entries,
+    find_entry,
+    named_in,
+    rename,
+)
 
 
 def save(base, runs, run, name, step=4):
@@ -44,8 +53,8 @@ def runs(small_base, tmp_path):
 
 def test_finds_concepts_with_the_pictures_and_scores_of_the_step_that_was_kept(runs):
     (runs / "rex" / "concepts" / "half.safetensors").write_bytes(b"half copied")
-    save_to = runs / ".studio" / "concepts"
-    save_to.mkdir(parents=True)
+    for hidden in (".studio", ".trash"):
+        shutil.copytree(runs / "rex", runs / hidden)
     found = {entry.key: entry for entry in find_entries(runs)}
     assert list(found) == ["fleet/rex", "fleet/tom", "rex/rex"]
     assert [entry.call for entry in found.values()] == ["rex-fleet", "tom", "rex"]
@@ -95,12 +104,21 @@ def test_a_fleet_keeps_the_line_of_the_old_name_so_that_nothing_is_learnt_again(
     assert find_entry(runs, key).scores == {"score": 0.75}
 
 
-@pytest.mark.parametrize("name", ["../x", "", "a b", "<rex>", "-x", "x/y", "x\ny", "ré"])
+@pytest.mark.parametrize("name", ["../x", "", "a b", "<rex>", "-x", "x/y", "x\ny", "ré", "x" * 61])
 def test_names_that_are_none_are_refused(runs, name):
-    with pytest.raises(InputError, match="take letters, digits"):
+    with pytest.raises(InputError, match="take letters from a to z, digits"):
         check_name(name)
-    with pytest.raises(InputError, match="take letters, digits"):
+    with pytest.raises(InputError, match="take letters from a to z, digits"):
         rename(find_entry(runs, "rex/rex"), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("Žofka", "Zofka"), ("my dog", "my-dog"), ("../x", "x"), ("x" * 61, "x" * 60), ("-é-", "e")]
+)
+def test_a_name_is_proposed_in_place_of_one_that_is_none(name, near):
+    with pytest.raises(InputError, match=f"such as {near}$"):
+        check_name(name)
+    assert check_name(near) == near
 
 
 def test_a_taken_name_and_a_run_at_work_are_refused(runs):
@@ -115,13 +133,62 @@ def test_a_taken_name_and_a_run_at_work_are_refused(runs):
 
 
 def test_deleting_takes_a_run_of_one_and_leaves_the_others_of_a_fleet(runs):
+    (runs / "rex" / "checkpoints" / "4").mkdir(parents=True)
     delete(find_entry(runs, "rex/rex"))
     assert not (runs / "rex").exists()
+    assert not list((runs / ".studio" / "trash").iterdir())
     delete(find_entry(runs, "fleet/tom"))
     assert [entry.key for entry in find_entries(runs)] == ["fleet/rex"]
     assert not (runs / "fleet" / "samples" / "tom.png").exists()
     with pytest.raises(InputError, match="no such concept"):
         find_entry(runs, "fleet/tom")
+
+
+def test_deleting_takes_what_the_run_wrote_and_nothing_else(small_base, runs):
+    (runs / "rex" / "notes.txt").write_text("mine")
+    save(small_base, runs, "downloads", "max")
+    (runs / "downloads" / "thesis.tex").write_text("mine")
+    picture(runs / "downloads" / "samples" / "holiday.png")
+    delete(find_entry(runs, "rex/rex"))
+    delete(find_entry(runs, "downloads/max"))
+    assert [
+        str(file.relative_to(runs)) for run in ("rex", "downloads") for file in sorted((runs / run).rglob("*"))
+    ] == [
+        *("rex/notes.txt", "downloads/samples", "downloads/samples/holiday.png", "downloads/thesis.tex"),
+    ]
+
+
+def test_a_run_whose_config_is_of_another_concept_stays(small_base, runs):
+    save(small_base, runs, "rex", "copied")
+    (runs / "rex" / "concepts" / "rex.safetensors").unlink()
+    delete(find_entry(runs, "rex/copied"))
+    assert (runs / "rex" / "metrics.jsonl").exists()
+    assert (runs / "rex" / "config.json").exists()
+
+
+def test_a_kill_while_a_run_is_deleted_leaves_no_half_of_it(runs, monkeypatch):
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("perfusion_jax.web.library.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        delete(find_entry(runs, "rex/rex"))
+    assert not (runs / "rex").exists()
+    assert "rex/rex" not in [entry.key for entry in find_entries(runs)]
+
+
+def test_photographs_go_if_that_is_said_and_no_other_run_has_them(small_base, runs):
+    folder = runs / "pictures" / "rex"
+    picture(folder / "picture_01.png")
+    for run in ("rex", "max"):
+        save(small_base, runs, run, run)
+        (runs / run / "config.json").write_text(json.dumps({"name": run, "pictures": str(folder)}))
+    assert doomed_with(find_entry(runs, "rex/rex")).photographs is None
+    delete(find_entry(runs, "max/max"))
+    assert folder.exists()
+    assert doomed_with(find_entry(runs, "rex/rex")).photographs == folder
+    delete(find_entry(runs, "rex/rex"), photographs=True)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("key", ["../rex/rex", "rex/../fleet/tom", "/etc/passwd", ""])

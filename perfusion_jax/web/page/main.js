@@ -1,11 +1,11 @@
 // The page: its tabs, and the clock that asks for the studio's state.
-import { find, refresh } from "./common.js";
+import { find, refresh, state } from "./common.js";
 import "./draw.js";
 import "./learn.js";
 import "./library.js";
 
 const tabs = [...document.querySelectorAll('[role="tab"]')];
-export function open(name, focus = false) {
+function open(name, focus = false) {
   for (const tab of tabs) {
     const chosen = tab.id === `tab-${name}`;
     tab.setAttribute("aria-selected", String(chosen));
@@ -22,10 +22,12 @@ tabs.forEach((tab, place) => {
     if (step) open(tabs[(place + step + tabs.length) % tabs.length].getAttribute("aria-controls"), true);
   });
 });
-const asked = location.hash.slice(2);
-open(["draw", "learn", "library"].includes(asked) ? asked : "draw");
+const asked = location.hash.slice(2), known = ["draw", "learn", "library"].includes(asked);
+open(known ? asked : "draw");
 // A picture that is dropped beside its place must not take the page's.
 for (const name of ["dragover", "drop"]) window.addEventListener(name, (event) => event.preventDefault());
+await refresh();
+if (!known && !state.entries.length) open("learn"); // there is nothing to draw yet but the model's own words
 for (;;) {
   await refresh();
   await new Promise((resolve) => { setTimeout(resolve, 2000); });
