@@ -24,7 +24,7 @@ from perfusion_jax.data.table import read_table
 from perfusion_jax.learning.progress import Bar, Progress
 from perfusion_jax.learning.report import Report
 from perfusion_jax.learning.runs import Session, train_fleet, train_one
-from perfusion_jax.learning.workdir import CONFIG, has_results
+from perfusion_jax.learning.workdir import CONFIG, LOCK, REPORT, concept_file, has_results
 from perfusion_jax.runtime.errors import InputError, Stopped
 from perfusion_jax.runtime.files import read_text, storage_errors, write_bytes
 from perfusion_jax.runtime.names import STUDIO
@@ -399,7 +399,7 @@ class Jobs:
             config = job.settings
             if is_fleet(config):
                 train_fleet(config, workdir, session=session)
-                return _outcome(Report(workdir / "report.jsonl"))
+                return _outcome(Report(workdir / REPORT))
             train_one(config, workdir, session)
         except Stopped:
             return STOPPED, ""
@@ -411,13 +411,13 @@ class Jobs:
 def _mark(workdir: Path) -> str:
     """How far a run has come: another text as soon as it would go on from a later place."""
     steps = [int(folder.name) for folder in (workdir / "checkpoints").glob("*") if folder.name.isdecimal()]
-    report = workdir / "report.jsonl"
+    report = workdir / REPORT
     return f"{max(steps, default=0)} {report.stat().st_size if report.exists() else 0}"
 
 
 def is_at_work(workdir: Path) -> bool:
     """Whether a job holds a run's lock, looked up where nothing need be held: a command may start at this moment."""
-    file = workdir / "lock"
+    file = workdir / LOCK
     if not file.exists():
         return False
     try:
@@ -440,8 +440,8 @@ def _outcome(report: Report) -> tuple[str, str]:
 
 def _has_ended(workdir: Path, config: dict[str, Any]) -> bool:
     if not config["concepts"]:
-        return (workdir / "concepts" / f"{config['name']}.safetensors").exists()
-    report = Report(epath.Path(workdir / "report.jsonl"))
+        return concept_file(epath.Path(workdir), config["name"]).exists()
+    report = Report(epath.Path(workdir / REPORT))
     return all(report.is_over(row.name) for row in read_table(config["concepts"], OVERRIDES))
 
 

@@ -20,7 +20,17 @@ from etils import epath
 
 from perfusion_jax.formats.concept_file import ConceptCard, read_card, write_renamed
 from perfusion_jax.learning.report import Report
-from perfusion_jax.learning.workdir import CONFIG, METRICS
+from perfusion_jax.learning.workdir import (
+    CONCEPTS,
+    CONFIG,
+    EXPORTS,
+    LOCK,
+    METRICS,
+    REPORT,
+    SAMPLES,
+    WRITTEN,
+    concept_file,
+)
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import locked, read_text, storage_errors, write_bytes
 from perfusion_jax.runtime.names import PLACEHOLDER, STUDIO
@@ -33,13 +43,9 @@ PICTURES = "pictures"
 
 LONGEST = 60  # letters of a name, which becomes a file's and with its run's name a prompt's
 
-_REPORT = "report.jsonl"
 # All that a run writes into its workdir but concepts and exports, in the order in which it is deleted: without its
-# config it is no run that could be gone on with.
-_WRITTEN = (
-    *(CONFIG, "checkpoints", METRICS, _REPORT, "round.json", "prepare_one_by_one", "samples", "masks.png", TABLE),
-    *("tensorboard", "profile", "lock"),
-)
+# config, which is the first, it is no run that could be gone on with.
+_WRITTEN = (*(name for name in WRITTEN if name not in (CONCEPTS, EXPORTS)), TABLE)
 _SHARD = "shard_*_of_*"
 _SCORES = ("score", "image_similarity", "text_similarity", "prompt_precision")
 
@@ -69,7 +75,7 @@ class Entry:
     @property
     def alone(self) -> bool:
         """Whether its run is of this concept alone."""
-        return not (self.workdir / _REPORT).exists() and not shards(self.workdir)
+        return not (self.workdir / REPORT).exists() and not shards(self.workdir)
 
 
 def shards(workdir: Path) -> list[Path]:
@@ -86,7 +92,7 @@ def held(workdir: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for folder in (workdir, *shards(workdir)):
-            stack.enter_context(locked(epath.Path(folder / "lock"), "stop it first"))
+            stack.enter_context(locked(epath.Path(folder / LOCK), "stop it first"))
         yield
 
 
@@ -148,7 +154,7 @@ def find_entry(runs: Path, key: str) -> Entry:
 
 
 def _grid(workdir: Path, card: ConceptCard) -> Path | None:
-    samples = workdir / "samples"
+    samples = workdir / SAMPLES
     step = f"step_{card.step:06d}.png"
     candidates = [samples / card.name / step, samples / f"{card.name}.png"]
     candidates.append(samples / step)  # of a run of one concept
@@ -157,7 +163,7 @@ def _grid(workdir: Path, card: ConceptCard) -> Path | None:
 
 def _logged(workdir: Path) -> list[dict[str, Any]]:
     """What a run says of its scores: lines of its report, or of all its shards', or else of its log."""
-    reports = [folder / _REPORT for folder in (workdir, *shards(workdir)) if (folder / _REPORT).exists()]
+    reports = [folder / REPORT for folder in (workdir, *shards(workdir)) if (folder / REPORT).exists()]
     return [line for file in reports or [workdir / METRICS] for line in _lines(file)]
 
 
@@ -180,11 +186,7 @@ def _scores(card: ConceptCard, scored: dict[str | int, dict[str, Any]]) -> dict[
 def _lines(file: Path) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in read_text(epath.Path(file)).splitlines()]
-    except (
-        InputError,
-        json.JSONDecodeError,
-        RecursionError,
-    ):  # being written, or damaged: there is then nothing to show
+    except (InputError, ValueError, RecursionError):  # being written, or damaged: there is then nothing to show
         return []
     return [line for line in lines if isinstance(line, dict)]
 
@@ -225,7 +227,7 @@ def rename(entry: Entry, name: str) -> str:
         folder = next((each for each in shards(workdir) if _has_line(each, before)), workdir)
         _check_free_in(workdir, name)
         write_renamed(entry.file, file, name)
-        for place, ending in (("samples", ".png"), ("samples", ""), ("exports", "")):
+        for place, ending in ((SAMPLES, ".png"), (SAMPLES, ""), (EXPORTS, "")):
             old = workdir / place / f"{before}{ending}"
             if old.exists():
                 old.replace(old.with_name(f"{name}{ending}"))
@@ -233,7 +235,7 @@ def rename(entry: Entry, name: str) -> str:
             _rename_in_config(workdir / CONFIG, name)
         else:
             # The line of the old name stays: by it the fleet's command knows that nothing is missing.
-            report = Report(epath.Path(folder / _REPORT))
+            report = Report(epath.Path(folder / REPORT))
             if before in report.lines:
                 report.add([{**report.lines[before], "name": name}])
         entry.file.unlink()
@@ -241,7 +243,7 @@ def rename(entry: Entry, name: str) -> str:
 
 
 def _has_line(folder: Path, name: str) -> bool:
-    return any(line.get("name") == name for line in _lines(folder / _REPORT))
+    return any(line.get("name") == name for line in _lines(folder / REPORT))
 
 
 def _check_free_in(workdir: Path, name: str) -> None:
@@ -251,8 +253,8 @@ def _check_free_in(workdir: Path, name: str) -> None:
         InputError: something is.
     """
     taken = {line.get("name") for line in _logged(workdir)} | {line.get("name") for line in _lines(workdir / TABLE)}
-    files = [workdir / "concepts" / f"{name}.safetensors", workdir / "samples" / name, workdir / "exports" / name]
-    if name in taken or any(file.exists() for file in (*files, workdir / "samples" / f"{name}.png")):
+    files = [Path(concept_file(epath.Path(workdir), name)), workdir / SAMPLES / name, workdir / EXPORTS / name]
+    if name in taken or any(file.exists() for file in (*files, workdir / SAMPLES / f"{name}.png")):
         raise InputError(f"{workdir}: there is a {name} in this run already: take another name")
 
 
@@ -283,11 +285,11 @@ def doomed_with(entry: Entry) -> Doomed:
     config = _config(workdir)
     others = [file for file in entry.file.parent.glob("*.safetensors") if file != entry.file]
     own = config.get("name") == name and not config.get("concepts")
-    files = [entry.file, workdir / "samples" / f"{name}.png", workdir / "samples" / name, workdir / "exports" / name]
+    files = [entry.file, workdir / SAMPLES / f"{name}.png", workdir / SAMPLES / name, workdir / EXPORTS / name]
     if entry.alone and own and not others:
         files = [workdir / CONFIG, *files, *(workdir / each for each in _WRITTEN[1:])]
     elif not config:
-        files.append(workdir / "lock")  # of `held`
+        files.append(workdir / LOCK)  # of `held`
     pictures = config.get("pictures") if own else None
     for row in [] if own else _lines(workdir / TABLE):
         if row.get("name") == name:
@@ -297,11 +299,11 @@ def doomed_with(entry: Entry) -> Doomed:
 
 def doomed_run(workdir: Path) -> Doomed:
     """What goes with a run: all that it wrote, finished concepts with it."""
-    files = [workdir / TABLE, workdir / "lock"]  # of a fleet that has not begun
+    files = [workdir / TABLE, workdir / LOCK]  # of a fleet that has not begun
     if (workdir / CONFIG).exists():
-        found = sorted((workdir / "concepts").glob("*.safetensors"))
+        found = sorted((workdir / CONCEPTS).glob("*.safetensors"))
         written = [folder / name for name in _WRITTEN for folder in (workdir, *shards(workdir))]
-        files = [workdir / CONFIG, *found, *(workdir / "exports" / file.stem for file in found), *written]
+        files = [workdir / CONFIG, *found, *(workdir / EXPORTS / file.stem for file in found), *written]
     return Doomed(
         [file for file in dict.fromkeys(files) if file.exists()],
         _kept_for(workdir, _config(workdir).get("pictures")),
@@ -359,7 +361,7 @@ def _discard(workdir: Path, files: Sequence[Path]) -> None:
         trash.mkdir(parents=True)
         for number, file in enumerate(files):
             file.rename(trash / f"{number}")
-        for folder in (*(workdir / name for name in ("concepts", "samples", "exports")), *shards(workdir), workdir):
+        for folder in (*(workdir / name for name in (CONCEPTS, SAMPLES, EXPORTS)), *shards(workdir), workdir):
             if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
     shutil.rmtree(trash, ignore_errors=True)  # what is left goes when the studio starts

@@ -25,7 +25,7 @@ from perfusion_jax.drawing.recipe import CONTROLS, Recipe, command_of, few_steps
 from perfusion_jax.formats.concept_file import PERFUSION, load_concept
 from perfusion_jax.formats.exporting import KINDS, export
 from perfusion_jax.formats.picture_file import write_picture
-from perfusion_jax.learning.workdir import CONFIG
+from perfusion_jax.learning.workdir import CONFIG, EXPORTS, SAMPLES
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.names import SAMPLERS, SPACINGS, STUDIO
 from perfusion_jax.web import jobs as queue
@@ -46,9 +46,6 @@ from perfusion_jax.web.library import (
     named_in,
     rename,
 )
-
-EXPORTS = "exports"
-"""Folder of what was exported, among the runs."""
 
 RESERVED = (EXPORTS, DRAWINGS, PICTURES)
 """Folders among the runs that are no runs."""
@@ -619,4 +616,4 @@ def _in_their_words(message: str, draft: Draft) -> str:
 
 
 def _latest_grid(workdir: Path) -> Path | None:
-    return max((workdir / "samples").rglob("*.png"), key=lambda file: int(written(file) or 0), default=None)
+    return max((workdir / SAMPLES).rglob("*.png"), key=lambda file: int(written(file) or 0), default=None)
