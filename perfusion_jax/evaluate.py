@@ -27,7 +27,7 @@ def read_templates(file: str) -> list[str]:
         InputError: there are none, or one has no {}, or several.
         UnavailableError: storage fails.
     """
-    from perfusion_jax.drawing.recipe import read_prompts
+    from perfusion_jax.drawing.arguments import read_prompts
 
     prompts = read_prompts(None, file)
     for prompt in prompts:

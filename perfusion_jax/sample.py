@@ -29,19 +29,10 @@ def main() -> None:
     """
     # Imported when the flags are right: JAX and diffusers take seconds.
     from perfusion_jax.base_model import load_base_model, network_dtype
+    from perfusion_jax.drawing.arguments import FLAGS, recipe_of_flags, recipe_of_picture, warn
     from perfusion_jax.drawing.attention_sheets import write_attention
-    from perfusion_jax.drawing.recipe import (
-        FLAGS,
-        OPTIONS,
-        check_replaced,
-        draw,
-        files_of,
-        recipe_of_flags,
-        recipe_of_picture,
-        warn_of_few_steps,
-        warn_of_unnamed,
-        write,
-    )
+    from perfusion_jax.drawing.recipe import OPTIONS, few_steps, unnamed
+    from perfusion_jax.drawing.rendering import check_replaced, draw, files_of, write
 
     arguments = flags.FLAGS
     if arguments.again:
@@ -69,9 +60,9 @@ def main() -> None:
             raise InputError("--attention shows the pictures of one setting: leave out --sweep")
         check_writable(folder)
         check_replaced([folder / f"{number}.png" for number in range(len(recipe.prompts))])
-    warn_of_unnamed(recipe)
+    warn(unnamed(recipe))
     base = load_base_model(dtype=network_dtype(), **recipe.base)  # type: ignore[arg-type]
-    warn_of_few_steps(recipe, base)
+    warn(few_steps(recipe, base))
     drawn = draw(recipe, base, attention=folder is not None)
     write(recipe, drawn, out)
     if folder:

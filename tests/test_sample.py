@@ -19,10 +19,11 @@ from perfusion_jax import InputError
 from perfusion_jax.data.measuring import find_or_measure
 from perfusion_jax.data.sources import count_pictures, read_pictures
 from perfusion_jax.data.table import read_table
+from perfusion_jax.drawing import arguments, rendering
 from perfusion_jax.drawing import recipe as recipes
 from perfusion_jax.drawing.attention_sheets import write_attention
 from perfusion_jax.drawing.generation import Drawn
-from perfusion_jax.drawing.recipe import init_pixels
+from perfusion_jax.drawing.rendering import init_pixels
 from perfusion_jax.evaluation.subjects import of_workdirs
 from perfusion_jax.formats.concept_file import ConceptCard, save_concept
 from perfusion_jax.formats.covariance_file import load_covariance
@@ -54,7 +55,7 @@ def recipe(small_folder, rex):
     options |= {"height": 32, "width": 32, "init_strength": 0.8, "batch_size": 2}
     return recipes.Recipe(
         base={"source": str(small_folder), "revision": None, "variant": None},
-        concepts=recipes.read_concepts([str(rex)]),
+        concepts=arguments.read_concepts([str(rex)]),
         prompts=["a <rex>", "a <rex>"],
         seeds=[0, 1],
         columns=2,
@@ -135,31 +136,31 @@ def test_bad_words_are_one_line_and_nothing_is_drawn(small_folder, rex, tmp_path
 
 def test_a_sweep_is_a_labelled_grid(recipe, small_base, tmp_path):
     swept = recipe._replace(sweep=("bias", [0.4, 0.6, 0.8]))
-    recipes.write(swept, recipes.draw(swept, small_base), tmp_path / "sweep.png")
+    rendering.write(swept, rendering.draw(swept, small_base), tmp_path / "sweep.png")
     sheet = pixels(tmp_path / "sweep.png")
     assert sheet.shape == (20 + 2 * (20 + 128) + 4, 3 * 128 + 2 * 4, 3)
     assert (sheet[:20] < 128).any()  # words
     assert load_recipe(tmp_path / "sweep.png")["sweep"] == ["bias", [0.4, 0.6, 0.8]]
-    assert recipes.parse_sweep("bias=0.4:0.8:5") == ("bias", [0.4, 0.5, 0.6, 0.7, 0.8])
+    assert arguments.parse_sweep("bias=0.4:0.8:5") == ("bias", [0.4, 0.5, 0.6, 0.7, 0.8])
     for wrong in ("bias", "bias=1:2", "height=1:2:3", "bias=a:b:2", "bias=0:1:0"):
         with pytest.raises(InputError, match="--sweep="):
-            recipes.parse_sweep(wrong)
+            arguments.parse_sweep(wrong)
 
 
 def test_prompts_of_a_file_have_a_row_each(recipe, small_base, tmp_path):
     (tmp_path / "prompts.txt").write_text("a <rex>\n\nthe <rex> on the beach\n")
-    prompts = recipes.read_prompts(None, str(tmp_path / "prompts.txt"))
+    prompts = arguments.read_prompts(None, str(tmp_path / "prompts.txt"))
     assert prompts == ["a <rex>", "the <rex> on the beach"]
     both = recipe._replace(prompts=[prompt for prompt in prompts for _ in range(2)], seeds=[0, 1, 0, 1])
-    recipes.write(both, recipes.draw(both, small_base), tmp_path / "both.png")
+    rendering.write(both, rendering.draw(both, small_base), tmp_path / "both.png")
     assert pixels(tmp_path / "both.png").shape == (2 * (20 + 128) + 4, 2 * 128 + 4, 3)
     for prompt, file in ((None, None), ("a dog", "prompts.txt"), (None, str(tmp_path / "none.txt"))):
         with pytest.raises(InputError, match=r"give --prompt or --prompts|none.txt: cannot be read"):
-            recipes.read_prompts(prompt, file)
+            arguments.read_prompts(prompt, file)
 
 
 def test_attention_shows_every_word(recipe, small_base, tmp_path):
-    drawn = recipes.draw(recipe, small_base, attention=True)
+    drawn = rendering.draw(recipe, small_base, attention=True)
     write_attention(recipe, drawn[0], small_base.model.tokenizer, tmp_path / "maps")
     for number in range(2):
         assert pixels(tmp_path / "maps" / f"{number}.png").shape == (20 + 128, 3 * 128 + 2 * 4, 3)  # picture, a, <rex>
@@ -168,24 +169,25 @@ def test_attention_shows_every_word(recipe, small_base, tmp_path):
 def test_from_a_picture(recipe, small_base, tmp_path):
     write_picture(tmp_path / "init.png", np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8))
     start = recipe._replace(init_image=str(tmp_path / "init.png"))
-    drawn = recipes.draw(start, small_base)[0][0].pixels
-    assert np.abs(drawn.astype(int) - recipes.draw(recipe, small_base)[0][0].pixels).max() > 5
+    drawn = rendering.draw(start, small_base)[0][0].pixels
+    assert np.abs(drawn.astype(int) - rendering.draw(recipe, small_base)[0][0].pixels).max() > 5
     with pytest.raises(InputError, match=r"none.png: no such picture"):
-        recipes.draw(recipe._replace(init_image=str(tmp_path / "none.png")), small_base)
+        rendering.draw(recipe._replace(init_image=str(tmp_path / "none.png")), small_base)
 
 
 def test_concepts_by_name_twice_and_not_named(recipe, small_base, rex, tmp_path, capsys):
-    assert len(recipes.read_concepts([str(rex), str(rex)])) == 1
+    assert len(arguments.read_concepts([str(rex), str(rex)])) == 1
     other = save(small_base, tmp_path / "other.safetensors", "rex", "cat")
     with pytest.raises(
         InputError, match="two concepts are called rex: give one another name, as in --concept other_rex="
     ):
-        recipes.draw(recipe._replace(concepts=recipes.read_concepts([str(rex), str(other)])), small_base)
-    both = recipe._replace(concepts=recipes.read_concepts([str(rex), f"tom={other}"]), prompts=["<rex> and <tom>"] * 2)
-    recipes.draw(both, small_base)
-    recipes.warn_of_unnamed(both)
-    assert "warning" not in "".join(capsys.readouterr())
-    recipes.warn_of_unnamed(recipe._replace(concepts=both.concepts))
+        rendering.draw(recipe._replace(concepts=arguments.read_concepts([str(rex), str(other)])), small_base)
+    both = recipe._replace(
+        concepts=arguments.read_concepts([str(rex), f"tom={other}"]), prompts=["<rex> and <tom>"] * 2
+    )
+    rendering.draw(both, small_base)
+    assert recipes.unnamed(both) == []
+    arguments.warn(recipes.unnamed(recipe._replace(concepts=both.concepts)))
     said = capsys.readouterr()
     assert said.err == "warning: no prompt names <tom>: the concept tom has no effect\n"
     assert not said.out
@@ -203,20 +205,20 @@ def test_concepts_by_name_twice_and_not_named(recipe, small_base, rex, tmp_path,
 def test_what_cannot_be_drawn_is_refused_before_the_bar_begins(recipe, small_base, capsys, change, options, message):
     asked = recipe._replace(**change, options={**recipe.options, **options})
     with pytest.raises(InputError, match=message):
-        recipes.draw(asked, small_base)
+        rendering.draw(asked, small_base)
     assert not "".join(capsys.readouterr())
 
 
 def test_everything_may_lie_in_a_bucket(recipe, small_base, bucket, capsys):
     file = save(small_base, f"{bucket}/a=b/rex.safetensors", "rex")
     for word, name in ((file, "rex"), (f"tom={file}", "tom")):
-        (entry,) = recipes.read_concepts([word])
+        (entry,) = arguments.read_concepts([word])
         assert (entry["name"], entry["file"]) == (name, file)
     write_picture(f"{bucket}/init.png", np.zeros((32, 32, 3), np.uint8))
     write_bytes(f"{bucket}/prompts.txt", b"a <tom>")
     asked = recipe._replace(
-        concepts=recipes.read_concepts([f"tom={file}"]),
-        prompts=recipes.read_prompts(None, f"{bucket}/prompts.txt"),
+        concepts=arguments.read_concepts([f"tom={file}"]),
+        prompts=arguments.read_prompts(None, f"{bucket}/prompts.txt"),
         seeds=[0],
         init_image=f"{bucket}/init.png",
         versions={},
@@ -224,15 +226,15 @@ def test_everything_may_lie_in_a_bucket(recipe, small_base, bucket, capsys):
     out, maps = to_path(f"{bucket}/new/out.png"), to_path(f"{bucket}/maps")
     for folder in (out.parent, maps):
         check_writable(folder)
-    drawn = recipes.draw(asked, small_base, attention=True)
-    recipes.write(asked, drawn, out)
+    drawn = rendering.draw(asked, small_base, attention=True)
+    rendering.write(asked, drawn, out)
     write_attention(asked, drawn[0], small_base.model.tokenizer, maps)
     assert [file.name for file in maps.iterdir()] == ["0.png"]
-    found = recipes.recipe_of_picture(str(out), True, recipe.base["source"])
+    found = arguments.recipe_of_picture(str(out), True, recipe.base["source"])
     assert (found.concepts, found.init_image) == (asked.concepts, asked.init_image)
     write_bytes(file, b"another")
     with pytest.raises(InputError, match=r"rex.safetensors: the concept has changed since gs://bucket/new/out.png"):
-        recipes.recipe_of_picture(str(out), True, recipe.base["source"])
+        arguments.recipe_of_picture(str(out), True, recipe.base["source"])
 
 
 @pytest.mark.parametrize(
@@ -247,9 +249,9 @@ def test_storage_that_fails_is_named(recipe, small_base, rex, tmp_path, monkeypa
     for method in ("read_bytes", "read_text"):
         monkeypatch.setattr(type(epath.Path(picture)), method, fail)
     for read, name in (
-        (lambda: recipes.read_concepts([f"tom={rex}"]), "rex.safetensors"),
-        (lambda: recipes.read_prompts(None, str(tmp_path / "prompts.txt")), "prompts.txt"),
-        (lambda: recipes.recipe_of_picture(picture, True, "emoji"), "picture.png"),
+        (lambda: arguments.read_concepts([f"tom={rex}"]), "rex.safetensors"),
+        (lambda: arguments.read_prompts(None, str(tmp_path / "prompts.txt")), "prompts.txt"),
+        (lambda: arguments.recipe_of_picture(picture, True, "emoji"), "picture.png"),
         (lambda: init_pixels(recipe._replace(init_image=str(picture)), small_base), "picture.png"),
     ):
         with pytest.raises(InputError, match=f"{name}: cannot be read") as raised:
@@ -270,10 +272,10 @@ def test_addresses_of_no_storage_are_named(recipe, small_base):
         lambda: find_or_measure(small_base, http),
         lambda: of_workdirs([http]),
         lambda: of_workdirs([f"ours={http}"]),
-        lambda: recipes.read_concepts([http]),
-        lambda: recipes.read_concepts([f"tom={http}"]),
-        lambda: recipes.read_prompts(None, http),
-        lambda: recipes.recipe_of_picture(http, True, "emoji"),
+        lambda: arguments.read_concepts([http]),
+        lambda: arguments.read_concepts([f"tom={http}"]),
+        lambda: arguments.read_prompts(None, http),
+        lambda: arguments.recipe_of_picture(http, True, "emoji"),
         lambda: init_pixels(recipe._replace(init_image=http), small_base),
         lambda: write_picture(http, np.zeros((8, 8, 3), np.uint8)),
     ):
@@ -286,23 +288,23 @@ def test_files_and_folders_may_have_any_name(recipe, small_base, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     for out in (to_path(f"{name}.png"), to_path(name) / "out.png"):
         check_writable(out.parent)
-        recipes.write(recipe, [[Drawn(np.zeros((2, 8, 8, 3), np.uint8), None)]], out)
+        rendering.write(recipe, [[Drawn(np.zeros((2, 8, 8, 3), np.uint8), None)]], out)
         assert load_recipe(out.with_stem(f"{out.stem}_1"))["seeds"] == [1]
     concept = save(small_base, f"{name}=.safetensors", "rex")
     for word in (concept, f"rex={concept}"):
-        assert [entry["file"] for entry in recipes.read_concepts([word])] == [concept]
+        assert [entry["file"] for entry in arguments.read_concepts([word])] == [concept]
 
 
 def test_only_what_was_drawn_is_replaced(recipe, tmp_path):
     out = to_path(tmp_path / "rex.png")
-    recipes.write(recipe, [[Drawn(np.zeros((2, 8, 8, 3), np.uint8), None)]], out)
-    files = recipes.files_of(recipe, out)
+    rendering.write(recipe, [[Drawn(np.zeros((2, 8, 8, 3), np.uint8), None)]], out)
+    files = rendering.files_of(recipe, out)
     assert sorted(files) == sorted(tmp_path.glob("*.png"))
-    recipes.check_replaced([*files, tmp_path / "new.png"])
-    assert recipes.files_of(recipe._replace(sweep=("bias", [0.4])), out) == [out]
+    rendering.check_replaced([*files, tmp_path / "new.png"])
+    assert rendering.files_of(recipe._replace(sweep=("bias", [0.4])), out) == [out]
     Image.new("RGB", (8, 8)).save(files[0])  # somebody's own
     with pytest.raises(InputError, match=r"rex_0\.png: is there already, and perfusion_jax\.sample has not drawn it"):
-        recipes.check_replaced(map(to_path, files))
+        rendering.check_replaced(map(to_path, files))
 
 
 def test_concept_files_that_cannot_be_used(recipe, small_base, rex, tmp_path, monkeypatch):
@@ -318,16 +320,16 @@ def test_concept_files_that_cannot_be_used(recipe, small_base, rex, tmp_path, mo
     for (name, data), message in zip(broken.items(), messages, strict=True):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=rf"{name}: .*{message}"):
-            recipes.draw(recipe._replace(concepts=recipes.read_concepts([str(tmp_path / name)])), small_base)
+            rendering.draw(recipe._replace(concepts=arguments.read_concepts([str(tmp_path / name)])), small_base)
     with pytest.raises(InputError, match="nowhere: no such concept file"):
-        recipes.read_concepts([str(tmp_path / "nowhere")])
+        arguments.read_concepts([str(tmp_path / "nowhere")])
     (tmp_path / "[run]" / "concepts").mkdir(parents=True)
     shutil.copy(rex, tmp_path / "[run]" / "concepts")
     for given in (f"{tmp_path}/[run]", f"tom={tmp_path}/[run]", f"{tmp_path}/[run]/concepts"):
         with pytest.raises(
             InputError, match=r"a folder, and not a concept file; give one of its files: .*rex.safetensors"
         ):
-            recipes.read_concepts([given])
+            arguments.read_concepts([given])
 
 
 def test_a_picture_is_not_believed_blindly(recipe, rex, tmp_path, capsys):
@@ -335,14 +337,14 @@ def test_a_picture_is_not_believed_blindly(recipe, rex, tmp_path, capsys):
     source = recipe.base["source"]
     write_picture(file, np.zeros((8, 8, 3), np.uint8), recipe._asdict())
     with pytest.raises(InputError, match=r"drawn on the base model .*; give --base"):
-        recipes.recipe_of_picture(file, False, "emoji")
-    assert recipes.recipe_of_picture(file, True, source).prompts == recipe.prompts
+        arguments.recipe_of_picture(file, False, "emoji")
+    assert arguments.recipe_of_picture(file, True, source).prompts == recipe.prompts
     said = capsys.readouterr()
     assert "warning: drawn with perfusion_jax 0" in said.err
     assert not said.out  # which is the recipe's, as JSON
     rex.write_bytes(rex.read_bytes() + b" ")
     with pytest.raises(InputError, match=r"rex.safetensors: the concept has changed since"):
-        recipes.recipe_of_picture(file, True, source)
+        arguments.recipe_of_picture(file, True, source)
     options = {name: value for name, value in recipe.options.items() if name != "spacing"}
     write_picture(file, np.zeros((8, 8, 3), np.uint8), recipe._replace(options=options)._asdict())
     assert recipes.read_recipe(file).options == recipe.options  # of before there was a spacing
@@ -351,7 +353,7 @@ def test_a_picture_is_not_believed_blindly(recipe, rex, tmp_path, capsys):
         load_recipe(file)
     write_picture(file, np.zeros((8, 8, 3), np.uint8), {"format": "another"})
     with pytest.raises(InputError, match="another version of perfusion_jax"):
-        recipes.recipe_of_picture(file, False, "emoji")
+        arguments.recipe_of_picture(file, False, "emoji")
     of_two = {"prompts": ["a <rex>"]}  # and two seeds
     for change in ({"base": ["sd15"]}, {"concepts": [{"name": "rex"}]}, {"seeds": ["1", 2]}, {"columns": 0}, of_two):
         write_picture(file, np.zeros((8, 8, 3), np.uint8), recipe._asdict() | change)

@@ -1,6 +1,7 @@
 """Prompts written for other programs: what those read in them and this one does not."""
 
 import re
+from collections.abc import Sequence
 
 # AUTOMATIC1111's web UI and those that came after it.
 _EXTRA_NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
@@ -48,3 +49,14 @@ def without_syntax(prompt: str) -> tuple[str, list[str]]:
     if found:
         plain = " ".join(plain.split())
     return _ESCAPED.sub(r"\1", plain), found
+
+
+def foreign(prompts: Sequence[str]) -> list[str]:
+    """Warnings of prompts that have something which other programs read and this one does not."""
+    read = [without_syntax(prompt) for prompt in prompts]
+    return [
+        f"{', '.join(found)}: weights, brackets, keywords and LoRAs of other programs do nothing here; drawing "
+        f"{plain!r}"
+        for plain, found in read
+        if found
+    ]

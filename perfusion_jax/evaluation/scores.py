@@ -22,10 +22,10 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 from perfusion_jax.base_model import BaseModel
+from perfusion_jax.drawing.arguments import parse_sweep
 from perfusion_jax.drawing.controls import check_controls
 from perfusion_jax.drawing.generation import generate
 from perfusion_jax.drawing.grids import grid
-from perfusion_jax.drawing.recipe import parse_sweep
 from perfusion_jax.evaluation.subjects import Subject
 from perfusion_jax.formats.concept_file import load_concept, read_card
 from perfusion_jax.formats.picture_file import write_picture

@@ -11,7 +11,8 @@ import numpy as np
 
 from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
 from perfusion_jax.drawing.generation import Drawn, drawing
-from perfusion_jax.drawing.recipe import DEFAULTS, OPTIONS, Recipe, init_pixels, load_concepts, make_recipe
+from perfusion_jax.drawing.recipe import DEFAULTS, OPTIONS, Recipe, make_recipe
+from perfusion_jax.drawing.rendering import init_pixels, load_concepts
 from perfusion_jax.drawing.samplers import check_named, settle
 from perfusion_jax.formats.concept_file import digests
 from perfusion_jax.formats.picture_file import write_picture

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from perfusion_jax.config import to_json
 from perfusion_jax.data.pictures import open_picture
 from perfusion_jax.drawing.controls import SLOTS
-from perfusion_jax.drawing.prompts import escaped, without_syntax
+from perfusion_jax.drawing.prompts import escaped, foreign
 from perfusion_jax.drawing.recipe import CONTROLS, Recipe, command_of, few_steps, read_recipe, sweep_over, unnamed
 from perfusion_jax.formats.concept_file import PERFUSION, load_concept
 from perfusion_jax.formats.exporting import KINDS, export
@@ -413,9 +413,8 @@ class Studio:
             raise
 
     def _warnings(self, form: Form, recipe: Recipe) -> list[str]:
-        left_out = without_syntax(form.text("prompt"))[1] + without_syntax(form.text("negative_prompt"))[1]
-        found = [f"{', '.join(left_out)}: of other programs, and does nothing here"] if left_out else []
-        return [*found, *map(for_page, few_steps(recipe, self.easel.base) + unnamed(recipe))]
+        found = foreign([form.text("prompt"), form.text("negative_prompt")])
+        return [for_page(words) for words in [*found, *few_steps(recipe, self.easel.base), *unnamed(recipe)]]
 
     def drawing(self, name: str) -> Path:
         """The file of an earlier drawing.
