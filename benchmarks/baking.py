@@ -90,7 +90,8 @@ def main(_: list[str]) -> None:
     distances: dict[str, list[float]] = {}
     fitted, sheet = [], []
     for name in names:
-        fit, drawn = drawn_once(base, learn(base, name, out / name), out / name / "drawn.npz")
+        trained = learn(base, name, out / name)
+        fit, drawn = drawn_once(base, trained, out / name / "drawn.npz")
         fitted.append(fit)
         own = evaluator.embed_instances(own_pictures(name))
         plain = [prompt.replace("{}", trained.card.super_category) for prompt in PROMPTS]
