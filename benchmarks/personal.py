@@ -29,10 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 from absl import app, flags
-from personal_report import SHARES, SIMILARITY, keep_options, not_learnt, read_lines, table_of
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from personal_report import SHARES, SIMILARITY, keep_options, not_learnt, read_lines, table_of
 
 from perfusion_jax import load_base_model
 from perfusion_jax.base_model import BaseModel
