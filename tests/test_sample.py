@@ -187,6 +187,7 @@ def test_concepts_by_name_twice_and_not_named(recipe, small_base, rex, tmp_path,
     )
     rendering.draw(both, small_base)
     assert recipes.unnamed(both) == []
+    capsys.readouterr()  # what drawing said
     arguments.warn(recipes.unnamed(recipe._replace(concepts=both.concepts)))
     said = capsys.readouterr()
     assert said.err == "warning: no prompt names <tom>: the concept tom has no effect\n"

@@ -13,7 +13,7 @@ from pretraining_drawings import FACE, HAT, atlas  # noqa: E402
 
 from perfusion_jax.config import make_config  # noqa: E402
 from perfusion_jax.evaluation.scores import PROMPTS  # noqa: E402
-from pretraining import captions, drawings, held_out, make_examples, personal, places, things, vendors  # noqa: E402
+from pretraining import captions, drawings, examples, held_out, personal, places, things, vendors  # noqa: E402
 
 
 @pytest.fixture
@@ -122,11 +122,11 @@ def test_examples_validation_and_test_prompts_are_apart():
     validation = make_config().validation_prompts
     assert not set(PROMPTS) & set(validation)
     asked = " ".join((*PROMPTS, *validation))
-    for place in make_examples.SHOWN:
+    for place in examples.SHOWN:
         assert captions.place_phrase(places.NAMED.index(place)) not in asked
         assert place not in asked
     kinds = {entry.name: entry.kind for entry in things.table()}
-    for _, drawing in make_examples.BESIDE.values():
+    for _, drawing in examples.BESIDE.values():
         assert f" {kinds[drawing]} " not in f"{asked} "
 
 
