@@ -3,7 +3,8 @@
 from perfusion_jax.base_model.architecture import Architecture, load_architecture, network_dtype
 from perfusion_jax.base_model.model import BaseModel, load_base_model
 from perfusion_jax.base_model.text import Encoding
-from perfusion_jax.base_model.unet import SIZES, Added, Context, KeysValues, KeyValue, keys_values, whole_sizes
+from perfusion_jax.base_model.unet import SIZES, Added, Context, keys_values, whole_sizes
+from perfusion_jax.base_model.unet_blocks import KeysValues, KeyValue
 
 __all__ = [
     "SIZES",

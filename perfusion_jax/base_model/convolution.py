@@ -34,7 +34,7 @@ def convolve(inputs: jax.Array, kernel: jax.Array, strides: Sequence[int], paddi
 
     def product(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         patches = _patches(inputs, kernel.shape[:2], strides, padding)
-        # All pixels along one axis, as in the transformer blocks (`unet.denoise`), which 1 x 1 kernels stand around.
+        # All pixels along one axis, as in the transformer blocks (`unet_blocks`), which 1 x 1 kernels stand around.
         flat = jnp.matmul(patches.reshape(-1, patches.shape[-1]), kernel.reshape(-1, kernel.shape[-1]))
         return flat.reshape(*patches.shape[:-1], kernel.shape[-1])
 

@@ -6,40 +6,18 @@ them and never computes its own `to_k` and `to_v`. Some models (SDXL) also read 
 sizes of the picture.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perfusion_jax.base_model.attention import attend
-from perfusion_jax.base_model.convolution import Padding, convolve
-from perfusion_jax.base_model.flax_classes import (
-    FlaxAttention,
-    FlaxBasicTransformerBlock,
-    FlaxGEGLU,
-    FlaxResnetBlock2D,
-    FlaxTransformer2DModel,
-    FlaxUNet2DConditionModel,
-    FlaxUpsample2D,
-)
-from perfusion_jax.base_model.normalisation import group_norm_silu
+from perfusion_jax.base_model.flax_classes import FlaxUNet2DConditionModel
+from perfusion_jax.base_model.unet_blocks import KeysValues, KeyValue, Observer, interceptor
 from perfusion_jax.method import edit as edit_lib
 from perfusion_jax.method.surgery import EDIT, TARGET_OUTPUTS, Params, cross_attention_layers
 from perfusion_jax.runtime.errors import InputError
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one cross-attention layer for a batch of prompts, [batch, tokens, out_width] each."""
-
-    key: jax.Array
-    value: jax.Array
-
-
-KeysValues = dict[str, KeyValue]
-
 
 SIZES = 6
 """Numbers that a UNet reads of each picture's size (`Added.sizes`)."""
@@ -73,9 +51,6 @@ class Context(NamedTuple):
 
     layers: KeysValues
     added: Added | None = None
-
-
-Observer = Callable[[jax.Array, jax.Array, int], None]
 
 
 def keys_values(
@@ -150,93 +125,16 @@ def denoise(
             adds is missing.
     """
     _check_inputs(module, unet_params, latents, context)
-    batch = latents.shape[0]
-    halvings = len(module.block_out_channels) - 1
-
-    def intercept(next_fun: Any, args: Any, kwargs: Any, call: nn.module.InterceptorContext) -> Any:
-        block = call.module
-        if call.method_name != "__call__":
-            return next_fun(*args, **kwargs)
-        if isinstance(block, FlaxBasicTransformerBlock):
-            # The tokens of all samples along one axis: `jax.vmap` over members with one sample each would otherwise put
-            # an axis of size 1 in the middle, around which the TPU compiler fuses less. `benchmarks/tpu_step.py`, 16
-            # members with one sample each: 86.6 GB of HBM traffic with that axis, 75.3 GB without.
-            tokens = args[0]
-            return next_fun(tokens.reshape(-1, tokens.shape[-1]), *args[1:], **kwargs).reshape(tokens.shape)
-        if isinstance(block, FlaxAttention):
-
-            def project(projection: nn.Dense) -> jax.Array:
-                return projection(args[0]).reshape(batch, -1, projection.features)
-
-            given = context.layers.get("/".join(block.path))
-            query = project(block.query)
-            key, value = given if given is not None else (project(block.key), project(block.value))
-            if given is not None and observe is not None:
-                observe(query, key, block.heads)
-            attended = attend(query, key, value, block.heads)
-            return block.proj_attn(attended.reshape(*args[0].shape[:-1], -1))
-        if isinstance(block, FlaxGEGLU):
-            return _gated(block.proj(args[0]))
-        if isinstance(block, FlaxResnetBlock2D):
-            return _residual(block, *args[:2])
-        if isinstance(block, nn.GroupNorm) and isinstance(block.parent, FlaxTransformer2DModel):
-            # PyTorch diffusers has 1e-6 here and 1e-5 elsewhere; the Flax class has 1e-5 in both places.
-            exact = nn.GroupNorm(block.num_groups, epsilon=1e-6, dtype=block.dtype, parent=None)
-            return exact.apply({"params": block.variables["params"]}, args[0])
-        if isinstance(block, FlaxUpsample2D):
-            # Grids of an odd size were rounded up when they were halved; the Flax class can only double them.
-            level = halvings - 1 - int(block.path[0].removeprefix("up_blocks_"))
-            size = [-(-side // 2**level) for side in latents.shape[1:3]]
-            if size != [2 * side for side in args[0].shape[1:3]]:
-                return block.conv(_enlarge(args[0], *size))
-        if isinstance(block, nn.Conv):
-            kernel, bias = (block.variables["params"][name].astype(block.dtype) for name in ("kernel", "bias"))
-            # diffusers always spells out pairs, or "VALID" for no padding.
-            strides = cast(tuple[int, int], block.strides)
-            padding = ((0, 0), (0, 0)) if block.padding == "VALID" else cast(Padding, block.padding)
-            return convolve(args[0].astype(block.dtype), kernel, strides, padding) + bias
-        return next_fun(*args, **kwargs)
-
     # The text enters through the intercepted attention alone; the module still wants an argument in its place.
-    no_text = jnp.zeros((batch, 1, 1), latents.dtype)
+    no_text = jnp.zeros((latents.shape[0], 1, 1), latents.dtype)
     added = None
     if context.added is not None:
         added = {"text_embeds": context.added.pooled, "time_ids": context.added.sizes}
     channels_first = jnp.moveaxis(latents, -1, 1)
-    with nn.intercept_methods(intercept):
+    halvings = len(module.block_out_channels) - 1
+    with nn.intercept_methods(interceptor(latents, halvings, context.layers, observe)):
         prediction = module.apply({"params": unet_params}, channels_first, timesteps, no_text, added).sample
     return jnp.moveaxis(prediction, 1, -1)
-
-
-def _enlarge(hidden: jax.Array, height: int, width: int) -> jax.Array:
-    """Nearest-neighbour enlargement of [batch, ..., ..., channels] to a size, as PyTorch rounds it."""
-    rows, columns = (
-        jnp.asarray([position * before // after for position in range(after)])
-        for before, after in zip(hidden.shape[1:3], (height, width), strict=True)
-    )
-    return hidden[:, rows][:, :, columns]
-
-
-@jax.checkpoint
-def _gated(projected: jax.Array) -> jax.Array:
-    """GEGLU (arXiv 2002.05202) after its projection; for the gradient it keeps that alone."""
-    # PyTorch diffusers, and so every published checkpoint, uses the exact GELU; the Flax class approximates it by a
-    # tanh.
-    linear, gate = jnp.split(projected, 2, axis=-1)
-    return linear * nn.gelu(gate, approximate=False)
-
-
-def _residual(block: FlaxResnetBlock2D, inputs: jax.Array, time_embedding: jax.Array) -> jax.Array:
-    """FlaxResnetBlock2D with the block's own parameters; it keeps less for the gradient."""
-
-    def normalise(norm: nn.GroupNorm, inputs: jax.Array) -> jax.Array:
-        weights = norm.variables["params"]
-        return group_norm_silu(inputs, weights["scale"], weights["bias"], norm.num_groups, norm.epsilon)
-
-    hidden = block.conv1(normalise(block.norm1, inputs))
-    hidden = hidden + block.time_emb_proj(nn.silu(time_embedding))[:, None, None]
-    hidden = block.conv2(normalise(block.norm2, hidden))
-    return hidden + (inputs if block.conv_shortcut is None else block.conv_shortcut(inputs))
 
 
 def attention_maps(

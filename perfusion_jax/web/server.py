@@ -84,85 +84,104 @@ def make_app(studio: Studio, password: str | None, local: bool, token: str | Non
         local: whether it is reached from this machine alone; other names of it are then refused, under which pages
             from elsewhere could ask (DNS rebinding).
     """
+    pages = _Pages(studio)
+    post = ["POST"]
+    routes = [
+        Route("/", pages.front),
+        Route("/api/state", pages.state),
+        Route("/api/drop", pages.drop, methods=post),
+        Route("/api/look", _answer(pages.look), methods=post),
+        Route("/api/learn", _answer(studio.learn), methods=post),
+        Route("/api/kind", _answer(lambda form: {"warning": studio.warning(form.text("kind", 100))}), methods=post),
+        Route("/api/act", _answer(pages.act), methods=post),
+        Route("/api/draw", pages.draw, methods=post),
+        Route("/api/recipe", pages.restore, methods=post),
+        Route("/api/rename", _answer(lambda form: studio.rename(form.text("key"), form.text("name"))), methods=post),
+        Route("/api/doomed", _answer(lambda form: studio.doomed(form.text("key"), form.text("run"))), methods=post),
+        Route("/api/delete", _answer(pages.delete), methods=post),
+        Route("/api/export", _answer(lambda form: studio.export(form.text("key"), form.text("to"))), methods=post),
+        Route("/grid", _picture(pages.grid)),
+        Route("/drawings/{name}", _picture(lambda request: studio.drawing(request.path_params["name"]))),
+        Route("/exports/{call}/{kind}/{name}", pages.exported),
+        Mount("/page", StaticFiles(directory=PAGE)),
+    ]
+    middleware = [Middleware(BaseHTTPMiddleware, dispatch=_guard(password, token))]
+    if local:
+        middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS))
+    return Starlette(routes=routes, middleware=middleware)
 
-    def answer(function: Callable[[Form], Any]) -> Callable[[Request], Awaitable[Response]]:
-        """A route that gives a function the JSON that was sent, and sends what it returns."""
 
-        async def route(request: Request) -> Response:
-            try:
-                form = Form(await _json(request))
-                return _Json(await run_in_threadpool(function, form))
-            except Exception as error:
-                return _refused(message_of(error))
+def _answer(function: Callable[[Form], Any]) -> Callable[[Request], Awaitable[Response]]:
+    """A route that gives a function the JSON that was sent, and sends what it returns."""
 
-        return route
-
-    def picture(function: Callable[[Request], Path]) -> Callable[[Request], Awaitable[Response]]:
-        """A route that sends a small PNG; where the address says when it was written, browsers may keep it."""
-
-        def read(request: Request) -> tuple[bytes, bool]:
-            file = function(request)
-            stays = request.query_params.get("at") == written(file) != ""
-            return file.read_bytes(), stays
-
-        async def route(request: Request) -> Response:
-            try:
-                data, stays = await run_in_threadpool(read, request)
-            except InputError as error:
-                return _refused(str(error), 404)
-            except OSError:
-                return _refused("it is not there any more", 404)
-            return Response(data, headers={"Cache-Control": _STAYS} if stays else {}, media_type="image/png")
-
-        return route
-
-    async def exported(request: Request) -> Response:
+    async def route(request: Request) -> Response:
         try:
-            file = await run_in_threadpool(studio.exported, **request.path_params)
-            return FileResponse(file, stat_result=file.stat())
+            form = Form(await _json(request))
+            return _Json(await run_in_threadpool(function, form))
+        except Exception as error:
+            return _refused(message_of(error))
+
+    return route
+
+
+def _picture(function: Callable[[Request], Path]) -> Callable[[Request], Awaitable[Response]]:
+    """A route that sends a small PNG; where the address says when it was written, browsers may keep it."""
+
+    def read(request: Request) -> tuple[bytes, bool]:
+        file = function(request)
+        stays = request.query_params.get("at") == written(file) != ""
+        return file.read_bytes(), stays
+
+    async def route(request: Request) -> Response:
+        try:
+            data, stays = await run_in_threadpool(read, request)
         except InputError as error:
             return _refused(str(error), 404)
         except OSError:
             return _refused("it is not there any more", 404)
+        return Response(data, headers={"Cache-Control": _STAYS} if stays else {}, media_type="image/png")
 
-    def grid(request: Request) -> Path:
-        run = request.query_params.get("run", "")
-        return studio.grid_of_run(run) if run else studio.grid_of(request.query_params.get("key", ""))
+    return route
 
-    async def state(request: Request) -> Response:
+
+class _Pages:
+    """What is answered by more than one call of the studio."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+
+    async def front(self, request: Request) -> Response:
+        return FileResponse(PAGE / "index.html")
+
+    async def state(self, request: Request) -> Response:
         try:
-            return _Json(await run_in_threadpool(studio.state))
+            return _Json(await run_in_threadpool(self._studio.state))
         except Exception as error:
             return _refused(message_of(error))
 
-    async def drop(request: Request) -> Response:
+    async def drop(self, request: Request) -> Response:
         """Pictures that are dropped, each streamed to a file that is deleted when they have been taken in."""
-        uploads = studio.runs / STUDIO / "uploads"
-        uploads.mkdir(parents=True, exist_ok=True)
         try:
-            with tempfile.TemporaryDirectory(dir=uploads) as folder:
+            with self._uploads() as folder:
                 files, names = await _receive(request, Path(folder), MOST_PICTURES, MOST_DROPPED)
                 view = request.query_params.get("view", "")
-                return _Json(await run_in_threadpool(studio.drop, files, names, view))
+                return _Json(await run_in_threadpool(self._studio.drop, files, names, view))
         except Exception as error:
             return _refused(message_of(error))
 
-    async def restore(request: Request) -> Response:
-        uploads = studio.runs / STUDIO / "uploads"
-        uploads.mkdir(parents=True, exist_ok=True)
-        try:
-            if request.query_params.get("drawing"):
-                found = await run_in_threadpool(studio.drawing, request.query_params["drawing"])
-                return _Json(await run_in_threadpool(studio.restore, found, found.name))
-            with tempfile.TemporaryDirectory(dir=uploads) as folder:
-                files, names = await _receive(request, Path(folder), 1, MOST_BYTES + _AROUND)
-                if not files:
-                    raise InputError("no picture was sent")
-                return _Json(await run_in_threadpool(studio.restore, files[0], names[0]))
-        except Exception as error:
-            return _refused(message_of(error))
+    def look(self, form: Form) -> dict[str, Any]:
+        warning, shown = self._studio.look(form)
+        pictures = [{"name": each.name, "picture": _png(each.pixels), "mask": _png(_grey(each.mask))} for each in shown]
+        return {"warning": warning, "previews": pictures}
 
-    async def draw(request: Request) -> Response:
+    def act(self, form: Form) -> None:
+        self._studio.act(form.text("act"), form.text("run"), form.flag("photographs", False))
+
+    def delete(self, form: Form) -> None:
+        self._studio.delete(form.text("key"), form.flag("photographs", False))
+
+    async def draw(self, request: Request) -> Response:
+        """Lines of JSON, one each time that there is something to show."""
         try:
             form = Form(await _json(request))
         except InputError as error:
@@ -172,7 +191,7 @@ def make_app(studio: Studio, password: str | None, local: bool, token: str | Non
 
         def lines() -> Iterator[str]:
             try:
-                for each in studio.draw(form, lambda: not gone.is_set()):
+                for each in self._studio.draw(form, lambda: not gone.is_set()):
                     yield json.dumps(each, default=_cover) + "\n"
             except Exception as error:
                 yield json.dumps({"error": message_of(error)}) + "\n"
@@ -189,43 +208,38 @@ def make_app(studio: Studio, password: str | None, local: bool, token: str | Non
 
         return StreamingResponse(sent(), media_type="application/x-ndjson")
 
-    def look(form: Form) -> dict[str, Any]:
-        warning, shown = studio.look(form)
-        pictures = [{"name": each.name, "picture": _png(each.pixels), "mask": _png(_grey(each.mask))} for each in shown]
-        return {"warning": warning, "previews": pictures}
+    async def restore(self, request: Request) -> Response:
+        """The recipe of a drawing, which the studio has or which is sent."""
+        try:
+            if request.query_params.get("drawing"):
+                found = await run_in_threadpool(self._studio.drawing, request.query_params["drawing"])
+                return _Json(await run_in_threadpool(self._studio.restore, found, found.name))
+            with self._uploads() as folder:
+                files, names = await _receive(request, Path(folder), 1, MOST_BYTES + _AROUND)
+                if not files:
+                    raise InputError("no picture was sent")
+                return _Json(await run_in_threadpool(self._studio.restore, files[0], names[0]))
+        except Exception as error:
+            return _refused(message_of(error))
 
-    def act(form: Form) -> None:
-        studio.act(form.text("act"), form.text("run"), form.flag("photographs", False))
+    def grid(self, request: Request) -> Path:
+        run = request.query_params.get("run", "")
+        return self._studio.grid_of_run(run) if run else self._studio.grid_of(request.query_params.get("key", ""))
 
-    def delete(form: Form) -> None:
-        studio.delete(form.text("key"), form.flag("photographs", False))
+    async def exported(self, request: Request) -> Response:
+        try:
+            file = await run_in_threadpool(self._studio.exported, **request.path_params)
+            return FileResponse(file, stat_result=file.stat())
+        except InputError as error:
+            return _refused(str(error), 404)
+        except OSError:
+            return _refused("it is not there any more", 404)
 
-    async def page(request: Request) -> Response:
-        return FileResponse(PAGE / "index.html")
-
-    routes = [
-        Route("/", page),
-        Route("/api/state", state),
-        Route("/api/drop", drop, methods=["POST"]),
-        Route("/api/look", answer(look), methods=["POST"]),
-        Route("/api/learn", answer(studio.learn), methods=["POST"]),
-        Route("/api/kind", answer(lambda form: {"warning": studio.warning(form.text("kind", 100))}), methods=["POST"]),
-        Route("/api/act", answer(act), methods=["POST"]),
-        Route("/api/draw", draw, methods=["POST"]),
-        Route("/api/recipe", restore, methods=["POST"]),
-        Route("/api/rename", answer(lambda form: studio.rename(form.text("key"), form.text("name"))), methods=["POST"]),
-        Route("/api/doomed", answer(lambda form: studio.doomed(form.text("key"), form.text("run"))), methods=["POST"]),
-        Route("/api/delete", answer(delete), methods=["POST"]),
-        Route("/api/export", answer(lambda form: studio.export(form.text("key"), form.text("to"))), methods=["POST"]),
-        Route("/grid", picture(grid)),
-        Route("/drawings/{name}", picture(lambda request: studio.drawing(request.path_params["name"]))),
-        Route("/exports/{call}/{kind}/{name}", exported),
-        Mount("/page", StaticFiles(directory=PAGE)),
-    ]
-    middleware = [Middleware(BaseHTTPMiddleware, dispatch=_guard(password, token))]
-    if local:
-        middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS))
-    return Starlette(routes=routes, middleware=middleware)
+    def _uploads(self) -> tempfile.TemporaryDirectory[str]:
+        """A folder for what is sent, among the runs: there is room for it."""
+        uploads = self._studio.runs / STUDIO / "uploads"
+        uploads.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=uploads)
 
 
 def _guard(password: str | None, token: str | None) -> Callable[..., Awaitable[Response]]:
