@@ -44,7 +44,7 @@ from perfusion_jax.learning.judges import find_judges, open_judges
 from perfusion_jax.learning.metrics import Evaluator, score_pictures
 from perfusion_jax.learning.runs import train_fleet
 from perfusion_jax.learning.workdir import make_card
-from perfusion_jax.method.baselines import Word
+from perfusion_jax.method.baselines import Baseline
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import read_text, write_bytes
@@ -297,7 +297,7 @@ def save_plain(study: Study) -> None:
     for row in study.rows:
         file = study.file(PLAIN, 0, row.name)
         if not file.exists():
-            word = Word(study.base.super_category_embedding(row.super_category))
+            word = Baseline(study.base.super_category_embedding(row.super_category))
             named = {"name": row.name, "super_category": row.super_category}
             config = make_config(BASE.value, method="textual_inversion", **(given_config() | named))
             save_concept(file, word, make_card(config, study.base, step=0))

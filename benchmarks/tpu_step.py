@@ -25,7 +25,7 @@ from perfusion_jax.learning.forecast import compile_step, topology_devices
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.pod import hlo_report
 from perfusion_jax.pod.chips import find_chip
-from perfusion_jax.pod.hlo_report import Report
+from perfusion_jax.pod.hlo_report import ProgramReport
 from perfusion_jax.pod.mesh import make_mesh
 
 # (name, concepts per chip, samples of each); stock has no concepts.
@@ -85,7 +85,7 @@ def stable_diffusion(folder: Path) -> Architecture:
     return load_architecture(folder, dtype=jnp.dtype(jnp.bfloat16))
 
 
-def stock(model: Architecture, device: jax.Device, samples: int) -> Report:
+def stock(model: Architecture, device: jax.Device, samples: int) -> ProgramReport:
     """The UNet of diffusers-Flax with its gradient to the text encodings, on one chip."""
     mesh = Mesh(np.array([device]), ("chip",), axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -28,7 +28,7 @@ from perfusion_jax.base_model.text import Encoding, TextEncoder
 from perfusion_jax.base_model.unet import SIZES, Added, Context, keys_values
 from perfusion_jax.base_model.vae import LatentDistribution, LatentScale
 from perfusion_jax.method import baselines
-from perfusion_jax.method.baselines import Word
+from perfusion_jax.method.baselines import Baseline
 from perfusion_jax.method.concept import Concept
 from perfusion_jax.method.surgery import Params, cross_attention_layers
 from perfusion_jax.runtime.errors import InputError
@@ -211,7 +211,7 @@ class Architecture:
         zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), self.new_concept_shapes())
         return dataclasses.replace(zeros, embedding=jnp.asarray(embedding, jnp.float32))
 
-    def baseline_shapes(self, method: str, rank: int = 1) -> Word:
+    def baseline_shapes(self, method: str, rank: int = 1) -> Baseline:
         """Returns the shapes and dtypes of what another method learns on this model, as of `jax.ShapeDtypeStruct`.
 
         Args:

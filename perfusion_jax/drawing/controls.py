@@ -13,7 +13,7 @@ from perfusion_jax.base_model import Architecture, BaseModel
 from perfusion_jax.drawing.denoising import Concepts
 from perfusion_jax.formats.concept_file import PERFUSION, ConceptCard, TrainedConcept
 from perfusion_jax.method import concept as concept_lib
-from perfusion_jax.method.baselines import Word, add
+from perfusion_jax.method.baselines import Baseline, add
 from perfusion_jax.method.edit import Gate
 from perfusion_jax.method.surgery import Params
 from perfusion_jax.runtime.errors import InputError
@@ -149,7 +149,7 @@ def _words(model: Architecture, concepts: Sequence[TrainedConcept]) -> list[Trai
     """The concepts, those of other methods than Perfusion as words alone."""
     return [
         trained._replace(concept=model.word_alone(trained.concept.embedding))
-        if isinstance(trained.concept, Word)
+        if isinstance(trained.concept, Baseline)
         else trained
         for trained in concepts
     ]
@@ -164,7 +164,7 @@ def changed(unet_params: Params, concepts: Sequence[TrainedConcept], strength: C
         return unet_params
     strengths = per_concept("strength", strength, [1.0] * len(concepts))
     for (concept, _), each in zip(concepts, strengths, strict=True):
-        if isinstance(concept, Word) and concept.changes:
+        if isinstance(concept, Baseline) and concept.changes:
             unet_params = _added(unet_params, concept, each)
     return unet_params
 

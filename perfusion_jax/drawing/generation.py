@@ -14,7 +14,7 @@ from perfusion_jax.base_model import Architecture, BaseModel
 from perfusion_jax.drawing.controls import Control, Controls, changed, check, in_slots
 from perfusion_jax.drawing.denoising import Guidance, Unprompted, to_pixels
 from perfusion_jax.drawing.programs import Program
-from perfusion_jax.drawing.samplers import make_plan, settle, spaced
+from perfusion_jax.drawing.samplers import make_plan, sampler_and_steps, spaced
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.names import PLACEHOLDER
@@ -131,7 +131,7 @@ def drawing(
     height, width = _size(base, height, width, init_image)
     steps = None if steps is None else _number("steps", steps, index)
     schedule = spaced(base.model.schedule, spacing)
-    sampler, steps = settle(schedule, sampler, steps)
+    sampler, steps = sampler_and_steps(schedule, sampler, steps)
     batch_size = _number("batch_size", batch_size, index)
     init_strength = _number("init_strength", init_strength, float)
     skipped = 0 if init_image is None else skipped_steps(steps, init_strength)

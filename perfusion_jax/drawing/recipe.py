@@ -12,7 +12,7 @@ import numpy as np
 
 from perfusion_jax.base_model import BaseModel
 from perfusion_jax.drawing.prompts import escaped, without_syntax
-from perfusion_jax.drawing.samplers import make_plan, settle, spaced
+from perfusion_jax.drawing.samplers import make_plan, sampler_and_steps, spaced
 from perfusion_jax.formats.concept_file import PERFUSION, read_card, read_file
 from perfusion_jax.formats.picture_file import load_recipe
 from perfusion_jax.runtime.errors import InputError
@@ -234,7 +234,7 @@ def few_steps(recipe: Recipe, base: BaseModel) -> list[str]:
     """A warning where drawing in so few steps does not begin where noise is."""
     options = recipe.options
     schedule = spaced(base.model.schedule, options["spacing"])
-    sampler, steps = settle(schedule, options["sampler"], options["steps"])
+    sampler, steps = sampler_and_steps(schedule, options["sampler"], options["steps"])
     first, total = float(make_plan(schedule, sampler, steps).timesteps[0]), schedule.num_train_timesteps
     if recipe.init_image or first >= 0.9 * (total - 1):
         return []

@@ -14,7 +14,7 @@ from perfusion_jax.data.pictures import open_picture
 from perfusion_jax.drawing.generation import Drawn, drawing, skipped_steps
 from perfusion_jax.drawing.grids import grid
 from perfusion_jax.drawing.recipe import Recipe
-from perfusion_jax.drawing.samplers import check_named, settle
+from perfusion_jax.drawing.samplers import check_named, sampler_and_steps
 from perfusion_jax.formats.concept_file import TrainedConcept, load_concept
 from perfusion_jax.formats.picture_file import load_recipe, write_picture
 from perfusion_jax.formats.tree_folder import load_tree
@@ -34,7 +34,7 @@ def draw(recipe: Recipe, base: BaseModel, attention: bool = False) -> list[list[
     check_named(base.model.schedule, recipe.options["sampler"])
     base, concepts = load_concepts(recipe, base)
     options = dict(recipe.options)
-    _, steps = settle(base.model.schedule, options["sampler"], options["steps"])
+    _, steps = sampler_and_steps(base.model.schedule, options["sampler"], options["steps"])
     if recipe.init_image:
         options["init_image"] = init_pixels(recipe, base)
         steps -= skipped_steps(steps, options["init_strength"])

@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     start: Float32[Array, ""]
 
 
-def settle(schedule: NoiseSchedule, sampler: str | None, steps: int | None) -> tuple[str, int]:
+def sampler_and_steps(schedule: NoiseSchedule, sampler: str | None, steps: int | None) -> tuple[str, int]:
     """Returns the sampler and the number of steps: those given, or else the checkpoint's sampler and its usual number.
 
     Args:
@@ -124,7 +124,7 @@ def make_plan(schedule: NoiseSchedule, sampler: str, steps: int, skipped: int = 
         InputError: no such sampler, a number of steps that the schedule does not have, or an option of the checkpoint's
             scheduler that this sampler cannot follow.
     """
-    settle(schedule, sampler, steps)
+    sampler_and_steps(schedule, sampler, steps)
     _check_options(schedule, sampler)
     total = schedule.num_train_timesteps
     if not 1 <= steps <= total:

@@ -18,7 +18,7 @@ from perfusion_jax.learning.resources import mesh_of
 from perfusion_jax.learning.step import Settings
 from perfusion_jax.pod import hlo_report
 from perfusion_jax.pod.chips import find_chip
-from perfusion_jax.pod.hlo_report import Report
+from perfusion_jax.pod.hlo_report import ProgramReport
 from perfusion_jax.runtime.errors import InputError, out_of_memory
 
 PICTURES = 8  # that each concept's examples are padded to; they take little memory
@@ -43,7 +43,9 @@ def topology_devices(name: str) -> list[jax.Device]:
         raise InputError(f"--topology={name}: no such topology ({reason}); one is v5e:2x4") from error
 
 
-def compile_step(model: Architecture, settings: Settings, mesh: Mesh, members: int, side: int, prompts: int) -> Report:
+def compile_step(
+    model: Architecture, settings: Settings, mesh: Mesh, members: int, side: int, prompts: int
+) -> ProgramReport:
     """Compiles a fleet's step and reports on it.
 
     Args:

@@ -86,7 +86,7 @@ def find_judges(config: ConfigDict) -> Judges:
     return choose(given, config.base, Reach(*map(all, zip(*distributed.gather(here), strict=True))))
 
 
-def settle(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+def name_judges(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     """Names the encoders that a config leaves open, as it is saved with the run; all processes must call it.
 
     A run goes on with those that it began with, whatever the cache holds by then: a checkpoint has the best step only

@@ -36,7 +36,7 @@ def load_base(config: ConfigDict) -> BaseModel:
     )
 
 
-def load_whitening(config: ConfigDict, base: BaseModel) -> jax.Array:
+def find_whitening(config: ConfigDict, base: BaseModel) -> jax.Array:
     """C^-1/2 of the base model's text encoders: of the file that the config names, else of the one that came with the
     model, else of the one in the cache folder, measured now if it is not there.
 
@@ -127,7 +127,7 @@ def load_resources(config: ConfigDict) -> Resources:
     base = dataclasses.replace(
         base, params={**base.params, **submesh_view(params, Mesh(jax.local_devices()[:1], ("data",)))}
     )
-    whitening = None if config.method in BASELINES else load_whitening(config, base)
+    whitening = None if config.method in BASELINES else find_whitening(config, base)
     drawing_base, drawing_mesh = base, None
     here = mesh.local_devices
     if config.validation_prompts and len(here) > 1:

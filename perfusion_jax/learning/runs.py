@@ -35,7 +35,7 @@ from ml_collections import ConfigDict
 from perfusion_jax.config import OVERRIDES, PER_CONCEPT, check, member_config
 from perfusion_jax.data.table import Row, read_table
 from perfusion_jax.learning.diagnostics import Diagnostics, Profiler
-from perfusion_jax.learning.judges import settle
+from perfusion_jax.learning.judges import name_judges
 from perfusion_jax.learning.loop import Watch, learn_round
 from perfusion_jax.learning.preparation import Prepared, prepare
 from perfusion_jax.learning.progress import Bar
@@ -90,7 +90,7 @@ def train_one(config: ConfigDict, workdir: epath.Path, session: Session = AT_A_T
     row = Row(**{name: config[name] for name in PER_CONCEPT}, masks="", captions="", overrides={}, cells={}, where="")
     records = Records(workdir, workdir, report=None)
     with locked(workdir / LOCK, "take another --workdir"):
-        config = settle(config, workdir)
+        config = name_judges(config, workdir)
         begin(config, workdir)
         member = Member(row, config)
         result = records.concept(member)
@@ -134,7 +134,7 @@ def train_fleet(
             stack.enter_context(locked(folder / LOCK, "take another --workdir, or another --shard of it"))
 
         distributed.from_first(take)
-        config = settle(config, folder)
+        config = name_judges(config, folder)
         distributed.from_first(lambda: begin(config, folder))
         report = Report(folder / REPORT)
         broken = [row for row in rows if row.problem and not report.is_over(row.name)]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from perfusion_jax.base_model import Architecture, BaseModel
 from perfusion_jax.drawing.generation import generate
 from perfusion_jax.drawing.grids import grid
-from perfusion_jax.drawing.samplers import make_plan, settle
+from perfusion_jax.drawing.samplers import make_plan, sampler_and_steps
 from perfusion_jax.formats.concept_file import TrainedConcept
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.learning.metrics import Evaluator, Scores, score_pictures
@@ -32,7 +32,7 @@ def check_validation(config: ConfigDict, model: Architecture) -> None:
     except InputError as error:
         raise InputError(f"config.validation_prompts: {error}") from error
     try:
-        make_plan(model.schedule, *settle(model.schedule, None, config.sampling_steps))
+        make_plan(model.schedule, *sampler_and_steps(model.schedule, None, config.sampling_steps))
     except InputError as error:
         raise InputError(f"config.sampling_steps: {error}") from error
 

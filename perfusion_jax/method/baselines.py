@@ -28,7 +28,7 @@ Weights = dict[str, Float32[Array, "..."]]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Word:
+class Baseline:
     """What Textual Inversion learns, and what all methods have. All arrays are float32.
 
     Attributes:
@@ -49,7 +49,7 @@ class Word:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRank(Word):
+class LowRank(Baseline):
     """What a LoRA learns.
 
     Attributes:
@@ -62,13 +62,13 @@ class LowRank(Word):
 
     @property
     def changes(self) -> Weights:
-        """As a `Word`'s."""
+        """As a `Baseline`'s."""
         return {path: jnp.matmul(down, self.up[path], precision="highest") for path, down in self.down.items()}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FineTuned(Word):
+class FineTuned(Baseline):
     """What Custom Diffusion and DreamBooth learn.
 
     Attributes:
@@ -79,19 +79,19 @@ class FineTuned(Word):
 
     @property
     def changes(self) -> Weights:
-        """As a `Word`'s."""
+        """As a `Baseline`'s."""
         return self.added
 
 
-BASELINES: dict[str, type[Word]] = {
-    "textual_inversion": Word,
+BASELINES: dict[str, type[Baseline]] = {
+    "textual_inversion": Baseline,
     "lora": LowRank,
     "custom_diffusion": FineTuned,
     "dreambooth": FineTuned,
 }
 """What each method learns, by its name in a config."""
 
-Learnt = Concept | Word
+Learnt = Concept | Baseline
 """What any method learns."""
 
 
@@ -101,7 +101,7 @@ def begin(
     embedding: Float[Array, " token_width"],
     key: Key[Array, ""],
     rank: int = 1,
-) -> Word:
+) -> Baseline:
     """What a method has before training: it changes nothing yet.
 
     Args:
@@ -114,7 +114,7 @@ def begin(
     """
     embedding = jnp.asarray(embedding, jnp.float32)
     if method == "textual_inversion":
-        return Word(embedding)
+        return Baseline(embedding)
     weights = _by_path(unet_params)
     if method != "dreambooth":
         weights = {path: leaf for path, leaf in weights.items() if is_edited(path.split("/"))}
@@ -131,7 +131,7 @@ def begin(
     return FineTuned(embedding, {path: jnp.zeros(leaf.shape) for path, leaf in weights.items()})
 
 
-def add(unet_params: Params, learnt: Word, strength: Float[Array, ""] | float = 1.0) -> Params:
+def add(unet_params: Params, learnt: Baseline, strength: Float[Array, ""] | float = 1.0) -> Params:
     """Adds what a method has learnt to a UNet: W' = W + g D.
 
     Args:

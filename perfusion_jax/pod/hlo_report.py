@@ -198,7 +198,7 @@ def count_by_axes(hlo: str, mesh_shape: Mapping[str, int]) -> dict[str, dict[str
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class ProgramReport:
     """A compiled program on one device of a chip.
 
     Attributes:
@@ -236,7 +236,7 @@ class Report:
         return max(self.compute_seconds, self.memory_seconds)
 
 
-def report(compiled: jax.stages.Compiled, mesh_shape: Mapping[str, int], chip: Chip, loops: int = 1) -> Report:
+def report(compiled: jax.stages.Compiled, mesh_shape: Mapping[str, int], chip: Chip, loops: int = 1) -> ProgramReport:
     """Reads what the compiler tells of a program.
 
     Args:
@@ -252,7 +252,7 @@ def report(compiled: jax.stages.Compiled, mesh_shape: Mapping[str, int], chip: C
     kernel_flops, kernel_bytes = kernel_cost(hlo)
     flops, traffic = loops * (cost["flops"] + kernel_flops), hbm_traffic(hlo, loops)
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Report(
+    return ProgramReport(
         flops=flops,
         traffic=traffic,
         accessed=loops * (cost["bytes accessed"] + kernel_bytes),

@@ -13,7 +13,7 @@ from perfusion_jax.base_model import BaseModel, load_base_model, network_dtype
 from perfusion_jax.drawing.generation import Drawn, drawing
 from perfusion_jax.drawing.recipe import DEFAULTS, OPTIONS, Recipe, make_recipe
 from perfusion_jax.drawing.rendering import init_pixels, load_concepts
-from perfusion_jax.drawing.samplers import check_named, settle
+from perfusion_jax.drawing.samplers import check_named, sampler_and_steps
 from perfusion_jax.formats.concept_file import digests
 from perfusion_jax.formats.picture_file import write_picture
 from perfusion_jax.runtime.errors import InputError
@@ -101,7 +101,9 @@ class Easel:
         """What the page draws with unless it is told: DPM-Solver++ in place of DDIM, of whose steps it needs less than
         half; else the model's own, which is empty.
         """
-        return "dpm++" if self.is_loaded and settle(self.base.model.schedule, None, None)[0] == "ddim" else ""
+        return (
+            "dpm++" if self.is_loaded and sampler_and_steps(self.base.model.schedule, None, None)[0] == "ddim" else ""
+        )
 
     @property
     def is_loaded(self) -> bool:

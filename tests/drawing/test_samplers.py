@@ -15,7 +15,7 @@ from diffusers.schedulers import scheduling_euler_ancestral_discrete
 
 from perfusion_jax import InputError
 from perfusion_jax.base_model.schedule import NoiseSchedule
-from perfusion_jax.drawing.samplers import check_named, make_plan, settle, spaced
+from perfusion_jax.drawing.samplers import check_named, make_plan, sampler_and_steps, spaced
 
 # diffusers asks PyTorch's tensors for NumPy arrays in the way of NumPy 1.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -170,16 +170,16 @@ def test_schedulers_of_another_kind_are_refused(name):
 )
 def test_a_checkpoint_has_a_sampler_of_its_own(name, sampler, steps):
     schedule = NoiseSchedule.from_config({**BETAS, "_class_name": name}, "test")
-    assert settle(schedule, None, None) == (sampler, steps)
-    assert settle(schedule, None, 4) == (sampler, 4)
-    assert settle(schedule, "dpm++", None) == ("dpm++", 20)
+    assert sampler_and_steps(schedule, None, None) == (sampler, steps)
+    assert sampler_and_steps(schedule, None, 4) == (sampler, 4)
+    assert sampler_and_steps(schedule, "dpm++", None) == ("dpm++", 20)
 
 
 def test_in_place_of_another_sampler_ddim_draws_and_a_warning_says_so(caplog):
     schedule = NoiseSchedule.from_config({**BETAS, "_class_name": "UniPCMultistepScheduler"}, "test")
     for _ in range(2):
-        assert settle(schedule, None, None) == ("ddim", 50)
-    assert settle(schedule, "euler", None) == ("euler", 30)
+        assert sampler_and_steps(schedule, None, None) == ("ddim", 50)
+    assert sampler_and_steps(schedule, "euler", None) == ("euler", 30)
     (told,) = [record.getMessage() for record in caplog.records]
     assert told == "the base model's scheduler is UniPCMultistepScheduler, which is not here: ddim draws in its place"
 
@@ -190,7 +190,7 @@ def test_of_models_distilled_for_another_sampler_one_must_be_named(name):
     with pytest.raises(InputError, match=f"scheduler is {name}, which is not here: name one of ddim"):
         check_named(schedule, None)
     check_named(schedule, "euler_a")
-    assert settle(schedule, None, 20) == ("ddim", 20)  # where none can be named, as while one learns
+    assert sampler_and_steps(schedule, None, 20) == ("ddim", 20)  # where none can be named, as while one learns
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

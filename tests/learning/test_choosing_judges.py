@@ -104,20 +104,20 @@ def test_encoders_of_the_cache_are_loaded_without_asking_the_hub(cached, clip, l
 
 def test_one_line_says_what_is_lacking_and_how_to_have_it(cached, clip, local, tmp_path, caplog):
     run = epath.Path(tmp_path / "run")
-    assert judges.settle(local, run).evaluator == NONE
+    assert judges.name_judges(local, run).evaluator == NONE
     (line,) = caplog.messages
     assert "the last step is kept; with a new --workdir, --config.evaluator=openai/clip-vit-base-patch32" in line
     cached[CLIP_ON_HUB] = clip
     caplog.clear()
-    settled = judges.settle(local, run)
+    settled = judges.name_judges(local, run)
     assert (settled.evaluator, settled.instance_encoder) == (CLIP_ON_HUB, NONE)
     (line,) = caplog.messages
     assert "the CLIP compares pictures with pictures; with a new --workdir, --config.instance_encoder=" in line
     caplog.clear()
     local.instance_encoder = NONE
-    judges.settle(local, run)
+    judges.name_judges(local, run)
     local.evaluator = NONE
-    judges.settle(local, run)
+    judges.name_judges(local, run)
     assert not caplog.messages
 
 

@@ -124,7 +124,7 @@ def test_sixteen_concepts_cost_what_one_with_sixteen_samples_costs(tmp_path):
 
 
 def test_what_is_told_can_be_printed_and_parsed(sd1_folder, monkeypatch):
-    report = forecast.Report(
+    report = forecast.ProgramReport(
         2e12, 8e9, 9e9, 10**9, 0, 3 * 10**9, 4 * 10**9, 16e9, 0.01, 0.02, {"data": {"all-reduce": 3}}
     )
     monkeypatch.setattr(forecast, "compile_step", lambda *_: report)
