@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from perfusion_jax.data.table import Row
+from perfusion_jax.data.table import PER_CONCEPT, Row
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.names import CONCEPT_EXPORTS, NAME_RULE, PLACEHOLDER, SHORT_NAMES
 
@@ -325,8 +325,6 @@ MEMORY_ADVICE = (
 )
 """What to do where the memory of a device does not suffice."""
 
-PER_CONCEPT = ("name", "super_category", "pictures")
-"""Keys that a table gives for each concept."""
 
 OVERRIDES = tuple(name for name, key in KEYS.items() if key.in_tables)
 """Keys that a table may override for a concept."""
@@ -443,7 +441,7 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def check_is_of_run(saved: str, file: object) -> dict[str, Any]:
+def parse_saved(saved: str, file: object) -> dict[str, Any]:
     """The config that a run saved in its workdir.
 
     Args:
@@ -475,7 +473,7 @@ def check_same(config: ConfigDict, saved: str, file: object) -> None:
             named.
     """
     defaults, now = (json.loads(to_json(each)) for each in (make_config(config.base), config))
-    before = {**defaults, **check_is_of_run(saved, file)}
+    before = {**defaults, **parse_saved(saved, file)}
     differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     # Concepts of a fleet that are done would have taken other numbers of steps than the rest.
     free = {name for name, key in KEYS.items() if key.may_change} - ({"steps"} if is_fleet(config) else set())

@@ -26,6 +26,7 @@ from etils import epath
 from perfusion_jax.data.pictures import ENDINGS, Picture, read_picture
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import entries, storage_errors, to_path
+from perfusion_jax.runtime.names import FACTS
 
 CAPTION_ENDINGS = (".txt", ".caption")
 # What metadata files call a caption.
@@ -148,9 +149,11 @@ def find_files(
 
 
 def _list(folder: epath.Path) -> list[epath.Path] | None:
-    """What is in a folder, but for what systems leave there; None if there is no such folder."""
+    """What is in a folder, but for FACTS and what systems leave there; None if there is no such folder."""
     inside = entries(folder)
-    return None if inside is None else [file for file in inside if not _LITTER.fullmatch(file.name)]
+    if inside is None:
+        return None
+    return [file for file in inside if file.name != FACTS and not _LITTER.fullmatch(file.name)]
 
 
 def _folders_of(root: epath.Path, inside: Sequence[epath.Path]) -> tuple[list[epath.Path], str]:

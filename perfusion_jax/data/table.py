@@ -27,9 +27,11 @@ from etils import epath
 from perfusion_jax.runtime import shipped
 from perfusion_jax.runtime.errors import InputError, UnavailableError
 from perfusion_jax.runtime.files import read_text, storage_errors, subfolders, to_path
-from perfusion_jax.runtime.names import NAME_RULE, PLACEHOLDER
+from perfusion_jax.runtime.names import FACTS, NAME_RULE, PLACEHOLDER
 
-NEEDED = ("name", "super_category", "pictures")
+PER_CONCEPT = ("name", "super_category", "pictures")
+"""Keys of the config that a table must give of each concept."""
+
 FOLDERS = ("masks", "captions")
 TABLES = (".csv", ".jsonl")
 EMOJI = "emoji"  # the examples that ship with the package
@@ -112,7 +114,7 @@ def _folders(path: epath.Path) -> list[Row]:
 
 
 def _folder(folder: epath.Path) -> Row:
-    file = folder / "concept.json"
+    file = folder / FACTS
     cells = {"name": folder.name, "pictures": folder.name}
     try:
         # What else the file says of the concept is for people.
@@ -142,12 +144,12 @@ def _facts(file: epath.Path) -> dict[str, Any]:
 def _csv_lines(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text), strict=True)
     columns = reader.fieldnames or ()
-    missing = [column for column in NEEDED if column not in columns]
+    missing = [column for column in PER_CONCEPT if column not in columns]
     if missing:
         for sign, name in ((";", "';'"), ("\t", "tabs")):  # as spreadsheets write where a comma is in numbers
             if len(columns) == 1 and sign in columns[0]:
                 raise InputError(f"{path}:1: its columns are separated by {name}: save it with commas between them")
-        raise InputError(f"{path}:1: no column {missing[0]!r}; a table needs {', '.join(NEEDED)}")
+        raise InputError(f"{path}:1: no column {missing[0]!r}; a table needs {', '.join(PER_CONCEPT)}")
     for cells in reader:
         where = f"{path}:{reader.line_num}"
         if None in cells:
@@ -157,7 +159,7 @@ def _csv_lines(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any
 
 def _cell(key: str, text: str) -> Any:
     """A cell's value: names and folders are text, others text, a number or true and false."""
-    if key in NEEDED or key in FOLDERS:
+    if key in PER_CONCEPT or key in FOLDERS:
         return text
     try:
         return json.loads(text.lower())
@@ -181,16 +183,16 @@ def _json_lines(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, An
 
 def _row(facts: dict[str, Any], where: str, parent: epath.Path, overridable: Collection[str]) -> Row:
     texts = {}
-    for key in (*NEEDED, *FOLDERS):
+    for key in (*PER_CONCEPT, *FOLDERS):
         value = facts.get(key, "")
-        if not isinstance(value, str) or (key in NEEDED and not value):
+        if not isinstance(value, str) or (key in PER_CONCEPT and not value):
             problem = "is missing" if value == "" else f"is {value!r}; it must be text"
             raise InputError(f"{where}: {key} {problem}")
         texts[key] = value
     overrides = {key: value for key, value in facts.items() if key not in texts}
     unknown = sorted(overrides.keys() - set(overridable))
     if unknown:
-        known = ", ".join([*NEEDED, *FOLDERS, *overridable])
+        known = ", ".join([*PER_CONCEPT, *FOLDERS, *overridable])
         raise InputError(f"{where}: {unknown[0]} is not a key of the table; these are: {known}")
     for key in ("pictures", *FOLDERS):
         if texts[key] and not _SCHEME.match(texts[key]):

@@ -171,7 +171,7 @@ def read_prompts(
 
 def begin(
     noise: Float32[Array, "batch height width channels"],
-    plan: Plan,
+    at: Plan,
     tokens: int | None = None,
     init_latents: Float32[Array, "#batch height width channels"] | None = None,
 ) -> Walk:
@@ -179,11 +179,11 @@ def begin(
 
     Args:
         noise: from `noise_for`, [batch, height / f, width / f, channels].
-        plan: of the sampler; with `init_latents`, of the steps that are left.
+        at: the first step's row of the plan, scalars; with `init_latents`, of the steps that are left.
         tokens: of a prompt, to sum up the attention to each; None does not.
         init_latents: of a picture to start from, the shape of the noise.
     """
-    noisy = plan.start * noise if init_latents is None else plan.signal[0] * init_latents + plan.noise[0] * noise
+    noisy = at.start * noise if init_latents is None else at.signal * init_latents + at.noise * noise
     attention = None if tokens is None else jnp.zeros((*noise.shape[:3], tokens), jnp.float32)
     return Walk(noisy, jnp.zeros_like(noisy), attention)
 

@@ -87,7 +87,7 @@ def _compiled_show(mesh: Mesh | None, model: Architecture, vae_params: Params, l
 
 
 _compiled_noise = jax.jit(noise_for, static_argnames=("model", "height", "width"))
-_compiled_begin = jax.jit(begin, static_argnames="tokens")
+compiled_begin = jax.jit(begin, static_argnames="tokens")
 _compiled_fresh = jax.jit(fresh_noise)
 
 
@@ -137,13 +137,14 @@ class Program(NamedTuple):
         mesh, model, steps = self.mesh, self.model, len(self.phase_of_step)
         prompts = _compiled_read(mesh, model, self.params, ids, whole_sizes(*self.size), unprompted, concepts)
         noise = _compiled_noise(model, seeds, *self.size)
-        walk = _compiled_begin(noise, self.plan, ids.shape[1] if self.attention else None, self.init_latents)
-        columns = [np.broadcast_to(np.asarray(column), steps) for column in self.plan]
-        puts_back = np.any(self.plan.fresh)
+        plan = jax.device_get(self.plan)  # rows of it are taken on the host
+        walk = compiled_begin(noise, plan.at(0), ids.shape[1] if self.attention else None, self.init_latents)
+        puts_back = np.any(plan.fresh)
         for number, phase in enumerate(self.phase_of_step):
-            before, row = walk, Plan(*(column[number] for column in columns))
+            before = walk
             fresh = _compiled_fresh(seeds, number, before.latents) if puts_back else None
-            walk = compiled_step(mesh, model, self.params["unet"], prompts, before, row, phase, self.guidance, fresh)
+            at = plan.at(number)
+            walk = compiled_step(mesh, model, self.params["unet"], prompts, before, at, phase, self.guidance, fresh)
             before.latents.block_until_ready()  # so that what is told of the progress is one step ahead at most
             if self.on_step is not None:
                 self.on_step()

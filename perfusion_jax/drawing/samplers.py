@@ -55,6 +55,10 @@ class Plan(NamedTuple):
     fresh: Float32[Array, "*steps"]
     start: Float32[Array, ""]
 
+    def at(self, step: int) -> "Plan":
+        """The row of one step, all scalars."""
+        return self._replace(**{name: column[step] for name, column in self._asdict().items() if name != "start"})
+
 
 def sampler_and_steps(schedule: NoiseSchedule, sampler: str | None, steps: int | None) -> tuple[str, int]:
     """Returns the sampler and the number of steps: those given, or else the checkpoint's sampler and its usual number.

@@ -32,8 +32,8 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from perfusion_jax.config import OVERRIDES, PER_CONCEPT, check, member_config
-from perfusion_jax.data.table import Row, read_table
+from perfusion_jax.config import OVERRIDES, check, member_config
+from perfusion_jax.data.table import PER_CONCEPT, Row, read_table
 from perfusion_jax.learning.diagnostics import Diagnostics, Profiler
 from perfusion_jax.learning.judges import name_judges
 from perfusion_jax.learning.loop import Watch, learn_round

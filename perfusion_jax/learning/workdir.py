@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from perfusion_jax.base_model import BaseModel
-from perfusion_jax.config import check_is_of_run, check_same, to_json
+from perfusion_jax.config import check_same, parse_saved, to_json
 from perfusion_jax.formats.concept_file import ConceptCard
 from perfusion_jax.runtime.errors import InputError
 from perfusion_jax.runtime.files import entries, is_local, read_text, storage_errors, write_bytes
@@ -61,7 +61,7 @@ def begin(config: ConfigDict, workdir: epath.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     before = read_text(file)
     if before:
-        check_is_of_run(before, file)
+        parse_saved(before, file)
     else:
         _check_unused(workdir, config.name)
     if before and has_results(workdir):

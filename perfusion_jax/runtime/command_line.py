@@ -170,8 +170,8 @@ def _fault_in_config(error: BaseException, arguments: Sequence[str]) -> str:
         own = [at for at in traceback.walk_tb(cause.__traceback__) if at[0].f_globals.get("__name__") == _CONFIG_FILE]
         if own:
             frame, line = own[-1]
-            said = " ".join(str(cause).splitlines())
-            return f"{frame.f_code.co_filename}:{line}: {type(cause).__name__}: {said}"
+            words = " ".join(str(cause).splitlines())
+            return f"{frame.f_code.co_filename}:{line}: {type(cause).__name__}: {words}"
     # It has no such function, one that cannot be called so, or one that returns something else.
     cause = causes[-1]
     if isinstance(cause, (AttributeError, TypeError)) and re.search("get_config|'to_dict'", str(cause)):

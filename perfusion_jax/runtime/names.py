@@ -9,6 +9,9 @@ PLACEHOLDER = re.compile(r"<[A-Za-z0-9][A-Za-z0-9_-]*>")
 NAME_RULE = "letters, digits, '-' and '_', and begin with a letter or a digit"
 """What a name must be, in words."""
 
+FACTS = "concept.json"
+"""The file in which a folder of concept folders says of each what it is."""
+
 DATASET = "tfds:"
 """What the address of a dataset of pictures begins with, `tfds:FOLDER#NAME`."""
 

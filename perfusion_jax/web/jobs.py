@@ -19,8 +19,8 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from perfusion_jax.config import KEYS, OVERRIDES, PER_CONCEPT, is_fleet, make_config, settle, to_json
-from perfusion_jax.data.table import read_table
+from perfusion_jax.config import KEYS, OVERRIDES, is_fleet, make_config, settle, to_json
+from perfusion_jax.data.table import PER_CONCEPT, read_table
 from perfusion_jax.learning.progress import Bar, Progress
 from perfusion_jax.learning.report import Report
 from perfusion_jax.learning.runs import Session, train_fleet, train_one

@@ -109,6 +109,9 @@ CASES = {
         text("desktop.ini", "x"),
         text("__MACOSX/._a.jpg", "x"),
     ),
+    "one of a folder of concepts": case(
+        Learnt({"a.jpg": None}), picture("a.jpg"), text("concept.json", '{"super_category": "dog"}')
+    ),
     "a film and a note": case(
         Learnt({"a.jpg": None}, warnings=("not used: a.mov, notes.md",)),
         picture("a.jpg"),

@@ -60,8 +60,7 @@ def walk_all(base, prompts, walk, plan, guidance):
     """The latents after all steps of a plan."""
     step = jax.jit(take_step, static_argnums=0)
     for number in range(len(plan.timesteps)):
-        at = plan._replace(**{name: column[number] for name, column in plan._asdict().items() if name != "start"})
-        walk = step(base.model, base.params["unet"], prompts, walk, at, 0, guidance or Guidance())
+        walk = step(base.model, base.params["unet"], prompts, walk, plan.at(number), 0, guidance or Guidance())
     return walk.latents
 
 
@@ -74,7 +73,7 @@ def sample(base, noise, plan, guidance, init_latents=None):
         empty = Unprompted(base.model.tokenizer([""] * len(ids)), weight)
     sizes = whole_sizes(*(base.model.vae_factor * side for side in noise.shape[1:3]))
     prompts = read_prompts(base.model, base.params, ids, sizes, empty)
-    return np.asarray(walk_all(base, prompts, begin(noise, plan, init_latents=init_latents), plan, guidance))
+    return np.asarray(walk_all(base, prompts, begin(noise, plan.at(0), init_latents=init_latents), plan, guidance))
 
 
 def first(latents):
@@ -217,7 +216,7 @@ def test_the_unconditional_prompt_goes_through_the_frozen_weights(sd1_base):
     edited = insert(params["unet"], concepts[0], wide)
 
     def latents(prompts):
-        return np.asarray(walk_all(base, prompts, begin(noise, plan), plan, Guidance(6.0, 0.0)))
+        return np.asarray(walk_all(base, prompts, begin(noise, plan.at(0)), plan, Guidance(6.0, 0.0)))
 
     def expected(unet):
         away_from = Context(keys_values(unet, base.model.encode(params, empty).tokens))

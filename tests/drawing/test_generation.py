@@ -10,7 +10,7 @@ import pytest
 from perfusion_jax import InputError
 from perfusion_jax.drawing.controls import per_concept
 from perfusion_jax.drawing.generation import drawing, generate
-from perfusion_jax.drawing.programs import compiled_step
+from perfusion_jax.drawing.programs import compiled_begin, compiled_step
 from perfusion_jax.formats.concept_file import ConceptCard, TrainedConcept
 from perfusion_jax.method import baselines
 from perfusion_jax.method.baselines import BASELINES
@@ -76,14 +76,14 @@ def test_keys_that_were_trained_are_not_passed_over(small_base):
 def test_what_changes_from_picture_to_picture_does_not_compile_anew(small_base):
     rex, tom = make_concept(small_base, "rex"), make_concept(small_base, "tom", "cat", seed=1)
     generate(small_base, ["a photo of a <rex>"], [0], [rex], **SMALL)
-    before = compiled_step._cache_size()
+    before, begun = compiled_step._cache_size(), compiled_begin._cache_size()
     generate(small_base, ["the <rex> on the beach"], [9], [rex], bias=0.4, temperature=0.1, strength=0.5, **SMALL)
     generate(small_base, ["<tom> and <rex>", "a dog", "<tom>"], [1, 2, 3], [tom, rex], bias=[0.4, 0.5], **SMALL)
     generate(small_base, ["a <tom>"], [0], [tom], guidance=2.0, guidance_rescale=0.5, negative_prompt="cat", **SMALL)
     generate(small_base, ["a <tom>"], [0], [tom], sampler="dpm++", **SMALL)
     generate(small_base, ["a <tom>"], [0], [tom], sampler="euler", **SMALL)
     generate(small_base, ["a <tom>"], [0], [tom], **{**SMALL, "steps": 5})
-    assert compiled_step._cache_size() == before
+    assert (compiled_step._cache_size(), compiled_begin._cache_size()) == (before, begun)
     generate(small_base, ["a <tom>"], [0], [tom], **{**SMALL, "width": 40})
     assert compiled_step._cache_size() == before + 1
     compiled = []

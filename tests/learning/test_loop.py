@@ -7,6 +7,8 @@ from etils import epath
 from fleet_runs import CONFIG, write_inputs
 
 from configs.dog import get_config
+from perfusion_jax.learning.loop import AHEAD
+from perfusion_jax.learning.losses import Losses
 from perfusion_jax.learning.metrics import Evaluator
 from perfusion_jax.learning.resources import load_resources
 from perfusion_jax.learning.runs import train_one
@@ -40,3 +42,28 @@ def test_a_run_that_is_never_looked_at_loads_no_evaluator(tmp_path, monkeypatch,
     monkeypatch.setattr("perfusion_jax.learning.resources.load_evaluator", calls.append)
     load_resources(config)
     assert len(calls) == loaded
+
+
+def test_few_steps_are_under_way_at_once(tmp_path, monkeypatch):
+    write_inputs(tmp_path)
+    config = get_config(str(tmp_path / "base"))
+    config.update(CONFIG, name="rex", pictures=str(tmp_path / "rex"), covariance=str(tmp_path / "covariance.npz"))
+    config.update(steps=8, log_every=100, checkpoint_every=100, validate_every=0, validation_prompts=())
+    under_way, most = [], []
+    add, wait = Losses.add, Losses.wait
+
+    def begun(losses, loss):
+        under_way.append(loss)
+        most.append(len(under_way))
+        add(losses, loss)
+
+    def waited(losses, ahead=0):
+        taken = wait(losses, ahead)
+        del under_way[:taken]
+        return taken
+
+    monkeypatch.setattr(Losses, "add", begun)
+    monkeypatch.setattr(Losses, "wait", waited)
+    train_one(config, epath.Path(tmp_path / "run"))
+    assert len(most) == 8
+    assert max(most) == AHEAD + 1 <= 4

@@ -6,8 +6,8 @@ import pytest
 from etils import epath
 
 from perfusion_jax import InputError
-from perfusion_jax.config import PER_CONCEPT, make_config, to_json
-from perfusion_jax.data.table import Row
+from perfusion_jax.config import make_config, to_json
+from perfusion_jax.data.table import PER_CONCEPT, Row
 from perfusion_jax.learning.records import Records, report_line
 from perfusion_jax.learning.rounds import Member
 from perfusion_jax.learning.workdir import WRITTEN, begin
