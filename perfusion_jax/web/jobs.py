@@ -24,7 +24,7 @@ from perfusion_jax.data.table import PER_CONCEPT, read_table
 from perfusion_jax.learning.progress import Bar, Progress
 from perfusion_jax.learning.report import Report
 from perfusion_jax.learning.runs import Session, train_fleet, train_one
-from perfusion_jax.learning.workdir import CONFIG, LOCK, REPORT, concept_file, has_results
+from perfusion_jax.learning.workdir import CHECKPOINTS, CONFIG, LOCK, REPORT, concept_file, has_results
 from perfusion_jax.runtime.errors import InputError, Stopped
 from perfusion_jax.runtime.files import read_text, storage_errors, write_bytes
 from perfusion_jax.runtime.names import STUDIO
@@ -410,7 +410,7 @@ class Jobs:
 
 def _mark(workdir: Path) -> str:
     """How far a run has come: another text as soon as it would go on from a later place."""
-    steps = [int(folder.name) for folder in (workdir / "checkpoints").glob("*") if folder.name.isdecimal()]
+    steps = [int(folder.name) for folder in (workdir / CHECKPOINTS).glob("*") if folder.name.isdecimal()]
     report = workdir / REPORT
     return f"{max(steps, default=0)} {report.stat().st_size if report.exists() else 0}"
 

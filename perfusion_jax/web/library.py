@@ -341,8 +341,7 @@ def delete(entry: Entry, photographs: bool = False) -> None:
         UnavailableError: storage fails.
     """
     with held(entry.workdir):
-        doomed = doomed_with(entry)
-        _discard(entry.workdir, [*doomed.files, *([doomed.photographs] if photographs and doomed.photographs else [])])
+        _discard(entry.workdir, doomed_with(entry), photographs)
 
 
 def delete_run(workdir: Path, photographs: bool = False) -> None:
@@ -350,12 +349,12 @@ def delete_run(workdir: Path, photographs: bool = False) -> None:
     if not workdir.is_dir():
         return
     with held(workdir):
-        doomed = doomed_run(workdir)
-        _discard(workdir, [*doomed.files, *([doomed.photographs] if photographs and doomed.photographs else [])])
+        _discard(workdir, doomed_run(workdir), photographs)
 
 
-def _discard(workdir: Path, files: Sequence[Path]) -> None:
+def _discard(workdir: Path, doomed: Doomed, photographs: bool) -> None:
     """Moves files and folders out of sight, which is quick, and deletes them there: a kill leaves no half of a run."""
+    files = [*doomed.files, doomed.photographs] if photographs and doomed.photographs else doomed.files
     trash = workdir.parent / STUDIO / "trash" / secrets.token_hex(8)
     with storage_errors(workdir, "deleted"):
         trash.mkdir(parents=True)
