@@ -15,7 +15,7 @@ from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import captions, clip, held_out, instance, places, stream, things, tokenizer, training_tools, vendors
 from pretraining.scenes import World
 
-SAMPLES = flags.DEFINE_integer("samples", 600_000, "Scenes to train on.")
+SAMPLES = flags.DEFINE_integer("samples", 400_000, "Scenes to train on.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Scenes a step.")
 THREADS = flags.DEFINE_integer("threads", 0, "CPU threads; 0: as many as other processes leave free.")
 

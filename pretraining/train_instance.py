@@ -16,7 +16,7 @@ from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import held_out, instance, places, things, training_tools, vendors
 from pretraining.scenes import World
 
-SAMPLES = flags.DEFINE_integer("samples", 1_000_000, "Pictures to train on.")
+SAMPLES = flags.DEFINE_integer("samples", 400_000, "Pictures to train on.")
 THREADS = flags.DEFINE_integer("threads", 0, "CPU threads; 0: as many as other processes leave free.")
 
 SEED = 4_000
