@@ -19,6 +19,8 @@ from pretraining.codes import Coder
 
 SEED = 2_000
 CODE_WIDTH = 128
+MIDDLE = (0.1, 0.5)
+"""Where of the noise schedule a signal-to-noise ratio is between 8 and 0.4."""
 POSITION = ("step", "samples", "decay_start", "average_start")
 """What a checkpoint says of where training stands. It also names the vocabulary, if it is not an old one."""
 
@@ -46,6 +48,9 @@ class Settings:
     # floor.
     signal_to_noise_cap: float = 5.0
     signal_to_noise_floor: float = 0.5
+    # Of the samples, beside those of any timestep, from MIDDLE: where shapes are told from the noise, and where learning
+    # went on when it was over elsewhere.
+    middle_share: float = 0.5
     guidance_scale: float = 4.0
 
 
@@ -109,6 +114,18 @@ class TextToLatents(torch.nn.Module):
         ).sample
 
 
+def timestep_quantile(probability: torch.Tensor, middle_share: float) -> torch.Tensor:
+    """Where in the noise schedule timesteps are, as shares of it: `middle_share` of them in MIDDLE, others anywhere.
+
+    Args:
+        probability: float, in [0, 1).
+        middle_share: below 1.
+    """
+    low, high = MIDDLE
+    middle = low + probability / max(middle_share, 1e-6) * (high - low)
+    return torch.where(probability < middle_share, middle, (probability - middle_share) / (1 - middle_share))
+
+
 def make_batch(
     latents: torch.Tensor,
     objects: torch.Tensor,
@@ -165,7 +182,7 @@ def make_batch(
     texts = dataclasses.replace(texts, tokens=tokens, code=coded)
     # One timestep from each of `count` equal strata: the same distribution as independent draws, less variance.
     strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    timesteps = (strata * len(alphas_cumprod)).long()
+    timesteps = (timestep_quantile(strata, settings.middle_share) * len(alphas_cumprod)).long()
     alphas = alphas_cumprod[timesteps][:, None, None, None].to(device)
     noise = training_tools.normal(latents.shape, generator, device)
     ratio = alphas / (1 - alphas)

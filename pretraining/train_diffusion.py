@@ -8,6 +8,7 @@ a checkpoint.
 """
 
 import copy
+import dataclasses
 import pathlib
 import time
 from typing import Any
@@ -150,7 +151,7 @@ def run(folder: pathlib.Path, settings: training.Settings) -> None:
     path = open_trainer(folder, trainer, DECAY_SAMPLES.value)
     schedule = model.build_scheduler().alphas_cumprod
 
-    def noised(scenes: tuple, seed: int, number: int) -> training.Batch:
+    def noised(scenes: tuple, seed: int, number: int, settings: training.Settings = settings) -> training.Batch:
         generator = training_tools.generator(seed, number)
         return training.make_batch(*scenes, schedule, text_tokenizer.eos_token_id, generator, settings)
 
@@ -158,7 +159,8 @@ def run(folder: pathlib.Path, settings: training.Settings) -> None:
         return stream.Stream(world, autoencoder, text_tokenizer, seed, batch_size, uses, capacity, workers)
 
     fixed = opened(VALIDATION_SEED, 128, 1, 128).batches(0)
-    validation = [noised(next(fixed), VALIDATION_SEED, number) for number in range(VALIDATION_BATCHES)]
+    evenly = dataclasses.replace(settings, middle_share=0.0)
+    validation = [noised(next(fixed), VALIDATION_SEED, number, evenly) for number in range(VALIDATION_BATCHES)]
     capacity = 64 * settings.batch_size
     source = opened(training.SEED, settings.batch_size, USES.value, capacity, WORKERS.value).batches(trainer.step)
     decay_steps = DECAY_SAMPLES.value // settings.batch_size

@@ -182,7 +182,7 @@ def test_the_autoencoder_learns(world):
 
 
 def test_a_batch_mixes_latents_and_noise_as_the_schedule_says(text_tokenizer):
-    (latents, *_), batch = batch_of(64, text_tokenizer)
+    (latents, *_), batch = batch_of(64, text_tokenizer, middle_share=0.0)
     alphas = model.build_scheduler().alphas_cumprod[batch.timesteps][:, None, None, None]
     recovered = alphas.sqrt() * batch.noisy_latents - (1 - alphas).sqrt() * batch.velocity
     torch.testing.assert_close(recovered, latents, rtol=0, atol=1e-5)
@@ -193,6 +193,14 @@ def test_a_batch_mixes_latents_and_noise_as_the_schedule_says(text_tokenizer):
     of_ground = batch.weights[:, 0, 0, -1]
     expected = torch.where(ratio < 5, ratio + 0.5, 5.5) / (ratio + 1)
     torch.testing.assert_close(of_ground, expected)
+
+
+def test_more_timesteps_are_where_shapes_are_told_from_the_noise(text_tokenizer):
+    _, batch = batch_of(4_000, text_tokenizer, middle_share=0.5)
+    counts = torch.histc(batch.timesteps.float(), 10, 0, 1000)
+    # Half of all evenly over ten tenths, the other half over four of these.
+    expected = torch.tensor([200.0, 700, 700, 700, 700, 200, 200, 200, 200, 200])
+    torch.testing.assert_close(counts, expected, rtol=0, atol=2)
 
 
 def test_captions_are_dropped_and_words_hidden_in_the_shares_that_settings_say(text_tokenizer):
