@@ -1,7 +1,7 @@
 """The evaluator CLIP: its shape, one training step, and the questions that are put to it.
 
 It sees rendered scenes and their captions only, never a generated picture, and shares no weight with the model that it
-judges.
+judges. Its vision tower begins as the instance encoder.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig, ViTModel
 
 from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import captions, places, scenes, things, tokenizer, training_tools
@@ -33,11 +33,51 @@ def build_clip(text_tokenizer: CLIPTokenizer) -> CLIPModel:
         pad_token_id=text_tokenizer.pad_token_id,
         **shared,
     )
-    vision = CLIPVisionConfig(image_size=scenes.PIXELS, patch_size=8, num_hidden_layers=5, **shared)
+    vision = CLIPVisionConfig(
+        image_size=scenes.PIXELS, patch_size=8, num_hidden_layers=5, hidden_act="gelu", **shared
+    )  # all as `instance.build_encoder` has it
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)
     model = CLIPModel(config)
     model.set_attn_implementation("eager")  # faster to train on a CPU: see `diffusion.make_trainer`
     return model
+
+
+@torch.no_grad()
+def begin_as(model: CLIPModel, encoder: ViTModel, pictures: torch.Tensor) -> None:
+    """Gives the vision tower the weights of an instance encoder, which has learnt to look at things.
+
+    Captions alone teach that late: places and colours tell most of them apart.
+
+    Args:
+        model: its vision tower is changed.
+        encoder: of the same size.
+        pictures: float [count, 3, PIXELS, PIXELS] in [-1, 1], by which the layer norm is set that CLIP has before its
+            first layer and a ViT has not.
+    """
+    vision, embeddings = model.vision_model, encoder.embeddings
+    positions = embeddings.position_embeddings[0].clone()
+    positions[1:] += embeddings.patch_embeddings.projection.bias  # of which CLIP's have none
+    vision.embeddings.class_embedding.copy_(embeddings.cls_token[0, 0])
+    vision.embeddings.patch_embedding.weight.copy_(embeddings.patch_embeddings.projection.weight)
+    vision.embeddings.position_embedding.weight.copy_(positions)
+    # That layer norm gives every position its own deviation and mean back as far as one for all can.
+    seen = embeddings(pictures)
+    vision.pre_layrnorm.weight.fill_(seen.std(-1).mean())
+    vision.pre_layrnorm.bias.fill_(seen.mean())
+    for ours, theirs in zip(vision.encoder.layers, encoder.encoder.layer, strict=True):
+        attention = theirs.attention
+        for to, of in (
+            (ours.layer_norm1, theirs.layernorm_before),
+            (ours.self_attn.q_proj, attention.attention.query),
+            (ours.self_attn.k_proj, attention.attention.key),
+            (ours.self_attn.v_proj, attention.attention.value),
+            (ours.self_attn.out_proj, attention.output.dense),
+            (ours.layer_norm2, theirs.layernorm_after),
+            (ours.mlp.fc1, theirs.intermediate.dense),
+            (ours.mlp.fc2, theirs.output.dense),
+        ):
+            to.load_state_dict(of.state_dict())
+    vision.post_layernorm.load_state_dict(encoder.layernorm.state_dict())
 
 
 def kind_targets(plan: scenes.Plan, kinds_of_drawings: torch.Tensor) -> torch.Tensor:

@@ -48,8 +48,8 @@ class Settings:
     # floor.
     signal_to_noise_cap: float = 5.0
     signal_to_noise_floor: float = 0.5
-    # Of the samples, beside those of any timestep, from MIDDLE: where shapes are told from the noise, and where learning
-    # went on when it was over elsewhere.
+    # Of the samples, beside those of any timestep, from MIDDLE: there shapes are told from the noise, and learning went
+    # on when it was over elsewhere.
     middle_share: float = 0.5
     guidance_scale: float = 4.0
 

@@ -1,5 +1,6 @@
 """Train the evaluator, a small CLIP: `python -m pretraining.train_clip`. Resumes when it is given again.
 
+It begins with what the instance encoder has learnt (`train_instance`), which must be there.
 Writes `clip/` under the cache in transformers' layout (half precision, model and tokenizer), and measures it on fresh
 scenes and on drawings of held-out vendors.
 """
@@ -10,6 +11,7 @@ import math
 import numpy as np
 import torch
 from absl import app, flags
+from transformers import ViTModel
 
 from perfusion_jax.emoji_world.muon import MuonAndAdam
 from pretraining import captions, clip, held_out, instance, places, stream, things, tokenizer, training_tools, vendors
@@ -58,6 +60,9 @@ def main(_: list[str]) -> None:
         model.load_state_dict(state["model"])
         training_tools.restore_optimizer(optimizer, state["optimizer"])
         step = state["step"]
+    else:
+        encoder = ViTModel.from_pretrained(vendors.cache() / "instance", add_pooling_layer=False, dtype=torch.float32)
+        clip.begin_as(model, encoder.to(device), world.scenes(SEED, 0, BATCH_SIZE.value)[0])
     word_tokens = torch.tensor(tokenizer.encode(text_tokenizer, clip.kind_phrases()), device=device)
     losses: list[torch.Tensor] = []
     watch = training_tools.Stopwatch()

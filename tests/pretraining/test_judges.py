@@ -76,6 +76,27 @@ def test_the_nearest_individual_is_found_by_its_mean_cosine():
 
 
 @pytest.mark.slow
+def test_the_evaluator_begins_with_what_the_instance_encoder_sees(world, tmp_path):
+    torch.manual_seed(0)
+    encoder = instance.build_encoder().eval()
+    with torch.no_grad():
+        for weight in encoder.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    model = clip.build_clip(tokenizer.save_tokenizer(tmp_path)).eval()
+    pictures = world.scenes(0, 0, 8)[0]
+    clip.begin_as(model, encoder, pictures)
+    with torch.no_grad():
+        theirs = encoder(pictures).last_hidden_state[:, 0]
+        before = encoder.embeddings(pictures)
+        after = model.vision_model.pre_layrnorm(before)
+        # But for the layer norm that a ViT has not, the two are the same.
+        model.vision_model.pre_layrnorm = torch.nn.Identity()
+        ours = model.vision_model(pixel_values=pictures).pooler_output
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    assert torch.nn.functional.cosine_similarity(before, after, dim=-1).min() > 0.9
+    assert after.std() == pytest.approx(before.std(), rel=0.2)
+
+
 def test_the_instance_encoder_learns(world):
     torch.manual_seed(0)
     model = instance.build_encoder()
