@@ -6,9 +6,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS, ROOT / "launch" / "README.md"]
+OTHERS = ("CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md", "pretraining/README.md")
+DOCUMENTS = [README, *DOCS, *(ROOT / name for name in OTHERS)]
 
-_COMMAND = re.compile(r"python (?:-m (perfusion_jax[\w.]*)|(benchmarks/\w+\.py))([^\n`|&]*)")
+_COMMAND = re.compile(r"python (?:-m ((?:perfusion_jax|pretraining)[\w.]*)|(benchmarks/\w+\.py))([^\n`|&]*)")
 _ABSL = re.compile(r'DEFINE_\w+\(\s*"(\w+)"')
 _ARGPARSE = re.compile(r'add_argument\("--(\w+)"')
 

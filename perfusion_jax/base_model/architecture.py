@@ -226,16 +226,6 @@ class Architecture:
     def _embedding_shape(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((sum(encoder.width for encoder in self.text_encoders),), jnp.float32)
 
-    def astype(self, dtype: jnp.dtype) -> "Architecture":
-        """Returns the model that computes in another float dtype."""
-        return dataclasses.replace(
-            self,
-            shapes=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), self.shapes),
-            unet=self.unet.clone(dtype=dtype),
-            vae=self.vae.clone(dtype=dtype),
-            text_encoders=tuple(encoder.astype(dtype) for encoder in self.text_encoders),
-        )
-
 
 def load_architecture(
     source: str | Path, *, dtype: jnp.dtype = jnp.float32, revision: str | None = None

@@ -117,11 +117,6 @@ class BaseModel:
         unet = bake(self.params["unet"], concepts, jnp.asarray(strengths, jnp.float32))
         return replace(self, params={**self.params, "unet": unet})
 
-    def astype(self, dtype: jnp.dtype) -> "BaseModel":
-        """Returns the model with weights and computation in another float dtype."""
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), self.params)
-        return replace(self, model=self.model.astype(dtype), params=params)
-
 
 # Compiled once, however many templates a concept has.
 _encode = jax.jit(Architecture.encode, static_argnums=0)

@@ -9,7 +9,7 @@ import difflib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -327,10 +327,6 @@ class TextEncoder:
         """Width of the vector for a whole prompt; None if it gives none."""
         projects = isinstance(self.module, FlaxCLIPTextModelWithProjectionModule)
         return self.module.config.projection_dim if projects else None
-
-    def astype(self, dtype: jnp.dtype) -> "TextEncoder":
-        """Returns the encoder that computes in another float dtype."""
-        return replace(self, module=self.module.clone(dtype=dtype))
 
     def init_params(self, key: jax.Array) -> Params:
         """Returns random weights."""

@@ -152,7 +152,7 @@ def test_a_file_loads_as_its_folder_does(model):
     assert ours.name == str(model.file)
     assert ours.covariance is None
     assert ours.model == load_architecture(model.file)
-    assert ours.model != folders.model.astype(jnp.dtype(jnp.bfloat16))
+    assert ours.model != load_architecture(model.folder, dtype=jnp.bfloat16)
 
 
 def test_loads_where_pytorch_is_not_installed(sd1):

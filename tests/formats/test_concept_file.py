@@ -121,8 +121,8 @@ def test_another_base_model_is_refused_and_both_are_named(file, sd1_base, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_the_same_model_in_another_dtype_is_accepted(file, sd1_base, dtype):
-    half = sd1_base.astype(dtype)
+def test_the_same_model_in_another_dtype_is_accepted(file, sd1_base, sd1_folder, dtype):
+    half = load_base_model(sd1_folder, dtype=dtype)
     assert half.fingerprint != sd1_base.fingerprint  # the fields differ, the model does not
     assert load_concept(file, half)[0].embedding.dtype == jnp.float32
 
